@@ -1,0 +1,1 @@
+"""The diffusion models clora trains on. Only the modules in here know diffusers and transformers."""

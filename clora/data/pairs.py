@@ -1,0 +1,88 @@
+"""Reading the pair datasets of the common LoRA trainers, with every fault listed.
+
+| format | source (what is edited) | target (what it becomes) | prompt |
+|---|---|---|---|
+| ai-toolkit folders | `control_path` | `folder_path` | `.txt` beside the target |
+| musubi-tuner JSONL | `control_path`, `control_path_0`, ... | `image_path` | `caption` |
+| DiffSynth CSV, JSON, JSONL | `edit_image` (one or a list) | `image` | `prompt` |
+| LightX2V JSON, JSONL | `source_images` (one or a list) | `target_image` | `prompt` |
+| CollectionLoRA authors' JSONL | `source_image` | `base_pred_image` | `instruction` |
+
+ai-toolkit folders may be given as a folder with the two subfolders (named as above, or `target` and `source`
+or `control`), or as a YAML or JSON file with the keys `folder_path` and `control_path`. Numbered sources
+(`control_path_1`, `control_2`, ...) make several source images. Partners have the same stem. A folder with
+`metadata.jsonl`, `.json` or `.csv` is read through that file. Further keys of a row are ignored.
+
+Paths are relative to the file that names them and may not leave its folder except into `data_roots`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from clora.config import Config, EffectConfig
+from clora.data.images import load_image
+from clora.data.pair_folders import METADATA_FILES, is_folder_json, read_folder, read_folder_file
+from clora.data.pair_rows import Pair, read_metadata
+from clora.errors import InputError, raise_faults
+
+__all__ = ["METADATA_FILES", "Pair", "example_pairs", "read_pairs"]
+
+
+def read_pairs(
+    path: str | Path,
+    data_roots: Sequence[Path] = (),
+    *,
+    require_target: bool = True,
+    effect: str | None = None,
+) -> list[Pair]:
+    """The pairs in a dataset folder or metadata file (formats: see the module docstring).
+
+    Paths come back real and inside the dataset or `data_roots`, and every file exists; images are not opened.
+    With `require_target=False` rows may lack a target, and a folder of images with `.txt` instructions and
+    no subfolders is read as sources alone. With `effect`, rows that name another effect are left out. Order
+    is that of the file, or by stem.
+
+    Raises `InputErrors` with every fault: missing files, stems without a partner, malformed lines with their
+    number, paths that lead outside. A dataset without a single pair is a fault as well.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        pairs, faults = read_folder(path, data_roots, require_target)
+    elif path.suffix.lower() in (".yaml", ".yml") or is_folder_json(path):
+        pairs, faults = read_folder_file(path, data_roots)
+    elif path.suffix.lower() in (".jsonl", ".json", ".csv"):
+        pairs, faults = read_metadata(path, data_roots, require_target)
+    elif os.path.exists(path):
+        raise InputError(f"{path} is no dataset; give a folder or a .jsonl, .json, .csv or .yaml file")
+    else:
+        raise InputError(f"{path} does not exist; correct the path")
+    if effect is not None:
+        named = sorted({pair.effect for pair in pairs if pair.effect is not None})
+        pairs = [pair for pair in pairs if pair.effect in (None, effect)]
+        if named and not pairs and not faults:
+            faults = [f"{path}: no row is of effect '{effect}'; lora_name is one of {', '.join(named)}"]
+    if not pairs and not faults:
+        faults = [f"{path} holds no pairs; add source and target images"]
+    raise_faults(faults)
+    return pairs
+
+
+def example_pairs(
+    config: Config, effect: EffectConfig, count: int = 2
+) -> list[tuple[Image.Image, Image.Image]]:
+    """`count` pairs of the effect as RGB images, drawn by the configuration's seed, to rewrite its prompt.
+
+    Effects without pairs, or whose pairs have no targets, give an empty list.
+    """
+    if effect.pairs is None:
+        return []
+    pairs = read_pairs(effect.pairs, config.data_roots, require_target=False, effect=effect.name)
+    complete = [(pair.source, pair.target) for pair in pairs if pair.target is not None]
+    chosen = random.Random(f"{config.seed}/{effect.name}").sample(complete, min(count, len(complete)))
+    return [(load_image(source), load_image(target)) for source, target in chosen]

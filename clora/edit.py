@@ -1,0 +1,406 @@
+"""`clora edit`: a base and one LoRA file, applied to images.
+
+A collection is sampled with the few-step schedule of its catalogue. Any other LoRA, and the base alone, are
+sampled as teachers are when they make targets: many Euler steps, with guidance. Initial noise is ordered as
+in the stock pipeline, so that one seed gives one image there and here.
+
+Shape legend: B batch, T tokens, C latent channels per token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clora.backbones.cond import Cond, Grid
+from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
+from clora.catalogue import Catalogue, read_catalogue
+from clora.config import build_config
+from clora.data.image_grid import image_grid
+from clora.data.images import load_image
+from clora.errors import InputError, InputErrors, raise_faults
+from clora.flow import few_step_sigmas
+from clora.lora_files import CATALOGUE_KEY, LoraFile, read_lora
+from clora.losses import guided_velocity
+from clora.prompts import compose_prompts, student_prompt
+from clora.safetensors_io import read_header
+from clora.sample import few_step_sample, ode_sample
+
+log = logging.getLogger(__name__)
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
+
+SLOT = "student"
+WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled. consistency: noise afresh to every next sigma; euler: follow the velocity.
+
+    guidance 1 is none; above, the stock pipeline's (unconditional branch of `negative_prompt`, each token
+    rescaled to the norm of the conditional branch).
+    """
+
+    sampler: Literal["consistency", "euler"]
+    num_steps: int
+    shift: float
+    guidance: float = 1.0
+    negative_prompt: str = " "
+
+
+def default_sampling(base: str, catalogue: Catalogue | None) -> Sampling:
+    """The catalogue's schedule; without a catalogue what the base's preset says of making targets."""
+    if catalogue is not None:
+        return Sampling(catalogue.sampler, catalogue.schedule.num_steps, catalogue.schedule.shift)
+    preset = build_config({"base": base, "output_dir": "."})
+    targets, negative = preset.targets, preset.objective.negative_prompt
+    return Sampling("euler", targets.num_steps, preset.schedule.shift, targets.guidance, negative)
+
+
+def find_catalogue(lora: Path | None) -> Catalogue | None:
+    """The catalogue of a LoRA file, None where it carries none; reads the header alone."""
+    if lora is None or CATALOGUE_KEY not in read_header(lora).metadata:
+        return None
+    return read_catalogue(lora)
+
+
+def edit_prompt(catalogue: Catalogue | None, effects: Sequence[str], prompt: str | None = None) -> str:
+    """What the model reads: `prompt` itself, one effect's student prompt, or two composed (Fig. 7).
+
+    Raises `InputError` for an unknown effect (with the nearest), and unless one of the two was given.
+    """
+    if bool(effects) == (prompt is not None):
+        raise InputError("an edit needs either effect names or a prompt, and not both; give one of them")
+    if prompt is not None:
+        if not prompt.strip():
+            raise InputError("prompt: is blank; say what is to be done to the image")
+        return prompt
+    if catalogue is None:
+        raise InputError(f"effect {effects[0]!r}: the LoRA carries no catalogue to find it in; give a prompt")
+    if len(effects) > 2:
+        raise InputError(f"{len(effects)} effects were given, two can be composed; name one or two")
+    entries = [catalogue.effect(name) for name in effects]
+    texts = [student_prompt(entry.trigger, entry.student_prompt) for entry in entries]
+    return texts[0] if len(texts) == 1 else compose_prompts(*texts)
+
+
+@dataclass(frozen=True, eq=False)
+class Editor:
+    """A base with one LoRA (or none) on it. `sampling` holds the defaults of every edit."""
+
+    backbone: QwenImageBackbone
+    catalogue: Catalogue | None
+    sampling: Sampling
+    has_lora: bool
+
+    def edit(
+        self,
+        images: Sequence[Image.Image],
+        effects: Sequence[str] = (),
+        prompt: str | None = None,
+        *,
+        seeds: Sequence[int] = (0,),
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int = 1,
+    ) -> list[Image.Image]:
+        """Edit each image (RGB) with each seed: all of the first image's results, then the second's.
+
+        One effect, two composed, or a prompt (`edit_prompt`). A result has the size the stock pipeline gives
+        it, and depends on image, prompt and seed alone, not on what else is in the call. Raises `InputError`
+        for unknown effects, images not RGB and prompts too long; `FloatingPointError` when the model's output
+        is not finite.
+        """
+        text = edit_prompt(self.catalogue, effects, prompt)
+        jobs = [(index, text, seed) for index in range(len(images)) for seed in seeds]
+        return self._run(images, jobs, self._sampling(steps, guidance), batch_size)
+
+    def grid(
+        self,
+        images: Sequence[Image.Image],
+        effects: Sequence[str] = (),
+        prompt: str | None = None,
+        *,
+        seeds: Sequence[int] = (0,),
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int = 1,
+    ) -> Image.Image:
+        """One labelled picture: a row per image and seed; the source, then a column for each single effect.
+
+        Without effects and prompt all effects of the catalogue are shown. Raises as `edit` does.
+        """
+        columns = grid_columns(self.catalogue, effects, prompt)
+        keys = [(index, seed) for index in range(len(images)) for seed in seeds]
+        jobs = [(index, text, seed) for index, seed in keys for _, text in columns]
+        results = self._run(images, jobs, self._sampling(steps, guidance), batch_size)
+        width = len(columns)
+        rows = [
+            [images[index], *results[row * width : (row + 1) * width]] for row, (index, _) in enumerate(keys)
+        ]
+        return image_grid(rows, ["source", *(label for label, _ in columns)])
+
+    def _sampling(self, steps: int | None, guidance: float | None) -> Sampling:
+        default = self.sampling
+        return replace(
+            default,
+            num_steps=default.num_steps if steps is None else steps,
+            guidance=default.guidance if guidance is None else guidance,
+        )
+
+    @torch.no_grad()
+    def _run(
+        self, images: Sequence[Image.Image], jobs: Sequence[Job], sampling: Sampling, batch_size: int
+    ) -> list[Image.Image]:
+        """One result per job, in order. Images and prompts are encoded once, same sizes share batches."""
+        raise_faults(
+            [
+                f"image {index} has mode {image.mode}; make it RGB (clora.data.images.load_image does)"
+                for index, image in enumerate(images)
+                if image.mode != "RGB"
+            ]
+        )
+        used = {index for index, _, _ in jobs}
+        refs = {index: self.backbone.encode_references([images[index]]) for index in used}
+        prompts = {(index, text) for index, text, _ in jobs}
+        if sampling.guidance != 1:
+            prompts |= {(index, sampling.negative_prompt) for index in used}
+        texts = {
+            (index, text): self.backbone.encode_prompts([text], [[images[index]]])[0]
+            for index, text in sorted(prompts)
+        }
+        encoded = Encoded(refs, texts, {i: self._grid(images[i]) for i in used})
+        by_size: dict[tuple[Grid, Grid], list[int]] = {}
+        for place, (index, _, _) in enumerate(jobs):
+            by_size.setdefault((encoded.grids[index], refs[index][1]), []).append(place)
+        results: dict[int, Image.Image] = {}
+        for places in by_size.values():
+            for start in range(0, len(places), batch_size):
+                chosen = places[start : start + batch_size]
+                made = self._sample([jobs[place] for place in chosen], encoded, sampling)
+                results |= dict(zip(chosen, made, strict=True))
+        return [results[place] for place in range(len(jobs))]
+
+    def _grid(self, image: Image.Image) -> Grid:
+        return self.backbone.grid(self.backbone.output_size(image))
+
+    def _sample(self, jobs: Sequence[Job], encoded: Encoded, sampling: Sampling) -> list[Image.Image]:
+        """One batch of jobs whose images share their sizes."""
+        cond = encoded.cond(jobs)
+        uncond = None
+        if sampling.guidance != 1:
+            uncond = encoded.cond([(index, sampling.negative_prompt, seed) for index, _, seed in jobs])
+        grid, seeds = cond.grid, [seed for _, _, seed in jobs]
+        shape_TC = (grid[0] * grid[1], self.backbone.token_channels)
+        velocity, device = self._velocity(uncond, sampling.guidance), self.backbone.device
+        if sampling.sampler == "consistency":
+            sigmas = few_step_sigmas(sampling.num_steps, sampling.shift)
+            x0_BTC = few_step_sample(velocity, cond, shape_TC, sigmas, seeds, device, grid=grid)
+        else:
+            x0_BTC = ode_sample(
+                velocity, cond, shape_TC, sampling.num_steps, sampling.shift, seeds, device, grid=grid
+            )
+        return self.backbone.to_pil(self.backbone.decode(x0_BTC, grid))
+
+    def _velocity(self, uncond: Cond | None, guidance: float) -> Callable[[Tensor, Tensor, Any], Tensor]:
+        slots = [SLOT] if self.has_lora else None
+
+        def velocity(x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
+            v_cond = self.backbone.velocity(x_BTC, sigma_B, cond, slots)
+            if uncond is None:
+                return v_cond
+            v_uncond = self.backbone.velocity(x_BTC, sigma_B, uncond, slots)
+            return guided_velocity(v_cond, v_uncond, guidance, "norm")
+
+        return velocity
+
+
+Job = tuple[int, str, int]  # index of the image, prompt, seed
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Images and prompts, encoded: by image index, and by image index and prompt."""
+
+    refs: dict[int, tuple[Tensor, Grid]]
+    texts: dict[tuple[int, str], Tensor]
+    grids: dict[int, Grid]
+
+    def cond(self, jobs: Sequence[Job]) -> Cond:
+        """The condition of a batch of jobs."""
+        latents = torch.cat([self.refs[index][0] for index, _, _ in jobs])
+        first = jobs[0][0]
+        texts = [self.texts[index, text] for index, text, _ in jobs]
+        return QwenImageBackbone.make_cond(texts, [(latents, self.refs[first][1])], self.grids[first])
+
+
+def load_editor(
+    base: str,
+    lora: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Editor:
+    """A base with a LoRA file of any layout on it, its catalogue read where it has one.
+
+    Only the linears that the file names get an adapter, so that none of its tensors can be left out. Raises
+    `InputErrors` with every fault of the file.
+    """
+    catalogue = find_catalogue(lora)
+    if catalogue is not None and catalogue.base != base:
+        log.warning("%s was distilled on base %s, and is now used on %s", lora, catalogue.base, base)
+    backbone = load_backbone(base, device, dtype)
+    if lora is not None:
+        _add_lora(backbone, read_lora(lora, _linear_shapes(backbone)))
+    return Editor(backbone, catalogue, default_sampling(base, catalogue), lora is not None)
+
+
+def _linear_shapes(backbone: QwenImageBackbone) -> dict[str, tuple[int, int]]:
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in backbone.transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def _add_lora(backbone: QwenImageBackbone, file: LoraFile) -> None:
+    adapters = backbone.add_adapters(list(file.modules))
+    rank = max(module.rank for module in file.modules.values())
+    adapters.add_stack(SLOT, [SLOT], rank, rank, trainable=False, init="zeros", dtype=backbone.dtype)
+    adapters.load_slot(SLOT, file.modules)
+
+
+def grid_columns(
+    catalogue: Catalogue | None, effects: Sequence[str], prompt: str | None = None
+) -> list[tuple[str, str]]:
+    """Label and prompt of each column of `Editor.grid`; raises as `edit_prompt` does."""
+    if prompt is not None:
+        return [(prompt, edit_prompt(catalogue, effects, prompt))]
+    if catalogue is not None and not effects:
+        effects = [entry.name for entry in catalogue.effects]
+    if not effects:
+        raise InputError("a grid needs effects or a prompt where the LoRA has no catalogue; give a prompt")
+    return [(name, edit_prompt(catalogue, [name])) for name in effects]
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What `clora edit` is asked for. base None: the catalogue's. device, dtype None: GPU and bfloat16 where
+    there is a GPU, else CPU and float32."""
+
+    images: tuple[Path, ...]
+    output: Path
+    base: str | None = None
+    lora: Path | None = None
+    effects: tuple[str, ...] = ()
+    prompt: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    steps: int | None = None
+    guidance: float | None = None
+    grid: bool = False
+    batch_size: int = 1
+    device: str | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None
+
+
+def edit_files(request: EditRequest) -> list[Path]:
+    """Do what `request` says; returns the files written: the grid, or one per image and seed.
+
+    Everything that can be wrong with it is found, and listed in `InputErrors`, before a model is loaded.
+    """
+    faults: list[str] = []
+    images = [image for path in request.images if (image := _attempt(faults, load_image, path)) is not None]
+    paths = _attempt(faults, result_paths, request)
+    base = _attempt(faults, _base_of, request)
+    raise_faults(faults)
+    assert paths is not None and base is not None
+
+    gpu = torch.cuda.is_available()
+    device = torch.device(request.device or ("cuda" if gpu else "cpu"))
+    dtype_name = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    editor = load_editor(base, request.lora, device, getattr(torch, dtype_name))
+    make: Callable[..., Any] = editor.grid if request.grid else editor.edit
+    made = make(
+        images,
+        request.effects,
+        request.prompt,
+        seeds=request.seeds,
+        steps=request.steps,
+        guidance=request.guidance,
+        batch_size=request.batch_size,
+    )
+    for path, picture in zip(paths, [made] if request.grid else made, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=95)
+    return paths
+
+
+def _attempt(faults: list[str], check: Callable[[Given], Found], given: Given) -> Found | None:
+    """`check(given)`, or None with its faults noted."""
+    try:
+        return check(given)
+    except InputErrors as errors:
+        faults += errors.faults
+    except InputError as error:
+        faults.append(str(error))
+    return None
+
+
+def _base_of(request: EditRequest) -> str:
+    """The base to edit with, once what is asked for is known to be there."""
+    catalogue = find_catalogue(request.lora)
+    if request.grid:
+        grid_columns(catalogue, request.effects, request.prompt)
+    else:
+        edit_prompt(catalogue, request.effects, request.prompt)
+    if request.base is not None:
+        return request.base
+    if catalogue is None:
+        raise InputError("base: is not given, and no catalogue names one; give --base, such as tiny")
+    return catalogue.base
+
+
+def result_paths(request: EditRequest) -> list[Path]:
+    """Where the results go: the file named, or files in the folder named (STEM.png, STEM-seedN.png).
+
+    Raises `InputError` when one file is named for several results, for a format that cannot be written, and
+    where a result would overwrite an input.
+    """
+    output, num_results = request.output, len(request.images) * len(request.seeds)
+    if output.is_dir() or not output.suffix:
+        if request.grid:
+            raise InputError(f"output: {output} is a folder, a grid is one file; name it, such as grid.png")
+        paths = [output / f"{name}.png" for name in _result_names(request)]
+    elif output.suffix.lower() not in WRITABLE:
+        raise InputError(f"output: {output} has no known image format; name it {', '.join(WRITABLE)}")
+    elif num_results > 1 and not request.grid:
+        raise InputError(
+            f"output: {num_results} images do not fit into {output}; name a folder, or ask for a grid"
+        )
+    else:
+        paths = [output]
+    inputs = {path.resolve() for path in request.images}
+    for path in paths:
+        if path.resolve() in inputs:
+            raise InputError(f"output: {path} would overwrite an input; choose another name or folder")
+    return paths
+
+
+def _result_names(request: EditRequest) -> list[str]:
+    names: list[str] = []
+    for path in request.images:
+        for seed in request.seeds:
+            plain = path.stem if len(request.seeds) == 1 else f"{path.stem}-seed{seed}"
+            # Inputs of different folders may have equal names.
+            numbered = (f"{plain}-{number}" for number in count(2))
+            names.append(plain if plain not in names else next(n for n in numbered if n not in names))
+    return names

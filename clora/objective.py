@@ -1,0 +1,327 @@
+"""The objectives of the method, in the paper's order: Eq. 6, 7, 1, 8, 9, and the critic's own loss.
+
+Student, critic and teacher come in as velocities (`clora.flow.Velocity`), so that the same code runs on a
+20B transformer and on a closed-form toy. All randomness comes from `rng`: one step is a pure function of the
+weights, the batch and the generators' states. `docs/METHOD.md` maps every equation and preset to these lines.
+
+Shapes: latents (B, T, C) packed tokens in fp32, sigma (B,) fp32 with 1 = noise and 0 = data.
+
+`shared_rng` serves the draws that decide how many forwards run (the exit step, the critic's kind of sample).
+Ranks that share sharded weights must run equally many, so on several processes give it the same state on
+every rank, and on a CPU generator, whose draws do not wait for the GPU; left out, `rng` serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from clora.config import ObjectiveConfig, ScheduleConfig
+from clora.errors import InputError
+from clora.flow import Velocity, add_noise, few_step_sigmas, shift_sigma
+from clora.losses import Figures, dmd_loss, flow_matching_loss, guided_velocity
+from clora.routing import Stream
+from clora.simulate import backward_simulate, target_simulate
+
+Loss = tuple[Tensor, Figures]
+
+
+class DistillConfig(Protocol):
+    """The two sections the objectives read; `clora.config.Config` has them."""
+
+    @property
+    def objective(self) -> ObjectiveConfig: ...
+
+    @property
+    def schedule(self) -> ScheduleConfig: ...
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The three velocities of one step. The teacher takes each sample's effect, or none, from its cond."""
+
+    student: Velocity
+    critic: Velocity
+    teacher: Velocity
+    # Joins conds along the batch, for the guided teacher's one call; needed only when guidance is not 1.
+    cat_conds: Callable[[list[Any]], Any] | None = None
+
+
+@dataclass(frozen=True)
+class DistillBatch:
+    """One step's data. Student and critic see `student_cond`, the teacher its own prompt (Eq. 5)."""
+
+    stream: Stream
+    student_cond: Any
+    teacher_cond: Any
+    uncond: Any | None  # the teacher with the negative prompt; None when guidance is 1
+    latent_shape: tuple[int, int]  # (T, C)
+    batch_size: int
+    effects: Sequence[str | None]
+    step: int
+    y: Tensor | None = None  # (B, T, C), the teacher's images; None in the general stream
+    # A batch of its own for TA-FM, usually larger (it costs one forward); y and student_cond when None.
+    anchor_y: Tensor | None = None
+    anchor_cond: Any | None = None
+
+
+def total_loss(
+    nets: Networks,
+    batch: DistillBatch,
+    cfg: DistillConfig,
+    rng: torch.Generator,
+    shared_rng: torch.Generator | None = None,
+) -> Loss:
+    """Eq. 9: the loss of one student step.
+
+    Returns:
+        The 0-d loss, and detached 0-d figures: `total_loss` and those of each term that ran.
+
+    Raises:
+        InputError: every weight of this stream is 0.
+    """
+    if batch.stream == "general":  # teacher = the base, adapters off
+        weight = cfg.objective.dmd_bs_weight
+        loss, figures = _weighted_sum(batch, (weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, shared_rng)))
+    else:  # teacher = effect i
+        loss, figures = c2f_do_loss(nets, batch, cfg, rng, shared_rng)
+    return loss, {"total_loss": loss.detach(), **figures}
+
+
+def c2f_do_loss(
+    nets: Networks,
+    batch: DistillBatch,
+    cfg: DistillConfig,
+    rng: torch.Generator,
+    shared_rng: torch.Generator | None = None,
+) -> Loss:
+    """Eq. 8, with weights: TA-FM + DMD-TS + DMD-BS. A term of weight 0 is not computed."""
+    objective = cfg.objective
+    sigma_dmd = draw_dmd_sigma(batch.batch_size, objective, rng)
+    return _weighted_sum(
+        batch,
+        (objective.ta_fm_weight, lambda: ta_fm_loss(nets, batch, cfg, rng, sigma_dmd)),
+        (objective.dmd_ts_weight, lambda: dmd_ts_loss(nets, batch, cfg, rng)),
+        (objective.dmd_bs_weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, shared_rng, sigma_dmd)),
+    )
+
+
+def ta_fm_loss(
+    nets: Networks,
+    batch: DistillBatch,
+    cfg: DistillConfig,
+    rng: torch.Generator,
+    sigma_dmd: Tensor | None = None,
+) -> Loss:
+    """Eq. 6, trajectory anchoring: flow matching of the student on the teacher's images. 1 forward.
+
+    `sigma_dmd` (B,) is read only by `ta_fm_sigma: above_dmd`; None draws it anew.
+    """
+    if batch.anchor_y is None:
+        y, cond = _targets(batch, "TA-FM"), batch.student_cond
+    else:
+        y, cond = batch.anchor_y, batch.anchor_cond
+    sigma = draw_ta_fm_sigma(len(y), cfg, rng, sigma_dmd)
+    eps = _normal(y.shape, rng)
+    v_student = nets.student(add_noise(y, eps, sigma), sigma, cond)
+    loss, _ = flow_matching_loss(v_student, y, eps)
+    return loss, {"ta_fm_loss": loss.detach()}
+
+
+def dmd_ts_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, rng: torch.Generator) -> Loss:
+    """Eq. 7, target-simulated distribution matching. Student 1, critic 1, teacher 1 forward (2 guided)."""
+    y = _targets(batch, "DMD-TS")
+    sigma_gen = draw_ts_gen_sigma(len(y), cfg, rng)
+    y_hat = target_simulate(nets.student, y, batch.student_cond, sigma_gen, _normal(y.shape, rng))
+    sigma_critic = draw_ts_critic_sigma(len(y), cfg.objective, rng)
+    return _match_distributions("dmd_ts", y_hat, sigma_critic, nets, batch, cfg, rng)
+
+
+def dmd_bs_loss(
+    nets: Networks,
+    batch: DistillBatch,
+    cfg: DistillConfig,
+    rng: torch.Generator,
+    shared_rng: torch.Generator | None = None,
+    sigma: Tensor | None = None,
+) -> Loss:
+    """Eq. 1, distribution matching of backward-simulated samples.
+
+    Student k + 1 forwards for the drawn exit step k, critic 1, teacher 1 (2 guided). `sigma` (B,) is the
+    critic's noise level; None draws it.
+    """
+    x0_student = _backward_sample(nets, batch, cfg, rng, shared_rng)
+    if sigma is None:
+        sigma = draw_dmd_sigma(batch.batch_size, cfg.objective, rng)
+    return _match_distributions("dmd_bs", x0_student, sigma, nets, batch, cfg, rng)
+
+
+def critic_loss(
+    nets: Networks,
+    batch: DistillBatch,
+    cfg: DistillConfig,
+    rng: torch.Generator,
+    shared_rng: torch.Generator | None = None,
+) -> Loss:
+    """The critic's update: flow matching (Eq. 2) on the student's samples, which carry no grad.
+
+    The samples are backward simulated; on effect steps a share `critic_target_share` of the updates takes
+    target-simulated ones (Eq. 7's y-hat) instead, for the critic is asked about those too.
+
+    Returns:
+        The 0-d loss, and `{"critic_loss", "critic_on_target"}` (1 for an update on target-simulated samples).
+    """
+    objective = cfg.objective
+    on_target = batch.stream == "effect" and _chance(objective.critic_target_share, shared_rng or rng)
+    with torch.no_grad():
+        if on_target:
+            y = _targets(batch, "critic_target_share")
+            sigma_gen = draw_ts_gen_sigma(len(y), cfg, rng)
+            x0 = target_simulate(nets.student, y, batch.student_cond, sigma_gen, _normal(y.shape, rng))
+        else:
+            x0 = _backward_sample(nets, batch, cfg, rng, shared_rng)
+    sigma = shift_sigma(_uniform(batch.batch_size, 0.0, 1.0, rng), objective.critic_sigma_shift)
+    eps = _normal(x0.shape, rng)
+    v_critic = nets.critic(add_noise(x0, eps, sigma), sigma, batch.student_cond)
+    loss, _ = flow_matching_loss(v_critic, x0, eps)
+    return loss, {"critic_loss": loss.detach(), "critic_on_target": loss.new_tensor(float(on_target))}
+
+
+def guided_teacher(
+    nets: Networks, batch: DistillBatch, cfg: DistillConfig, x_sigma: Tensor, sigma: Tensor
+) -> Tensor:
+    """The real score's velocity: cond and uncond in one call of twice the batch; cond alone at guidance 1."""
+    guidance = cfg.objective.guidance
+    if guidance == 1.0:
+        return nets.teacher(x_sigma, sigma, batch.teacher_cond)
+    if batch.uncond is None or nets.cat_conds is None:
+        raise ValueError(
+            f"objective.guidance is {guidance:g}, but the batch has no uncond or the networks no cat_conds"
+        )
+    both = nets.cat_conds([batch.teacher_cond, batch.uncond])
+    v_both = nets.teacher(torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
+    v_cond, v_uncond = v_both.chunk(2)
+    return guided_velocity(v_cond, v_uncond, guidance, cfg.objective.guidance_rescale)
+
+
+# Draws of sigma, one a sample: (n,) fp32 on rng's device.
+
+
+def draw_dmd_sigma(n: int, objective: ObjectiveConfig, rng: torch.Generator) -> Tensor:
+    """The critic's sigma of DMD-BS: uniform in [dmd_sigma_min, dmd_sigma_max), then shifted."""
+    u = _uniform(n, objective.dmd_sigma_min, objective.dmd_sigma_max, rng)
+    return shift_sigma(u, objective.dmd_sigma_shift)
+
+
+def draw_ts_critic_sigma(n: int, objective: ObjectiveConfig, rng: torch.Generator) -> Tensor:
+    """The critic's sigma of DMD-TS: uniform in [dmd_sigma_min, dmd_sigma_max) above tau_min, then shifted."""
+    u = _uniform(n, max(objective.tau_min, objective.dmd_sigma_min), objective.dmd_sigma_max, rng)
+    return shift_sigma(u, objective.ts_critic_shift)
+
+
+def draw_ts_gen_sigma(n: int, cfg: DistillConfig, rng: torch.Generator) -> Tensor:
+    """Target simulation's sigma below tau_max: uniform, or one of the sampler's steps there."""
+    tau_max = cfg.objective.tau_max
+    if cfg.objective.ts_sigma == "continuous":
+        return _uniform(n, 0.0, tau_max, rng)
+    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
+    steps = sigmas[sigmas < tau_max].to(rng.device)
+    if len(steps) == 0:
+        raise InputError(
+            f"objective.tau_max is {tau_max:g}, below every step of the schedule, whose last is"
+            f" {sigmas[-1]:.3g}: raise it, or set objective.ts_sigma to continuous"
+        )
+    return steps[torch.randint(len(steps), (n,), generator=rng, device=rng.device)]
+
+
+def draw_ta_fm_sigma(
+    n: int, cfg: DistillConfig, rng: torch.Generator, sigma_dmd: Tensor | None = None
+) -> Tensor:
+    """TA-FM's sigma: uniform in [0, 1), that shifted, or uniform above sigma_dmd and then shifted (authors).
+
+    When n is larger than the batch behind sigma_dmd, its values are repeated in order.
+    """
+    law = cfg.objective.ta_fm_sigma
+    if law == "uniform":
+        return _uniform(n, 0.0, 1.0, rng)
+    if law == "shifted":
+        return shift_sigma(_uniform(n, 0.0, 1.0, rng), cfg.schedule.shift)
+    if sigma_dmd is None:
+        sigma_dmd = draw_dmd_sigma(n, cfg.objective, rng)
+    floor = sigma_dmd.repeat(-(-n // len(sigma_dmd)))[:n]
+    return shift_sigma(floor + (1.0 - floor) * _uniform(n, 0.0, 1.0, rng), cfg.schedule.shift)
+
+
+def _match_distributions(
+    name: str,
+    x0_student: Tensor,
+    sigma: Tensor,
+    nets: Networks,
+    batch: DistillBatch,
+    cfg: DistillConfig,
+    rng: torch.Generator,
+) -> Loss:
+    """Noise the student's sample, ask critic and teacher, and turn their difference into a loss."""
+    objective = cfg.objective
+    with torch.no_grad():
+        x_sigma = add_noise(x0_student, _normal(x0_student.shape, rng), sigma)
+        v_critic = nets.critic(x_sigma, sigma, batch.student_cond)
+        v_real = guided_teacher(nets, batch, cfg, x_sigma, sigma)
+    norm, floor = objective.dmd_norm, objective.dmd_norm_floor
+    loss, figures = dmd_loss(x0_student, x_sigma, sigma, v_critic, v_real, norm=norm, norm_floor=floor)
+    return loss, {f"{name}_loss": loss.detach(), **{f"{name}_{key}": v for key, v in figures.items()}}
+
+
+def _backward_sample(
+    nets: Networks,
+    batch: DistillBatch,
+    cfg: DistillConfig,
+    rng: torch.Generator,
+    shared_rng: torch.Generator | None,
+) -> Tensor:
+    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
+    exit_rng = shared_rng or rng
+    step = int(torch.randint(len(sigmas), (), generator=exit_rng, device=exit_rng.device))
+    shape = (batch.batch_size, *batch.latent_shape)
+    x0, _ = backward_simulate(
+        nets.student, batch.student_cond, _normal(shape, rng), step, sigmas, lambda _: _normal(shape, rng)
+    )
+    return x0
+
+
+def _weighted_sum(batch: DistillBatch, *terms: tuple[float, Callable[[], Loss]]) -> Loss:
+    losses, figures = [], {}
+    for weight, term in terms:
+        if weight != 0:
+            loss, figures_of_term = term()
+            losses.append(weight * loss)
+            figures.update(figures_of_term)
+    if not losses:
+        raise InputError(
+            f"objective: step {batch.step} is of the {batch.stream} stream, whose weights are all 0: raise"
+            " one (dmd_bs_weight serves both streams), or set p_switch so that this stream is not drawn"
+        )
+    return torch.stack(losses).sum(), figures
+
+
+def _targets(batch: DistillBatch, what: str) -> Tensor:
+    if batch.y is None:
+        raise ValueError(f"{what} needs target images y, and the batch of step {batch.step} has none")
+    return batch.y
+
+
+def _normal(shape: Sequence[int], rng: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=rng, device=rng.device)
+
+
+def _uniform(n: int, low: float, high: float, rng: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(n, generator=rng, device=rng.device)
+
+
+def _chance(share: float, rng: torch.Generator) -> bool:
+    # 0 and 1 draw nothing: a share that is off leaves the other draws as they were.
+    return share >= 1.0 or (share > 0.0 and bool(torch.rand((), generator=rng, device=rng.device) < share))

@@ -1,0 +1,113 @@
+"""Target images y, made by the teachers: their own prompt, many steps, guidance (Sec. 4.3), and cached by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from clora.backbones.cond import Cond, cat_conds
+from clora.backbones.qwen_image import QwenImageBackbone
+from clora.data.cache import cache_key
+from clora.data.examples import Example, collate
+from clora.flow import Velocity
+from clora.losses import guided_velocity
+from clora.routing import step_generator
+from clora.sample import ode_sample
+from clora.workspace import Workspace, in_batches
+
+TARGETS_VERSION = "targets/1"
+Slots = Callable[[Sequence[str | None]], Sequence[Any]]
+
+
+def guided_teacher_velocity(
+    backbone: QwenImageBackbone, slots_for: Slots, guidance: float, rescale: str
+) -> Velocity:
+    """A velocity over conds `(cond, uncond)`: each sample's teacher, guided, both branches in one forward."""
+
+    def velocity(x_BTC: Tensor, sigma_B: Tensor, conds: tuple[Cond, Cond]) -> Tensor:
+        cond, uncond = conds
+        if guidance == 1.0:
+            return backbone.velocity(x_BTC, sigma_B, cond, slots_for(cond.effects))
+        both = cat_conds([cond, uncond])
+        v = backbone.velocity(x_BTC.repeat(2, 1, 1), sigma_B.repeat(2), both, slots_for(both.effects))
+        v_cond, v_uncond = v.chunk(2)
+        return guided_velocity(v_cond, v_uncond, guidance, "norm" if rescale == "norm" else "none")
+
+    return velocity
+
+
+@torch.no_grad()
+def make_targets(
+    workspace: Workspace, slots_for: Slots, teacher_hashes: dict[str, str], console: Console, batch_size: int
+) -> dict[str, list[Example]]:
+    """The effects' examples with `y` filled in: `targets.per_source` images each, one noise per image.
+
+    Interrupted, it goes on where it was: every image is an entry of the cache, under a hash of the teacher's file, its
+    prompt, the source and the settings.
+    """
+    config, settings = workspace.config, workspace.config.targets
+    todo = [e for examples in workspace.effects.values() for e in examples]
+    keys = {id(e): _keys(workspace, e, teacher_hashes) for e in todo}
+    missing = [e for e in todo if any(workspace.cache.read(key) is None for key in keys[id(e)])]
+    velocity = guided_teacher_velocity(
+        workspace.backbone, slots_for, settings.guidance, config.objective.guidance_rescale
+    )
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("targets", total=len(missing) * settings.per_source)
+        for batch in in_batches(missing, batch_size):
+            conds = (
+                collate(batch, "teacher", workspace.backbone.device),
+                collate(batch, "negative", workspace.backbone.device),
+            )
+            shape = (batch[0].num_tokens, workspace.backbone.token_channels)
+            for draw in range(settings.per_source):
+                seeds = [_seed(keys[id(e)][draw]) for e in batch]
+                y = ode_sample(
+                    velocity,
+                    conds,
+                    shape,
+                    settings.num_steps,
+                    config.schedule.shift,
+                    seeds,
+                    workspace.backbone.device,
+                )
+                for example, latents in zip(batch, y.cpu(), strict=True):
+                    workspace.cache.write(keys[id(example)][draw], {"latents": latents.contiguous()})
+                progress.advance(task, len(batch))
+    filled = {}
+    for name, examples in workspace.effects.items():
+        filled[name] = [replace(e, y=tuple(_read(workspace, key) for key in keys[id(e)])) for e in examples]
+    return filled
+
+
+def _read(workspace: Workspace, key: str) -> Tensor:
+    found = workspace.cache.read(key)
+    if found is None:
+        raise OSError(f"{workspace.cache.path(key)} vanished while it was needed; run the command again")
+    return found["latents"]
+
+
+def _keys(workspace: Workspace, example: Example, teacher_hashes: dict[str, str]) -> list[str]:
+    settings = workspace.config.targets
+    effect = example.effect or ""
+    how = (
+        f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{settings.num_steps}/{settings.guidance}/"
+        f"{workspace.config.objective.guidance_rescale}/{workspace.config.objective.negative_prompt!r}/"
+        f"{workspace.config.schedule.shift}/{example.grid}"
+    )
+    prompt = next(e.prompt for e in workspace.config.effects if e.name == effect)
+    return [
+        cache_key(list(example.sources), prompt, workspace.identity, f"{how}/{draw}")
+        for draw in range(settings.per_source)
+    ]
+
+
+def _seed(key: str) -> int:
+    """The noise of a target depends on what it is made from, not on the order in which targets are made."""
+    return int(step_generator(int(key[:12], 16), 0, "target", "cpu").initial_seed())

@@ -1,0 +1,1 @@
+"""The tiny world: a procedural data set whose ground truth is known exactly."""

@@ -1,0 +1,194 @@
+"""Train the tiny world's transformer on generic edits: `python -m clora.tiny.train_base --base clora/tiny/base`.
+
+Needs `vae/`, `tokenizer/`, `processor/` and `text_encoder/` under `--base` (`train_vae`, `text`). Latents and text
+embeddings are made once, then the velocity objective (Eq. 2) runs from memory; `--work` holds the cache and a
+checkpoint every five minutes, from which the same command goes on.
+
+Shape legend: B batch, T 64 tokens, C 64 channels a token, L text tokens, D 96.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
+from clora.flow import add_noise, shift_sigma, velocity_target
+from clora.tiny.images import Bytes, EditPairs, edit_pairs
+from clora.tiny.train_vae import optimizers, set_lr, warm_cosine
+
+TRANSFORMER_CONFIG = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 5,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 96,
+    "axes_dims_rope": (8, 12, 12),
+}
+GRID = [(1, 8, 8), (1, 8, 8)]  # noise tokens, reference tokens
+TEXT_DROPOUT, REFERENCE_DROPOUT, BOTH_DROPOUT = 0.05, 0.025, 0.025
+
+
+@torch.inference_mode()
+def encode_pairs(backbone: QwenImageBackbone, pairs: EditPairs) -> dict[str, Tensor]:
+    """Everything frozen, encoded once: latents (N, T, C) and text (N, L, D) in fp16, lengths (N,).
+
+    `empty_*` is the text of an empty instruction on the same image (classifier-free guidance's other side).
+    """
+    out: dict[str, list[Tensor]] = {"source": [], "target": [], "text": [], "length": [], "empty": []}
+    length = max(len(t) for t in _texts(backbone, pairs.instructions[:2000], pairs.source[:2000])) + 4
+    for start in range(0, len(pairs.instructions), 250):
+        part = slice(start, start + 250)
+        for name, images in (("source", pairs.source[part]), ("target", pairs.target[part])):
+            pictures = [Image.fromarray(image) for image in images]
+            out[name].append(backbone.encode_images(pictures, backbone.sizes.default_size)[0].half())
+        texts = _texts(backbone, pairs.instructions[part], pairs.source[part])
+        empty = _texts(backbone, [""] * len(texts), pairs.source[part])
+        out["text"].append(torch.stack([F.pad(t[:length], (0, 0, 0, length - len(t[:length]))) for t in texts]).half())
+        out["length"].append(torch.tensor([min(len(t), length) for t in texts]))
+        out["empty"].append(torch.stack(empty).half())
+        print(f"encoded {start + len(texts)} of {len(pairs.instructions)}", flush=True)
+    return {name: torch.cat(parts) for name, parts in out.items()}
+
+
+def _texts(backbone: QwenImageBackbone, instructions: list[str], images: Bytes) -> list[Tensor]:
+    return backbone.encode_prompts(instructions, [[Image.fromarray(image)] for image in images])
+
+
+def make_batch(cache: dict[str, Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """x0, reference, text, mask of a random batch, with condition dropout."""
+    index = torch.randint(len(cache["text"]), (size,), generator=generator)
+    x0, reference = cache["target"][index].float(), cache["source"][index].float()
+    text, length = cache["text"][index].float(), cache["length"][index]
+    draw = torch.rand(size, generator=generator)
+    drop_text = (draw < TEXT_DROPOUT) | ((draw >= 0.1) & (draw < 0.1 + BOTH_DROPOUT))
+    drop_reference = (draw >= 0.05) & (draw < 0.05 + REFERENCE_DROPOUT) | ((draw >= 0.1) & (draw < 0.1 + BOTH_DROPOUT))
+    empty = cache["empty"][index].float()
+    text[drop_text] = F.pad(empty, (0, 0, 0, text.shape[1] - empty.shape[1]))[drop_text]
+    length = torch.where(drop_text, empty.shape[1], length)
+    reference[drop_reference] = 0
+    mask = torch.arange(text.shape[1]) < length[:, None]
+    return x0, reference, text, mask
+
+
+def flow_loss(model: torch.nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+    """Velocity mean squared error at sigma = shift3(uniform)."""
+    x0, reference, text, mask = batch
+    sigma = shift_sigma(torch.rand(len(x0), generator=generator), 3.0)
+    eps = torch.randn(x0.shape, generator=generator)
+    hidden = torch.cat([add_noise(x0, eps, sigma), reference], dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(
+            hidden_states=hidden,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
+            timestep=sigma,
+            img_shapes=[GRID] * len(x0),
+            return_dict=False,
+        )[0]
+    return F.mse_loss(velocity[:, : x0.shape[1]].float(), velocity_target(x0, eps))
+
+
+def train(cache: dict[str, Tensor], steps: int, batch_size: int, seed: int, work: Path) -> QwenImageTransformer2DModel:
+    """Train for `steps` updates, going on from `work/state.pt` when it is there; returns the EMA model."""
+    torch.manual_seed(seed)
+    model = QwenImageTransformer2DModel(**TRANSFORMER_CONFIG)
+    torch.nn.init.zeros_(model.proj_out.weight)
+    validation = {name: value[-512:] for name, value in cache.items()}
+    cache = {name: value[:-512] for name, value in cache.items()}
+    optimizer_list = optimizers(model, 0.012, 2e-3)
+    base_lr = [optimizer.param_groups[0]["lr"] for optimizer in optimizer_list]
+    ema = {name: value.detach().clone() for name, value in model.named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    step, seconds = 0, 0.0
+    if (work / "state.pt").exists():
+        state = torch.load(work / "state.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        ema, step, seconds = state["ema"], state["step"], state["seconds"]
+        generator.set_state(state["generator"])
+        for optimizer, saved in zip(optimizer_list, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    compiled = torch.compile(model)
+    start, saved_at = time.perf_counter() - seconds, time.perf_counter()
+    running = torch.zeros(())
+    while step < steps:
+        set_lr(optimizer_list, base_lr, warm_cosine(step / steps))
+        loss = flow_loss(compiled, make_batch(cache, batch_size, generator), generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizer_list:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        running = running.lerp(loss.detach(), 1 / min(step, 100))
+        decay = min(0.999, step / (step + 10))
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                ema[name].lerp_(value, 1 - decay)
+        if step % 100 == 0:
+            row = {"step": step, "seconds": round(time.perf_counter() - start, 1), "loss": round(float(running), 5)}
+            if step % 500 == 0:
+                row["validation"] = round(_validate(model, ema, compiled, validation, batch_size), 5)
+            with (work / "curve.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+        if time.perf_counter() - saved_at > 300:
+            saved_at = time.perf_counter()
+            state = {
+                "model": model.state_dict(),
+                "ema": ema,
+                "step": step,
+                "seconds": saved_at - start,
+                "generator": generator.get_state(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizer_list],
+            }
+            torch.save(state, work / "state.tmp")
+            (work / "state.tmp").replace(work / "state.pt")
+    model.load_state_dict(ema)
+    return model
+
+
+@torch.no_grad()
+def _validate(
+    model: torch.nn.Module, ema: dict[str, Tensor], compiled: torch.nn.Module, data: dict[str, Tensor], size: int
+) -> float:
+    """Mean loss of the EMA weights over fixed batches of held-out pairs."""
+    kept = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model.load_state_dict(ema)
+    generator = torch.Generator().manual_seed(1)
+    losses = [float(flow_loss(compiled, make_batch(data, size, generator), generator)) for _ in range(16)]
+    model.load_state_dict(kept)
+    return sum(losses) / len(losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"))
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=36000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    cached = arguments.work / "cache.safetensors"
+    if not cached.exists():
+        backbone = load_backbone(str(arguments.base), torch.device("cpu"), torch.float32, ("vae", "text_encoder"))
+        save_file(encode_pairs(backbone, edit_pairs(arguments.pairs, arguments.seed)), cached)
+    model = train(load_file(cached), arguments.steps, arguments.batch_size, arguments.seed, arguments.work)
+    model.half().save_pretrained(arguments.base / "transformer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""`clora train`: distil N effect teachers and few-step sampling into ONE LoRA (the whole method, Eq. 9).
+
+Without effects the same job trains the acceleration LoRA: distribution matching of the base on general data alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+
+from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
+from clora.config import Config
+from clora.data.examples import Example, collate
+from clora.distill import CRITIC, STUDENT, Distiller
+from clora.errors import raise_faults
+from clora.evaluate.report import grid_image
+from clora.flow import few_step_sigmas
+from clora.loop import LoopConfig, Tracker, run_loop
+from clora.lora_files import read_lora, write_lora
+from clora.sample import few_step_sample
+from clora.targets import make_targets
+from clora.teach import teacher_path
+from clora.teachers import TeacherBank
+from clora.workspace import Workspace, averaged_weights, open_workspace, slot_to_cpu, trainable_group
+
+TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images
+
+
+def train(config: Config, resume: str | None = None, console: Console | None = None) -> Path:
+    """Distil; returns `output_dir/collection.safetensors` (`acceleration.safetensors` without effects).
+
+    Checkpoints and `log.jsonl` lie under `output_dir/train`. Raises `InputErrors` for faults of the input,
+    `loop.NonFiniteError` and `loop.Interrupted` as `loop.run_loop` does.
+    """
+    console = console or Console(stderr=True)
+    workspace = open_workspace(config, console)
+    bank = open_bank(workspace)
+    if bank is not None:
+        workspace.effects = targets_of(workspace, bank, console)
+    return distil(workspace, bank, resume, console)
+
+
+def make_caches(config: Config, console: Console | None = None) -> dict[str, int]:
+    """Encode everything and make the targets, without training; returns how many examples there are of each."""
+    console = console or Console(stderr=True)
+    workspace = open_workspace(config, console)
+    bank = open_bank(workspace)
+    if bank is not None:
+        workspace.effects = targets_of(workspace, bank, console)
+    counts = {name: len(examples) for name, examples in workspace.effects.items()}
+    return counts | {"general": len(workspace.general)}
+
+
+def teacher_files(config: Config) -> dict[str, Path]:
+    """Each effect's teacher: its `lora`, or what `clora teach` wrote; all that are missing in one error."""
+    files, faults = {}, []
+    for effect in config.effects:
+        path = effect.lora or teacher_path(config, effect.name)
+        files[effect.name] = path
+        if not path.is_file():
+            mend = (
+                "check the path"
+                if effect.lora
+                else "run `clora teach` first, or give its LoRA file in 'lora'"
+            )
+            faults.append(f"effect {effect.name}: no teacher at {path}; {mend}")
+    raise_faults(faults)
+    return files
+
+
+def open_bank(workspace: Workspace) -> TeacherBank | None:
+    """The bank of teachers; None without effects."""
+    if not workspace.config.effects:
+        return None
+    return TeacherBank(
+        workspace.adapters,
+        teacher_files(workspace.config),
+        workspace.config.train.teacher_slots,
+        dtype=workspace.backbone.dtype,
+    )
+
+
+def file_hashes(files: dict[str, Path]) -> dict[str, str]:
+    """sha256 of each file."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dict[str, list[Example]]:
+    """The effects' examples with the teachers' images; a batch never needs more teachers than there are slots."""
+    hashes = file_hashes(teacher_files(workspace.config))
+    batch = bank.capacity if workspace.config.effects else 1
+    return make_targets(workspace, bank.slots_for, hashes, console, max(1, min(TARGET_BATCH, batch)))
+
+
+def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, console: Console) -> Path:
+    """Run the distillation on an open workspace whose targets are made; writes and returns the student's file."""
+    config = workspace.config
+    distiller = make_distiller(workspace, bank)
+    groups = {STUDENT: distiller.student, CRITIC: distiller.critic}
+
+    def one_step(step: int) -> dict[str, torch.Tensor]:
+        if step == config.train.coarse_steps and step > 0:
+            distiller.start_critic()
+        return distiller.step(step)
+
+    def on_step(step: int, tracker: Tracker) -> None:
+        if config.train.sample_steps and step % config.train.sample_steps == 0:
+            tracker.image("samples", sample_grid(workspace, distiller), step)
+
+    loop = LoopConfig(
+        title="train",
+        max_steps=config.train.max_train_steps,
+        folder=config.output_dir / "train",
+        checkpointing_steps=config.train.checkpointing_steps,
+        fingerprint=config.fingerprint(),
+        checkpoints_total_limit=config.train.checkpoints_total_limit,
+        max_seconds=config.train.max_train_seconds,
+        log_every=config.train.log_every,
+        report_to=config.train.report_to,
+        resume=resume,
+    )
+    run_loop(loop, groups, one_step, on_step, console)
+    with averaged_weights(distiller.student):
+        return write_student(workspace)
+
+
+def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
+    """Add the student's and the critic's slots and wire one step's parts together."""
+    config = workspace.config
+    adapters, student = workspace.adapters, config.student
+    generator = torch.Generator().manual_seed(config.seed)
+    for name in (STUDENT, CRITIC):
+        adapters.add_stack(
+            name, [name], student.rank, student.alpha, trainable=True, init="lora", generator=generator
+        )
+    if student.init_from is not None:
+        modules = read_lora(student.init_from, adapters.module_shapes).modules
+        for name in (STUDENT, CRITIC):
+            adapters.load_slot(name, modules)
+    train_config = config.train
+    return Distiller(
+        config,
+        workspace.backbone,
+        bank,
+        workspace.effects,
+        workspace.general,
+        student=trainable_group(adapters, STUDENT, config, train_config.learning_rate, ema=True),
+        critic=trainable_group(adapters, CRITIC, config, train_config.critic_learning_rate),
+    )
+
+
+def write_student(workspace: Workspace) -> Path:
+    """Write the student's slot with its catalogue; without effects a plain LoRA, the acceleration LoRA."""
+    config = workspace.config
+    modules = slot_to_cpu(workspace.adapters, STUDENT)
+    if not config.effects:
+        path = config.output_dir / "acceleration.safetensors"
+        write_lora(path, modules, {"clora.role": "acceleration"})
+        return path
+    hashes = file_hashes(teacher_files(config))
+    entries = [
+        CatalogueEntry(
+            name=name,
+            trigger=prompt.trigger if config.objective.aop else "",
+            student_prompt=prompt.text if config.objective.aop else prompt.teacher_prompt,
+            teacher_sha256=hashes[name],
+        )
+        for name, prompt in workspace.prompts.items()
+    ]
+    schedule = CatalogueSchedule(num_steps=config.schedule.num_steps, shift=config.schedule.shift)
+    path = config.output_dir / "collection.safetensors"
+    write_collection(path, modules, Catalogue(base=config.base.model, schedule=schedule, effects=entries))
+    return path
+
+
+@torch.no_grad()
+def sample_grid(workspace: Workspace, distiller: Distiller, most: int = 8) -> Image.Image:
+    """Source, teacher's image and student's image of the first example of up to `most` effects, as one picture."""
+    config, backbone = workspace.config, workspace.backbone
+    pools = list(workspace.effects.values()) or [workspace.general]
+    picked = [pool[0] for pool in pools[:most] if pool[0].sizes == pools[0][0].sizes]
+    sigmas = few_step_sigmas(config.schedule.num_steps, config.schedule.shift)
+    nets = distiller.networks()
+    shape = (picked[0].num_tokens, backbone.token_channels)
+    role = "student" if config.objective.aop else "teacher"
+    with averaged_weights(distiller.student):
+        x0 = few_step_sample(
+            nets.student,
+            collate(picked, role, backbone.device),
+            shape,
+            sigmas,
+            [0] * len(picked),
+            backbone.device,
+        )
+    columns = ["source", "teacher", "student"] if picked[0].y else ["source", "student"]
+    rows = []
+    for example, student in zip(picked, backbone.decode(x0, picked[0].grid), strict=True):
+        made = [backbone.decode(example.y[0][None], example.grid)[0]] if example.y else []
+        source = backbone.decode(example.refs[-1][None], example.ref_grids[-1])[0]
+        rows.append([image.permute(1, 2, 0).cpu().numpy() for image in (source, *made, student)])
+    return grid_image(rows, columns, [example.effect or "general" for example in picked])

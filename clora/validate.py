@@ -1,0 +1,288 @@
+"""Checking a configuration and everything it names, without a GPU and without downloading anything.
+
+Every fault is listed, the same fault of many files in one line: teams own fifty effects, and the first
+missing file says little about the other forty-nine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, try_to_load_from_cache
+
+from clora.backbones.base_dir import resolve_base
+from clora.config import Config, EffectConfig, load_config
+from clora.data.images import Size, aspect_buckets, load_image
+from clora.data.pairs import Pair, read_pairs
+from clora.errors import InputError, InputErrors
+from clora.lora_files import check_lora
+from clora.prompts import effect_prompts
+from clora.tiny.effects import EFFECTS as TINY_EFFECTS
+
+# Longer prompts are cut by the pipeline without a word.
+MAX_PROMPT_TOKENS = 512
+# Source and target of other shapes are cropped differently, which the model learns as a shift.
+MAX_SHAPE_DIFFERENCE = 0.02
+
+CountTokens = Callable[[str], int]
+
+
+@dataclass
+class Report:
+    """What `validate` found. Faults stop a run, warnings do not; the counts are of what was checked."""
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    num_effects: int = 0
+    num_pairs: int = 0
+    num_images: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """True when there is no fault."""
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values: ok, faults, warnings, num_effects, num_pairs, num_images."""
+        return {"ok": self.ok, **vars(self)}
+
+
+def validate_file(
+    path: str | Path, overrides: Sequence[str] = (), count_tokens: CountTokens | None = None
+) -> Report:
+    """`validate` for a configuration file; faults in the file itself are part of the report."""
+    try:
+        config = load_config(path, overrides)
+    except InputError as error:
+        return Report(faults=_listed(error))
+    return validate(config, count_tokens)
+
+
+def validate_config(config: Config, count_tokens: CountTokens | None = None) -> list[str]:
+    """The faults alone (see `validate`)."""
+    return validate(config, count_tokens).faults
+
+
+def validate(config: Config, count_tokens: CountTokens | None = None) -> Report:
+    """Check base, output folder, LoRA files (by their headers), pairs, images (decoded in full) and prompts.
+
+    `count_tokens` gives the length of a prompt in the text encoder's tokens; without it lengths are not
+    checked. User input never raises here: whatever is wrong with it is in the report.
+    """
+    report = Report(num_effects=len(config.effects))
+    _check_base(config, report)
+    _check_folders(config, report)
+    _check_loras(config, report)
+    pairs = _check_pairs(config, report)
+    report.num_pairs = sum(map(len, pairs.values()))
+    _check_images(config, pairs, report)
+    _check_prompts(config, count_tokens, report)
+    return report
+
+
+def _listed(error: InputError) -> list[str]:
+    return error.faults if isinstance(error, InputErrors) else [str(error)]
+
+
+def _check_base(config: Config, report: Report) -> None:
+    try:
+        base = resolve_base(config.base.model)
+    except InputError as error:
+        report.faults.append(f"base: {error}")
+        return
+    if isinstance(base, Path):
+        return
+    if isinstance(try_to_load_from_cache(base, "model_index.json", revision=config.base.revision), str):
+        return
+    if constants.HF_HUB_OFFLINE:
+        what = f"{base} is not in the local hub cache and HF_HUB_OFFLINE is set"
+        report.faults.append(f"base: {what}; download it first or name a folder")
+    else:
+        report.warnings.append(f"base: {base} is not in the local hub cache; the first run downloads it")
+
+
+def _check_folders(config: Config, report: Report) -> None:
+    for index, root in enumerate(config.data_roots):
+        if not root.is_dir():
+            report.faults.append(f"data_roots.{index}: {root} is not a folder; correct it")
+    place = config.output_dir
+    while not os.path.exists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        report.faults.append(f"output_dir: {place} is a file; choose another folder")
+    elif not os.access(place, os.W_OK | os.X_OK):
+        report.faults.append(f"output_dir: no permission to write into {place}; choose another folder")
+    try:
+        buckets = config.train.buckets
+        aspect_buckets(buckets.max_area, buckets.multiple, buckets.aspect_ratios)
+    except InputError as error:
+        report.faults.append(str(error))
+    if config.train.coarse_steps >= config.train.max_train_steps:
+        report.warnings.append(
+            "train.coarse_steps is not below train.max_train_steps: every update is coarse (TA-FM alone)"
+        )
+
+
+def _check_loras(config: Config, report: Report) -> None:
+    named = [(_key(index, "lora"), effect.lora) for index, effect in enumerate(config.effects) if effect.lora]
+    if config.student.init_from is not None:
+        named.append(("student.init_from", config.student.init_from))
+    report.faults += _missing("LoRA file", [item for item in named if not os.path.exists(item[1])], config)
+    users: dict[Path, list[str]] = defaultdict(list)
+    for key, path in named:
+        users[path].append(key)
+    for path, keys in users.items():
+        if len(keys) > 1:
+            report.warnings.append(
+                f"{_shown(path, config)} is the LoRA of {' and '.join(keys)}; is that meant?"
+            )
+        if os.path.exists(path):
+            try:
+                check_lora(path)
+            except InputError as error:
+                report.faults += [f"{keys[0]}: {fault}" for fault in _listed(error)]
+    untaught = [effect.name for effect in config.effects if _is_untaught(effect, config)]
+    if untaught:
+        what = f"{_counted(len(untaught), 'effect')} without a teacher, first: {untaught[0]}"
+        report.warnings.append(f"{what}; run `clora teach` before `clora train`")
+
+
+def _is_untaught(effect: EffectConfig, config: Config) -> bool:
+    return effect.lora is None and not os.path.exists(config.teacher_path(effect))
+
+
+def _check_pairs(config: Config, report: Report) -> dict[str, list[Pair]]:
+    """Read every dataset; the pairs by configuration key."""
+    if not config.effects:
+        report.faults.append("effects: is empty; list at least one effect (name, prompt, lora or pairs)")
+    world = TINY_EFFECTS if config.base.model == "tiny" else {}
+    datasets: list[tuple[str, Path, bool, str | None]] = []
+    for index, effect in enumerate(config.effects):
+        if effect.pairs is None:
+            report.faults += _no_pairs(index, effect, world)
+        else:
+            # Only teaching needs targets: a teacher makes its own.
+            datasets.append((_key(index, "pairs"), effect.pairs, _is_untaught(effect, config), effect.name))
+    if config.general is not None:
+        datasets.append(("general.pairs", config.general.pairs, False, None))
+    elif config.objective.p_switch < 1 and not world:
+        report.faults.append(
+            "general: is missing; set general.pairs to images with instructions, or objective.p_switch=1"
+        )
+    absent = [(key, path) for key, path, _, _ in datasets if not os.path.exists(path)]
+    report.faults += _missing("dataset", absent, config)
+    found: dict[str, list[Pair]] = {}
+    for key, path, require_target, name in datasets:
+        if not os.path.exists(path):
+            continue
+        try:
+            found[key] = read_pairs(path, config.data_roots, require_target=require_target, effect=name)
+        except InputError as error:
+            report.faults += [f"{key}: {fault}" for fault in _listed(error)]
+    for pair in found.get("general.pairs", []):
+        if pair.prompt is None:
+            report.faults.append(f"general.pairs: {pair.place} has no instruction; add it")
+    return found
+
+
+def _no_pairs(index: int, effect: EffectConfig, world: Collection[str]) -> list[str]:
+    key = f"effects.{index} ({effect.name})"
+    if not world:
+        what = "has no pairs; name a folder or file of source images"
+        return [f"{key}: {what}{'' if effect.lora else ' and targets, to teach it from'}"]
+    if effect.name in world:
+        return []
+    near = get_close_matches(effect.name, list(world), 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return [f"{key}: has no pairs and is no effect of the tiny world, which would supply them{hint}"]
+
+
+def _check_images(config: Config, pairs: dict[str, list[Pair]], report: Report) -> None:
+    used: dict[Path, str] = {}
+    for key, found in pairs.items():
+        for pair in found:
+            for path in (*pair.sources, *([pair.target] if pair.target else [])):
+                used.setdefault(path, key)
+    report.num_images = len(used)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
+        sizes = dict(zip(used, pool.map(_size_or_fault, used), strict=True))
+    report.faults += [f"{used[path]}: {fault}" for path, fault in sizes.items() if isinstance(fault, str)]
+    for key, found in pairs.items():
+        differing = [pair for pair in found if _shapes_differ(pair, sizes)]
+        if differing:
+            report.warnings.append(
+                f"{key}: {_counted(len(differing), 'pair')} with source and target of different shape, first:"
+                f" {differing[0].place}; the crop will shift one against the other"
+            )
+
+
+def _size_or_fault(path: Path) -> Size | str:
+    try:
+        return load_image(path).size
+    except InputError as error:
+        return str(error)
+
+
+def _shapes_differ(pair: Pair, sizes: dict[Path, Size | str]) -> bool:
+    if pair.target is None:
+        return False
+    source, target = sizes[pair.source], sizes[pair.target]
+    if isinstance(source, str) or isinstance(target, str):
+        return False
+    return abs(source[0] * target[1] / (source[1] * target[0]) - 1) > MAX_SHAPE_DIFFERENCE
+
+
+def _check_prompts(config: Config, count_tokens: CountTokens | None, report: Report) -> None:
+    try:
+        prompts = effect_prompts(config)
+    except InputError as error:
+        report.faults += _listed(error)
+        return
+    if count_tokens is None:
+        return
+    for index, prompt in enumerate(prompts):
+        for what, text in (("prompt", prompt.teacher_prompt), ("student_prompt", prompt.student_prompt)):
+            length = count_tokens(text)
+            if length > MAX_PROMPT_TOKENS:
+                limit = f"more than the {MAX_PROMPT_TOKENS} the text encoder reads"
+                report.faults.append(f"{_key(index, what)}: {length} tokens, {limit}; shorten it")
+
+
+def _missing(what: str, items: Iterable[tuple[str, Path]], config: Config) -> list[str]:
+    """One sentence per folder in which files are missing."""
+    by_folder: dict[Path, list[tuple[str, Path]]] = defaultdict(list)
+    for key, path in items:
+        by_folder[path.parent].append((key, path))
+    faults: list[str] = []
+    for folder, missing in by_folder.items():
+        key, path = missing[0]
+        if len(missing) == 1:
+            faults.append(
+                f"{key}: {what} {_shown(path, config)} is missing; put it there or correct the path"
+            )
+        else:
+            faults.append(
+                f"{len(missing)} {what}s missing under {_shown(folder, config)}/, first: {path.name} ({key});"
+                " put them there or correct the paths"
+            )
+    return faults
+
+
+def _key(index: int, field_name: str) -> str:
+    return f"effects.{index}.{field_name}"
+
+
+def _shown(path: Path, config: Config) -> str:
+    """A path as the user wrote it where it lies below the configuration file, else in full."""
+    return str(path.relative_to(config.folder)) if path.is_relative_to(config.folder) else str(path)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,226 @@
+"""What every training job starts from: the base with its adapters, and all data encoded.
+
+Opening a workspace loads the base once, encodes pairs and prompts through the cache, and frees the encoders that are
+no longer needed. Nothing in here learns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from clora.backbones.base_dir import general_data, resolve_base
+from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
+from clora.config import Config, EffectConfig
+from clora.data.cache import TensorCache
+from clora.data.examples import Example, ExampleEncoder
+from clora.data.pairs import Pair, read_pairs
+from clora.errors import InputError, InputErrors, raise_faults
+from clora.loop import Group
+from clora.lora import Adapters
+from clora.lora_files import LoraModule
+from clora.prompts import EffectPrompt, effect_prompts
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class Workspace:
+    """The open base and the encoded data. `effects` keeps the configuration's order."""
+
+    config: Config
+    backbone: QwenImageBackbone
+    adapters: Adapters
+    cache: TensorCache
+    identity: str
+    encoder: ExampleEncoder
+    prompts: dict[str, EffectPrompt]
+    effects: dict[str, list[Example]]
+    general: list[Example]
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one (this process's, under torchrun), else the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def open_workspace(
+    config: Config, console: Console, *, general: bool = True, keep_encoders: bool = False
+) -> Workspace:
+    """Load the base, read and encode the effects' pairs and, with `general`, the general stream's.
+
+    With `keep_encoders` the text encoder stays, to encode more; call `backbone.free_encoders()` afterwards.
+
+    Raises `InputErrors` with every fault of the data.
+    """
+    device = pick_device()
+    backbone = load_backbone(
+        config.base.model, device, DTYPES[config.base.dtype], revision=config.base.revision
+    )
+    identity = base_identity(config.base.model, config.base.revision)
+    cache = TensorCache(config.output_dir / "cache")
+    encoder = ExampleEncoder(backbone, cache, identity, config.train.buckets)
+    prompts = {prompt.name: prompt for prompt in effect_prompts(config)} if config.effects else {}
+    jobs = _effect_jobs(config, prompts)
+    if general:
+        jobs += _general_jobs(config)
+    examples = _encode_all(encoder, jobs, console)
+    if not keep_encoders:
+        backbone.free_encoders()
+    adapters = backbone.add_adapters(config.student.targets)
+    backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
+    return Workspace(
+        config,
+        backbone,
+        adapters,
+        cache,
+        identity,
+        encoder,
+        prompts,
+        {effect.name: [e for e in examples if e.effect == effect.name] for effect in config.effects},
+        [e for e in examples if e.effect is None],
+    )
+
+
+Job = tuple[Pair, str | None, dict[str, str]]
+
+
+def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt]) -> list[Job]:
+    jobs: list[Job] = []
+    faults: list[str] = []
+    for effect in config.effects:
+        try:
+            pairs = effect_pairs(config, effect)
+        except InputErrors as errors:
+            faults += errors.faults
+            continue
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        texts = {
+            "student": prompts[effect.name].student_prompt,
+            "teacher": effect.prompt,
+            "negative": config.objective.negative_prompt,
+        }
+        jobs += [(pair, effect.name, texts) for pair in pairs]
+    raise_faults(faults)
+    return jobs
+
+
+def effect_pairs(config: Config, effect: EffectConfig) -> list[Pair]:
+    """The pairs of one effect, at most `targets.max_sources`. An effect with its own LoRA needs no targets."""
+    if effect.pairs is None:
+        raise InputError(f"effect {effect.name}: has no pairs; give 'pairs', a folder or metadata file")
+    pairs = read_pairs(
+        effect.pairs, config.data_roots, require_target=effect.lora is None, effect=effect.name
+    )
+    return pairs[: config.targets.max_sources]
+
+
+def _general_jobs(config: Config) -> list[Job]:
+    path = config.general.pairs if config.general else general_data(config.base.model)
+    if path is None:
+        if config.objective.p_switch < 1 and config.effects:
+            raise InputError(
+                "general: is missing; give general.pairs (images with instructions) or set objective.p_switch=1"
+            )
+        return []
+    pairs = read_pairs(path, config.data_roots, require_target=False)
+    if missing := [pair.place for pair in pairs if not pair.prompt]:
+        raise InputError(
+            f"{path}: {len(missing)} rows have no instruction, first {missing[0]}; add it or drop them"
+        )
+    negative = config.objective.negative_prompt
+    return [
+        (pair, None, {"student": pair.prompt or "", "teacher": pair.prompt or "", "negative": negative})
+        for pair in pairs
+    ]
+
+
+def _encode_all(encoder: ExampleEncoder, jobs: Sequence[Job], console: Console) -> list[Example]:
+    examples: list[Example] = []
+    faults: list[str] = []
+    for pair, effect, texts in track(jobs, "encoding", console=console, transient=True):
+        try:
+            examples.append(encoder.encode(pair, effect, texts))
+        except InputErrors as errors:
+            faults += errors.faults
+        except InputError as error:
+            faults.append(f"{pair.place}: {error}" if str(pair.source) not in str(error) else str(error))
+    raise_faults(faults)
+    return examples
+
+
+def base_identity(base: str, revision: str | None) -> str:
+    """A hash that changes with the base's encoders: names, sizes, configurations and the heads of weight files."""
+    resolved = resolve_base(base)
+    if not isinstance(resolved, Path):
+        return f"{resolved}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for path in sorted(p for p in resolved.rglob("*") if p.is_file() and "general" not in p.parts):
+        digest.update(f"{path.relative_to(resolved)} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def trainable_group(
+    adapters: Adapters, stack: str, config: Config, learning_rate: float, ema: bool = False
+) -> Group:
+    """The stack's parameters with AdamW as `train` says; with `ema` the average is kept too."""
+    train = config.train
+    return Group(
+        adapters.named_parameters(stack),
+        learning_rate=learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.adam_weight_decay,
+        epsilon=train.adam_epsilon,
+        max_grad_norm=train.max_grad_norm,
+        ema_decay=train.ema_decay if ema else 0.0,
+        ema_start=train.ema_start,
+    )
+
+
+@contextmanager
+def averaged_weights(group: Group) -> Iterator[None]:
+    """Put a group's average in place of its parameters for a while (export, sample grids)."""
+    kept = {name: value.detach().clone() for name, value in group.parameters.items()}
+    averaged = group.averaged()
+    with torch.no_grad():
+        for name, value in group.parameters.items():
+            value.copy_(averaged[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in group.parameters.items():
+                value.copy_(kept[name])
+
+
+def slot_to_cpu(adapters: Adapters, slot: str) -> dict[str, LoraModule]:
+    """A slot's modules as CPU tensors, ready to be written."""
+    return {
+        name: LoraModule(m.A.detach().cpu(), m.B.detach().cpu(), m.alpha)
+        for name, m in adapters.slot_modules(slot).items()
+    }
+
+
+def in_batches(items: Sequence[Example], size: int) -> Iterable[list[Example]]:
+    """Consecutive batches of examples that share their sizes."""
+    groups: dict[object, list[Example]] = {}
+    for item in items:
+        groups.setdefault(item.sizes, []).append(item)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

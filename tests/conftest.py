@@ -1,0 +1,27 @@
+"""What every test runs under: one thread, no network, and no GPU test where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported. Two spinning OpenMP threads on a busy machine slow a test a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# A machine's load must not decide whether a property test passes, nor must chance.
+settings.register_profile("clora", deadline=None, derandomize=True)
+settings.load_profile("clora")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

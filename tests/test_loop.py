@@ -1,0 +1,118 @@
+"""The training loop on a toy: exact continuation, signals, non-finite guards, averages, schedules."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clora.errors import InputError
+from clora.loop import (
+    Group,
+    Interrupted,
+    LoopConfig,
+    NonFiniteError,
+    apply_gradients,
+    lr_factor,
+    read_log,
+    run_loop,
+)
+from clora.routing import step_generator
+
+
+def make_group(**options: float) -> Group:
+    return Group({"w": nn.Parameter(torch.linspace(-1, 1, 5))}, learning_rate=0.05, **options)  # type: ignore[arg-type]
+
+
+def config(folder: Path, steps: int, resume: str | None = None, **options: object) -> LoopConfig:
+    return LoopConfig("toy", steps, folder, 3, "fingerprint", log_every=1, resume=resume, **options)  # type: ignore[arg-type]
+
+
+def run(folder: Path, steps: int, resume: str | None = None, stop_at: int | None = None) -> Group:
+    group = make_group(ema_decay=0.9)
+
+    def one_step(step: int) -> dict[str, Tensor]:
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        noise = torch.randn(5, generator=step_generator(0, step, "toy", "cpu"))
+        loss = (group.parameters["w"] - noise).square().sum()
+        loss.backward()
+        apply_gradients(group, 1.0, f"step {step}")
+        return {"loss": loss.detach()}
+
+    run_loop(config(folder, steps, resume), {"g": group}, one_step)
+    return group
+
+
+def test_run_loop_resumes_bitwise_equal(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 10)
+    with pytest.raises(Interrupted) as stopped:
+        run(tmp_path / "split", 10, stop_at=4)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    resumed = run(tmp_path / "split", 10, resume="latest")
+    assert torch.equal(whole.parameters["w"], resumed.parameters["w"])
+    assert torch.equal(whole.ema["w"], resumed.ema["w"])
+    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("whole", "split")]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+
+
+def test_run_loop_refuses_another_configuration(tmp_path: Path) -> None:
+    run(tmp_path, 3)
+    other = LoopConfig("toy", 5, tmp_path, 3, "another", resume="latest")
+    with pytest.raises(InputError, match="another configuration"):
+        run_loop(other, {"g": make_group(ema_decay=0.9)}, lambda step: {})
+
+
+def test_run_loop_stops_after_max_seconds(tmp_path: Path) -> None:
+    assert run_loop(config(tmp_path, 1000, max_seconds=1e-9), {"g": make_group()}, lambda step: {}) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_apply_gradients_leaves_everything_when_not_finite(bad: float) -> None:
+    group = make_group()
+    before = group.parameters["w"].detach().clone()
+    group.parameters["w"].grad = torch.tensor([1.0, bad, 0.0, 0.0, 0.0])
+    with pytest.raises(NonFiniteError, match="step 3"):
+        apply_gradients(group, 1.0, "step 3 (student)")
+    assert torch.equal(group.parameters["w"], before)
+    assert not group.optimizer.state and group.updates == 0
+
+
+def test_apply_gradients_clips_each_slot_by_its_own_norm() -> None:
+    def update(grads: Tensor, per_slot: bool) -> Tensor:
+        group = Group({"w": nn.Parameter(torch.zeros(2, 3))}, 1.0, max_grad_norm=1.0)
+        group.per_slot = per_slot
+        group.parameters["w"].grad = grads.clone()
+        recorded: list[Tensor] = []
+        group.optimizer.step = lambda: recorded.append(group.parameters["w"].grad.clone())  # type: ignore
+        apply_gradients(group, 1.0, "here")
+        return recorded[0]
+
+    grads = torch.tensor([[300.0, 0.0, 400.0], [0.0, 0.5, 0.0]])
+    clipped = update(grads, per_slot=True)
+    torch.testing.assert_close(clipped, torch.tensor([[0.6, 0.0, 0.8], [0.0, 0.5, 0.0]]))
+    assert update(grads, per_slot=False)[1, 1] < 0.01  # together, the large one would starve the small one
+
+
+def test_ema_matches_the_closed_form() -> None:
+    group = make_group(ema_decay=0.5, ema_start=2)
+    expected = group.ema["w"].clone()
+    for update in range(1, 8):
+        group.parameters["w"].grad = torch.ones(5)
+        apply_gradients(group, 1.0, "")
+        since = update - 2
+        decay = 0.0 if since <= 0 else min(0.5, since / (since + 10))
+        expected = decay * expected + (1 - decay) * group.parameters["w"].detach()
+    torch.testing.assert_close(group.ema["w"], expected)
+
+
+def test_lr_factor_closed_forms() -> None:
+    assert [lr_factor(i, 10, 4, "constant") for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert lr_factor(7, 10, 4, "linear") == pytest.approx(0.5)
+    assert lr_factor(7, 10, 4, "cosine") == pytest.approx(0.5)
+    assert lr_factor(10, 10, 4, "cosine") == pytest.approx(0.0)
