@@ -1,9 +1,9 @@
 """What the sampling loop itself costs, compiled against Python: `python -m bench.sampler [--json]`.
 
 The velocity is a tensor made beforehand, so everything timed is the loop: noise, arithmetic, checks. The two
-loops take turns round by round, so that a change of the machine's speed meets both. On stdout: microseconds a
-step (median and quartiles over the rounds), as a table or, with --json, as one JSON document. `draw` is the part
-that draws the noise, which both loops do alike.
+loops take turns round by round, so that a change of the machine's speed meets both. On stdout: microseconds
+a step (median and quartiles over the rounds), as a table or, with --json, as one JSON document. `draw` is the
+part that draws the noise, which both loops do alike.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def measure(shape_BTC: tuple[int, int, int], device: str, rounds: int) -> dict[s
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
         row[name] = {"median_us": round(middle, 1), "quartiles_us": [round(low, 1), round(high, 1)]}
-    row["python_over_compiled"] = round(
-        statistics.median(times["python"]) / statistics.median(times["compiled"]), 2
-    )
+    row["python_over_compiled"] = round(statistics.median(times["python"]) / statistics.median(times["compiled"]), 2)
     return row
 
 
@@ -74,7 +72,8 @@ def main() -> None:
         about = {"bench": "sampler", "device": name, "torch": torch.__version__}
         print(json.dumps({**about, "num_steps": NUM_STEPS, "rounds": options.rounds, "rows": rows}, indent=1))
         return
-    print(f"{'batch x tokens x channels':>27}  {'compiled':>10}  {'python':>10}  {'draw':>10}  us a step (median)")
+    print(f"{'batch x tokens x channels':>27}  {'compiled':>10}  {'python':>10}  {'draw':>10}")
+    print(f"{'':>27}  {'microseconds a step (median)':>34}")
     for row in rows:
         figures = [row[name]["median_us"] for name in ("compiled", "python", "draw")]
         size = f"{row['batch']} x {row['tokens']} x {row['channels']}"

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from clora.base_dir import default_preset
 from clora.config_schema import (
     DEFAULT_TARGETS,
     PRESETS,
@@ -120,12 +121,12 @@ def _assemble(values: DictConfig, folder: Path, overrides: Sequence[str], source
 
 
 def _preset_name(values: DictConfig) -> str:
-    """The preset asked for; left out, the tiny base brings its own (the others are far too large for it)."""
+    """The preset asked for; left out, the one a base brings along in its `clora.json`, else "clora"."""
     if values.get("preset") is not None:
         return str(values.preset)
     base = values.get("base")
-    model = base.get("model") if isinstance(base, DictConfig) else "tiny" if base is None else None
-    return "tiny" if model == "tiny" else "clora"
+    model = base.get("model") if isinstance(base, DictConfig) else None
+    return default_preset(str(model or BaseConfig().model)) or "clora"
 
 
 def _normalise(values: DictConfig, folder: Path) -> DictConfig:

@@ -53,7 +53,6 @@ TsSigma = Literal["continuous", "schedule"]
 TaFmSigma = Literal["uniform", "shifted", "above_dmd"]
 Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
-Kernels = Literal["auto", "reference", "fused"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
 
@@ -80,7 +79,7 @@ class BaseConfig(Section):
     @classmethod
     def _folder_or_hub_id(cls, model: str, info: ValidationInfo) -> str:
         folder = Path((info.context or {}).get("folder", "."))
-        if model != "tiny" and (model.startswith((".", "/", "~")) or (folder / model).is_dir()):
+        if model != "tiny" and (model.startswith((".", "/", "~")) or os.path.isdir(folder / model)):
             return str(_beside_the_file(Path(model), info))
         return model
 
@@ -215,9 +214,7 @@ class TrainConfig(Section):
     lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 100
     ema_decay: Annotated[Decay, doc("Decay of the student's average, which is exported; 0 = off.")] = 0.999
     ema_start: Annotated[Natural, doc("Update at which the average starts.")] = 500
-    mixed_precision: Annotated[Literal["no", "bf16"], doc("Compute; weights stay fp32.")] = "bf16"
     gradient_checkpointing: Annotated[bool, doc("Recompute activations in the backward pass.")] = True
-    kernels: Annotated[Kernels, doc("Triton kernels or plain torch.")] = "auto"
     checkpointing_steps: Annotated[Count, doc("Updates between checkpoints.")] = 500
     checkpoints_total_limit: Annotated[Count | None, doc("Newest checkpoints kept; null keeps all.")] = 3
     report_to: Annotated[Tracker, doc("Where the figures go besides the log.")] = "none"
@@ -225,12 +222,6 @@ class TrainConfig(Section):
     log_every: Annotated[Count, doc("Updates between lines of the log.")] = 10
     teacher_slots: Annotated[Count, doc("Teacher adapters held on the device at once.")] = 4
     buckets: Annotated[BucketConfig, doc("Sizes of training images.")] = BucketConfig()
-
-    @field_check("mixed_precision", mode="before")
-    @classmethod
-    def _yaml_no(cls, value: Any) -> Any:
-        # YAML reads an unquoted no as false.
-        return "no" if value is False else value
 
 
 class EvalConfig(Section):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from clora import __version__
-from clora.backbones.base_dir import acceleration_lora
+from clora.base_dir import acceleration_lora
 from clora.baselines import ACCELERATION, COLLECTION, JOINT, Method, methods, sample_method
 from clora.config import Config, load_config
 from clora.data.examples import Example
@@ -182,13 +182,9 @@ def sample_all(config: Config, scale: Scale, out: Path, console: Console) -> Non
             continue
         console.print(f"sampling {method.name} ({method.nfe} forwards an image)")
         images, seconds = sample_held_out(workspace, method, examples)
-        np.savez(
-            path.with_suffix(".tmp.npz"),
-            seconds=seconds,
-            nfe=method.nfe,
-            num_loras=method.num_loras,
-            **{f"{effect}|{scene}": image for (effect, scene), image in images.items()},
-        )
+        arrays: dict[str, Any] = {f"{effect}|{scene}": image for (effect, scene), image in images.items()}
+        arrays |= {"seconds": seconds, "nfe": method.nfe, "num_loras": method.num_loras}
+        np.savez(path.with_suffix(".tmp.npz"), **arrays)
         path.with_suffix(".tmp.npz").rename(path)
 
 
@@ -248,7 +244,7 @@ def read_samples(folder: Path) -> Iterator[tuple[str, dict[str, Any], Outputs]]:
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as stored:
             figures = {key: stored[key].item() for key in ("seconds", "nfe", "num_loras")}
-            outputs: Outputs = {}
+            outputs: dict[tuple[str, int], list[Pixels]] = {}
             for key in stored.files:
                 if "|" in key:
                     effect, scene = key.split("|")

@@ -7,9 +7,9 @@ follows the student for `critic_updates` updates, then the student moves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from clora.routing import Stream, draw_effects, draw_stream, step_generator
 from clora.teachers import TeacherBank
 
 STUDENT, CRITIC = "student", "critic"
+Role = Literal["coarse", "student", "anchor", "critic"]
+LossOf = Callable[[int, int], tuple[Tensor, dict[str, Tensor], DistillBatch]]
 
 
 @dataclass
@@ -68,23 +70,35 @@ class Distiller:
             return "effect"
         return draw_stream(self.config.seed, step, self.config.objective.p_switch)
 
-    def batch(self, step: int, stream: Stream) -> DistillBatch:
-        """The samples of `step`, collated on the device."""
+    def batch(self, step: int, stream: Stream, role: Role, part: int = 0, parts: int = 1) -> DistillBatch:
+        """The samples of `step` on the device: batch number `part` of the `parts` that `role` needs there.
+
+        Every role deals its effects from a sequence of its own, so that each of them sees the effects evenly.
+        """
         train = self.config.train
+        anchors: list[Example] = []
         if stream == "general":
-            examples = self._draw_examples(step, "general", [None] * train.batch_size)
-            anchors: list[Example] = []
+            examples = self._draw_examples(step, f"{role}/{part}", [None] * train.batch_size)
+        elif role == "coarse":
+            size = train.anchor_batch_size or train.batch_size
+            examples = self._draw_effects(step, role, part, parts, size, p_switch=1.0)
         else:
-            size = max(train.batch_size, train.anchor_batch_size or 0)
             p_switch = self.config.objective.p_switch if self.general else 1.0
-            drawn = draw_effects(self.config.seed, step, len(self._names), size, p_switch)
-            names = [self._names[i] for i in drawn]
-            picked = self._draw_examples(step, "effect", names)
-            examples, anchors = picked[: train.batch_size], picked if train.anchor_batch_size else []
+            examples = self._draw_effects(step, role, part, parts, train.batch_size, p_switch)
+            if role == "student" and train.anchor_batch_size:
+                anchors = self._draw_effects(step, "anchor", part, parts, train.anchor_batch_size, p_switch)
         return self._collate(step, stream, examples, anchors)
 
+    def _draw_effects(
+        self, step: int, role: Role, part: int, parts: int, size: int, p_switch: float
+    ) -> list[Example]:
+        drawn = draw_effects(
+            self.config.seed, step, len(self._names), size, p_switch, purpose=role, part=part, parts=parts
+        )
+        return self._draw_examples(step, f"{role}/{part}", [self._names[i] for i in drawn])
+
     def _draw_examples(self, step: int, purpose: str, names: Sequence[str | None]) -> list[Example]:
-        """One example for each name, all of one grid (a batch has one size): the first draw decides the grid."""
+        """One example for each name, all of one size (a batch has one): the first draw decides."""
         rng = step_generator(self.config.seed, step, f"examples/{purpose}", "cpu")
         picked: list[Example] = []
         for name in names:
@@ -100,67 +114,86 @@ class Distiller:
     ) -> DistillBatch:
         device, aop = self.backbone.device, self.config.objective.aop
         student_text = "student" if aop else "teacher"
-        y = _targets(examples, step, self.config.seed, device) if stream == "effect" else None
+        seed = self.config.seed
+        y = _targets(examples, step, seed, device) if stream == "effect" else None
         guided = self.config.objective.guidance != 1.0
         return DistillBatch(
             stream=stream,
             student_cond=collate(examples, student_text, device),
             teacher_cond=collate(examples, "teacher", device),
             uncond=collate(examples, "negative", device) if guided else None,
-            latent_shape=(examples[0].grid[0] * examples[0].grid[1], self.backbone.token_channels),
+            latent_shape=(examples[0].num_tokens, self.backbone.token_channels),
             batch_size=len(examples),
             effects=[example.effect for example in examples],
             step=step,
             y=y,
-            anchor_y=_targets(anchors, step, self.config.seed, device) if anchors else None,
+            anchor_y=_targets(anchors, step, seed, device) if anchors else None,
             anchor_cond=collate(anchors, student_text, device) if anchors else None,
         )
 
     def coarse_step(self, step: int) -> dict[str, Tensor]:
         """The coarse stage: TA-FM alone (Eq. 6), on effect batches; no critic, no teacher."""
-        batch = self.batch(step, "effect")
-        rng = step_generator(self.config.seed, step, "student", self.backbone.device)
-        loss, figures = ta_fm_loss(self.networks(), batch, self.config, rng)
-        self._update(self.student, loss, step, batch)
-        return figures
+
+        def loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
+            batch = self.batch(step, "effect", "coarse", part, parts)
+            rng = step_generator(self.config.seed, step, f"coarse/{part}", self.backbone.device)
+            return *ta_fm_loss(self.networks(), batch, self.config, rng), batch
+
+        return self._update(self.student, loss_of, step)
 
     def full_step(self, step: int) -> dict[str, Tensor]:
         """`critic_updates` updates of the critic, then one of the student on the total loss (Eq. 9)."""
-        stream = self.stream(step)
-        nets, figures = self.networks(), {}
-        updates = self.config.train.critic_updates
+        stream, nets, updates = self.stream(step), self.networks(), self.config.train.critic_updates
+        figures: dict[str, Tensor] = {}
         for k in range(updates):
-            # Each critic update sees samples of its own; none of them is a step of the student.
-            batch = self.batch(self.config.train.max_train_steps + step * updates + k, stream)
-            rng = step_generator(self.config.seed, step, f"critic/{k}", self.backbone.device)
-            loss, critic_figures = critic_loss(nets, batch, self.config, rng)
-            self._update(self.critic, loss, step, batch)
-            figures.update(critic_figures)
-        batch = self.batch(step, stream)
-        rng = step_generator(self.config.seed, step, "student", self.backbone.device)
-        loss, student_figures = total_loss(nets, batch, self.config, rng)
-        figures["grad_norm"] = torch.tensor(self._update(self.student, loss, step, batch))
+
+            def critic_loss_of(
+                part: int, parts: int, k: int = k
+            ) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
+                # Each critic update sees samples of its own; none of them is a step of the student.
+                batch = self.batch(step, stream, "critic", k * parts + part, updates * parts)
+                rng = step_generator(self.config.seed, step, f"critic/{k}/{part}", self.backbone.device)
+                return *critic_loss(nets, batch, self.config, rng), batch
+
+            figures |= self._update(self.critic, critic_loss_of, step)
+
+        def student_loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
+            batch = self.batch(step, stream, "student", part, parts)
+            rng = step_generator(self.config.seed, step, f"student/{part}", self.backbone.device)
+            return *total_loss(nets, batch, self.config, rng), batch
+
+        student_figures = self._update(self.student, student_loss_of, step)
         return figures | {f"{stream}/{name}": value for name, value in student_figures.items()}
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """One step of training, coarse or full."""
-        coarse = step < self.config.train.coarse_steps and self._names
-        return self.coarse_step(step) if coarse else self.full_step(step)
+        """One step of training, coarse or full. The critic starts where the coarse stage left the student."""
+        coarse_steps = self.config.train.coarse_steps if self._names else 0
+        if step < coarse_steps:
+            return self.coarse_step(step)
+        if step == coarse_steps > 0:
+            self._start_critic()
+        return self.full_step(step)
 
-    def start_critic(self) -> None:
-        """Start the critic from the student: called when the coarse stage ends, so that it does not lag."""
+    def _start_critic(self) -> None:
         with torch.no_grad():
             for key, value in self.critic.parameters.items():
                 value.copy_(self.student.parameters[key])
 
-    def _update(self, group: Group, loss: Tensor, step: int, batch: DistillBatch) -> float:
-        name = STUDENT if group is self.student else CRITIC
-        where = f"step {step} ({name}, {batch.stream} stream, effects {_named(batch.effects)})"
-        check_finite(loss, where).backward()
-        train = self.config.train
+    def _update(self, group: Group, loss_of: LossOf, step: int) -> dict[str, Tensor]:
+        """One update of `group` over `gradient_accumulation_steps` batches; the figures are those of the last."""
+        train, name = self.config.train, STUDENT if group is self.student else CRITIC
+        parts = train.gradient_accumulation_steps
+        where = ""
+        figures: dict[str, Tensor] = {}
+        for part in range(parts):
+            loss, figures, batch = loss_of(part, parts)
+            where = f"step {step} ({name}, {batch.stream} stream, effects {_named(batch.effects)})"
+            check_finite(loss, where)
+            (loss / parts).backward()
         total = train.max_train_steps * (1 if name == STUDENT else train.critic_updates)
         factor = lr_factor(group.updates, total, train.lr_warmup_steps, train.lr_scheduler)
-        return apply_gradients(group, factor, where)
+        norm = apply_gradients(group, factor, where)
+        return figures | {f"{name}_grad_norm": torch.tensor(norm)}
 
 
 def _named(effects: Sequence[str | None]) -> str:

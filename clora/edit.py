@@ -10,29 +10,32 @@ Shape legend: B batch, T tokens, C latent channels per token.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from clora.backbones.cond import Cond, Grid
+from clora.backbones.loading import linear_shapes
 from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
 from clora.catalogue import Catalogue, read_catalogue
 from clora.config import build_config
-from clora.data.image_grid import image_grid
 from clora.data.images import load_image
 from clora.errors import InputError, InputErrors, raise_faults
+from clora.evaluate.report import grid_image
 from clora.flow import few_step_sigmas
 from clora.lora_files import CATALOGUE_KEY, LoraFile, read_lora
-from clora.losses import guided_velocity
 from clora.prompts import compose_prompts, student_prompt
 from clora.safetensors_io import read_header
 from clora.sample import few_step_sample, ode_sample
+from clora.targets import guided_teacher_velocity
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ Given = TypeVar("Given")
 Found = TypeVar("Found")
 
 SLOT = "student"
+MIN_CELL = 160  # pixels: smaller images of a grid are enlarged so that labels fit over them
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -112,51 +116,38 @@ class Editor:
         seeds: Sequence[int] = (0,),
         steps: int | None = None,
         guidance: float | None = None,
+        grid: bool = False,
         batch_size: int = 1,
     ) -> list[Image.Image]:
         """Edit each image (RGB) with each seed: all of the first image's results, then the second's.
 
         One effect, two composed, or a prompt (`edit_prompt`). A result has the size the stock pipeline gives
-        it, and depends on image, prompt and seed alone, not on what else is in the call. Raises `InputError`
-        for unknown effects, images not RGB and prompts too long; `FloatingPointError` when the model's output
-        is not finite.
+        it, and depends on image, prompt and seed alone, not on what else is in the call. With `grid` the one
+        result is a labelled picture: a row per image and seed, the source and a column for each single
+        effect, all of the catalogue's where neither effects nor a prompt are given.
+
+        Raises `InputError` for unknown effects, images not RGB and prompts too long; `FloatingPointError`
+        when the model's output is not finite.
         """
-        text = edit_prompt(self.catalogue, effects, prompt)
-        jobs = [(index, text, seed) for index in range(len(images)) for seed in seeds]
-        return self._run(images, jobs, self._sampling(steps, guidance), batch_size)
-
-    def grid(
-        self,
-        images: Sequence[Image.Image],
-        effects: Sequence[str] = (),
-        prompt: str | None = None,
-        *,
-        seeds: Sequence[int] = (0,),
-        steps: int | None = None,
-        guidance: float | None = None,
-        batch_size: int = 1,
-    ) -> Image.Image:
-        """One labelled picture: a row per image and seed; the source, then a column for each single effect.
-
-        Without effects and prompt all effects of the catalogue are shown. Raises as `edit` does.
-        """
-        columns = grid_columns(self.catalogue, effects, prompt)
-        keys = [(index, seed) for index in range(len(images)) for seed in seeds]
-        jobs = [(index, text, seed) for index, seed in keys for _, text in columns]
-        results = self._run(images, jobs, self._sampling(steps, guidance), batch_size)
-        width = len(columns)
-        rows = [
-            [images[index], *results[row * width : (row + 1) * width]] for row, (index, _) in enumerate(keys)
-        ]
-        return image_grid(rows, ["source", *(label for label, _ in columns)])
-
-    def _sampling(self, steps: int | None, guidance: float | None) -> Sampling:
         default = self.sampling
-        return replace(
+        sampling = replace(
             default,
             num_steps=default.num_steps if steps is None else steps,
             guidance=default.guidance if guidance is None else guidance,
         )
+        if grid:
+            columns = grid_columns(self.catalogue, effects, prompt)
+        else:
+            columns = [("", edit_prompt(self.catalogue, effects, prompt))]
+        rows = [(index, seed) for index in range(len(images)) for seed in seeds]
+        jobs = [(index, text, seed) for index, seed in rows for _, text in columns]
+        results = self._run(images, jobs, sampling, batch_size)
+        if not grid:
+            return results
+        width = len(columns)
+        cells = [[images[index], *results[i * width : (i + 1) * width]] for i, (index, _) in enumerate(rows)]
+        row_labels = [f"seed {seed}" for _, seed in rows] if len(seeds) > 1 else []
+        return [_picture(cells, ["source", *(label for label, _ in columns)], row_labels)]
 
     @torch.no_grad()
     def _run(
@@ -197,32 +188,33 @@ class Editor:
     def _sample(self, jobs: Sequence[Job], encoded: Encoded, sampling: Sampling) -> list[Image.Image]:
         """One batch of jobs whose images share their sizes."""
         cond = encoded.cond(jobs)
-        uncond = None
+        uncond = cond
         if sampling.guidance != 1:
             uncond = encoded.cond([(index, sampling.negative_prompt, seed) for index, _, seed in jobs])
-        grid, seeds = cond.grid, [seed for _, _, seed in jobs]
+        slots = [SLOT if self.has_lora else None]
+        velocity = guided_teacher_velocity(self.backbone, lambda effects: slots, sampling.guidance, "norm")
+        conds, grid, seeds = (cond, uncond), cond.grid, [seed for _, _, seed in jobs]
         shape_TC = (grid[0] * grid[1], self.backbone.token_channels)
-        velocity, device = self._velocity(uncond, sampling.guidance), self.backbone.device
+        shift, device = sampling.shift, self.backbone.device
         if sampling.sampler == "consistency":
-            sigmas = few_step_sigmas(sampling.num_steps, sampling.shift)
-            x0_BTC = few_step_sample(velocity, cond, shape_TC, sigmas, seeds, device, grid=grid)
+            sigmas = few_step_sigmas(sampling.num_steps, shift)
+            x0_BTC = few_step_sample(velocity, conds, shape_TC, sigmas, seeds, device, grid=grid)
         else:
-            x0_BTC = ode_sample(
-                velocity, cond, shape_TC, sampling.num_steps, sampling.shift, seeds, device, grid=grid
-            )
+            steps = sampling.num_steps
+            x0_BTC = ode_sample(velocity, conds, shape_TC, steps, shift, seeds, device, grid=grid)
         return self.backbone.to_pil(self.backbone.decode(x0_BTC, grid))
 
-    def _velocity(self, uncond: Cond | None, guidance: float) -> Callable[[Tensor, Tensor, Any], Tensor]:
-        slots = [SLOT] if self.has_lora else None
 
-        def velocity(x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
-            v_cond = self.backbone.velocity(x_BTC, sigma_B, cond, slots)
-            if uncond is None:
-                return v_cond
-            v_uncond = self.backbone.velocity(x_BTC, sigma_B, uncond, slots)
-            return guided_velocity(v_cond, v_uncond, guidance, "norm")
-
-        return velocity
+def _picture(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], row_labels: Sequence[str]
+) -> Image.Image:
+    """A labelled grid of images of any sizes, every cell that of the largest result; small ones enlarged."""
+    cell = (max(row[-1].width for row in rows), max(row[-1].height for row in rows))
+    pixels = [
+        [np.asarray(ImageOps.pad(image, cell, Image.Resampling.LANCZOS, "white")) for image in row]
+        for row in rows
+    ]
+    return grid_image(pixels, labels, row_labels, scale=math.ceil(MIN_CELL / cell[0]))
 
 
 Job = tuple[int, str, int]  # index of the image, prompt, seed
@@ -258,18 +250,14 @@ def load_editor(
     catalogue = find_catalogue(lora)
     if catalogue is not None and catalogue.base != base:
         log.warning("%s was distilled on base %s, and is now used on %s", lora, catalogue.base, base)
+    # Read before the base, which takes far longer.
+    file = None if lora is None else read_lora(lora, linear_shapes(base))
     backbone = load_backbone(base, device, dtype)
-    if lora is not None:
-        _add_lora(backbone, read_lora(lora, _linear_shapes(backbone)))
+    if file is None:
+        backbone.add_adapters()  # without any slot
+    else:
+        _add_lora(backbone, file)
     return Editor(backbone, catalogue, default_sampling(base, catalogue), lora is not None)
-
-
-def _linear_shapes(backbone: QwenImageBackbone) -> dict[str, tuple[int, int]]:
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in backbone.transformer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
 
 
 def _add_lora(backbone: QwenImageBackbone, file: LoraFile) -> None:
@@ -282,7 +270,7 @@ def _add_lora(backbone: QwenImageBackbone, file: LoraFile) -> None:
 def grid_columns(
     catalogue: Catalogue | None, effects: Sequence[str], prompt: str | None = None
 ) -> list[tuple[str, str]]:
-    """Label and prompt of each column of `Editor.grid`; raises as `edit_prompt` does."""
+    """Label and prompt of each column of a grid; raises as `edit_prompt` does."""
     if prompt is not None:
         return [(prompt, edit_prompt(catalogue, effects, prompt))]
     if catalogue is not None and not effects:
@@ -321,24 +309,23 @@ def edit_files(request: EditRequest) -> list[Path]:
     images = [image for path in request.images if (image := _attempt(faults, load_image, path)) is not None]
     paths = _attempt(faults, result_paths, request)
     base = _attempt(faults, _base_of, request)
+    device = _attempt(faults, _device, request.device)
     raise_faults(faults)
-    assert paths is not None and base is not None
+    assert paths is not None and base is not None and device is not None
 
-    gpu = torch.cuda.is_available()
-    device = torch.device(request.device or ("cuda" if gpu else "cpu"))
     dtype_name = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     editor = load_editor(base, request.lora, device, getattr(torch, dtype_name))
-    make: Callable[..., Any] = editor.grid if request.grid else editor.edit
-    made = make(
+    results = editor.edit(
         images,
         request.effects,
         request.prompt,
         seeds=request.seeds,
         steps=request.steps,
         guidance=request.guidance,
+        grid=request.grid,
         batch_size=request.batch_size,
     )
-    for path, picture in zip(paths, [made] if request.grid else made, strict=True):
+    for path, picture in zip(paths, results, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=95)
     return paths
@@ -353,6 +340,16 @@ def _attempt(faults: list[str], check: Callable[[Given], Found], given: Given) -
     except InputError as error:
         faults.append(str(error))
     return None
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"device: {name!r} is no device; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs); give cpu")
+    return device
 
 
 def _base_of(request: EditRequest) -> str:

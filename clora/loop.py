@@ -163,10 +163,12 @@ def restore_job(groups: Mapping[str, Group], checkpoint: Checkpoint) -> None:
     """Put a checkpoint's tensors back; `InputError` when it belongs to another model or configuration."""
     faults = []
     for name, group in groups.items():
-        for key, value in [*group.parameters.items(), *((f"{k}", v) for k, v in group.ema.items())]:
-            saved = checkpoint.tensors.get(f"{name}.param.{key}")
+        wanted = {f"{name}.param.{key}": value for key, value in group.parameters.items()}
+        wanted |= {f"{name}.ema.{key}": value for key, value in group.ema.items()}
+        for key, value in wanted.items():
+            saved = checkpoint.tensors.get(key)
             if saved is None or saved.shape != value.shape:
-                faults.append(f"{name}.param.{key}")
+                faults.append(key)
     if faults:
         raise InputError(
             f"{checkpoint.path}: does not fit this configuration ({len(faults)} tensors differ, first {faults[0]}); "

@@ -99,9 +99,7 @@ def rewrite_prompt(
             answer = _ask(own, body, settings, backoff_seconds)
     else:
         answer = _ask(client, body, settings, backoff_seconds)
-    write_text(
-        entry, json.dumps({"model": settings.model, "prompt": teacher_prompt, "answer": answer}) + "\n"
-    )
+    write_text(entry, json.dumps({"model": settings.model, "prompt": teacher_prompt, "answer": answer}) + "\n")
     return answer
 
 
@@ -125,8 +123,7 @@ def answer_fault(answer: str, settings: PromptsConfig) -> str | None:
 
 def _request_body(teacher_prompt: str, images: Sequence[Image.Image], model: str) -> dict[str, Any]:
     content: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{_jpeg_base64(image)}"}}
-        for image in images
+        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{_jpeg_base64(image)}"}} for image in images
     ]
     # Not str.format: a prompt may hold braces.
     content.append({"type": "text", "text": INSTRUCTION.replace("{}", teacher_prompt.strip())})
@@ -170,12 +167,14 @@ def _ask(client: httpx.Client, body: dict[str, Any], settings: PromptsConfig, ba
 def _post(client: httpx.Client, body: dict[str, Any], settings: PromptsConfig) -> str:
     key = _api_key(settings)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    url = f"{str(settings.endpoint).rstrip('/')}/chat/completions"
+    timeout = settings.timeout_seconds
     try:
-        with client.stream(
-            "POST", url, json=body, headers=headers, timeout=settings.timeout_seconds
-        ) as response:
-            raw = _read_limited(response, time.monotonic() + settings.timeout_seconds)
+        url = httpx.URL(f"{str(settings.endpoint).rstrip('/')}/chat/completions")
+        # A password in the address is sent, but taken out of the address, which httpx logs.
+        auth = (url.username, url.password) if url.username else None
+        plain = url.copy_with(userinfo=b"")
+        with client.stream("POST", plain, json=body, headers=headers, timeout=timeout, auth=auth) as response:
+            raw = _read_limited(response, time.monotonic() + timeout)
     except httpx.InvalidURL as error:
         raise InputError(f"prompts.endpoint is not an address ({error}); correct it") from None
     except httpx.TransportError as error:
@@ -190,9 +189,7 @@ def _post(client: httpx.Client, body: dict[str, Any], settings: PromptsConfig) -
 def _api_key(settings: PromptsConfig) -> str:
     key = os.environ.get(settings.api_key_env, "").strip()
     if not key.isascii() or not all(letter.isprintable() for letter in key):
-        raise InputError(
-            f"the key in ${settings.api_key_env} holds characters that no header may; set it again"
-        )
+        raise InputError(f"the key in ${settings.api_key_env} holds characters that no header may; set it again")
     return key
 
 

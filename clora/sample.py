@@ -170,7 +170,5 @@ def _checked_velocity(v: Tensor, x: Tensor, step: int, sigma_B: Tensor) -> Tenso
     if not finite_B.all():
         sample = finite_B.tolist().index(False)
         sigma = sigma_B[sample].item()
-        raise FloatingPointError(
-            f"velocity is not finite at step {step} (sigma {sigma:.6f}), sample {sample}"
-        )
+        raise FloatingPointError(f"velocity is not finite at step {step} (sigma {sigma:.6f}), sample {sample}")
     return v

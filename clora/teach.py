@@ -71,10 +71,9 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
     run_loop(
         _loop(config, "teach", settings.max_train_steps, resume), {"teach": group}, one_step, console=console
     )
-    files = {}
-    teacher_path(config, names[0]).parent.mkdir(parents=True, exist_ok=True)
+    files = {effect.name: config.teacher_path(effect) for effect in config.effects}
     for name, slot in zip(names, slots, strict=True):
-        files[name] = teacher_path(config, name)
+        files[name].parent.mkdir(parents=True, exist_ok=True)
         write_lora(
             files[name],
             slot_to_cpu(workspace.adapters, slot),
@@ -121,11 +120,6 @@ def teach_joint(
         write_lora(path, slot_to_cpu(workspace.adapters, JOINT), {"clora.effects": ", ".join(names)})
     workspace.adapters.remove_stack(JOINT)
     return {JOINT: path}
-
-
-def teacher_path(config: Config, name: str) -> Path:
-    """Where the taught LoRA of an effect lies, and where `clora train` looks for it."""
-    return config.output_dir / "teachers" / f"{name}.safetensors"
 
 
 def _draw(examples: list[Example], count: int, rng: torch.Generator) -> list[Example]:

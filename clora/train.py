@@ -23,7 +23,6 @@ from clora.loop import LoopConfig, Tracker, run_loop
 from clora.lora_files import read_lora, write_lora
 from clora.sample import few_step_sample
 from clora.targets import make_targets
-from clora.teach import teacher_path
 from clora.teachers import TeacherBank
 from clora.workspace import Workspace, averaged_weights, open_workspace, slot_to_cpu, trainable_group
 
@@ -59,7 +58,7 @@ def teacher_files(config: Config) -> dict[str, Path]:
     """Each effect's teacher: its `lora`, or what `clora teach` wrote; all that are missing in one error."""
     files, faults = {}, []
     for effect in config.effects:
-        path = effect.lora or teacher_path(config, effect.name)
+        path = config.teacher_path(effect)
         files[effect.name] = path
         if not path.is_file():
             mend = (
@@ -102,11 +101,6 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
     distiller = make_distiller(workspace, bank)
     groups = {STUDENT: distiller.student, CRITIC: distiller.critic}
 
-    def one_step(step: int) -> dict[str, torch.Tensor]:
-        if step == config.train.coarse_steps and step > 0:
-            distiller.start_critic()
-        return distiller.step(step)
-
     def on_step(step: int, tracker: Tracker) -> None:
         if config.train.sample_steps and step % config.train.sample_steps == 0:
             tracker.image("samples", sample_grid(workspace, distiller), step)
@@ -123,7 +117,7 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
         report_to=config.train.report_to,
         resume=resume,
     )
-    run_loop(loop, groups, one_step, on_step, console)
+    run_loop(loop, groups, distiller.step, on_step, console)
     with averaged_weights(distiller.student):
         return write_student(workspace)
 
@@ -140,7 +134,7 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
     if student.init_from is not None:
         modules = read_lora(student.init_from, adapters.module_shapes).modules
         for name in (STUDENT, CRITIC):
-            adapters.load_slot(name, modules)
+            adapters.init_slot(name, modules, generator)
     train_config = config.train
     return Distiller(
         config,

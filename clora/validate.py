@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from clora.backbones.base_dir import resolve_base
+from clora.base_dir import general_data, resolve_base
 from clora.config import Config, EffectConfig, load_config
 from clora.data.images import Size, aspect_buckets, load_image
 from clora.data.pairs import Pair, read_pairs
 from clora.errors import InputError, InputErrors
 from clora.lora_files import check_lora
 from clora.prompts import effect_prompts
-from clora.tiny.effects import EFFECTS as TINY_EFFECTS
 
 # Longer prompts are cut by the pipeline without a word.
 MAX_PROMPT_TOKENS = 512
@@ -110,7 +108,7 @@ def _check_base(config: Config, report: Report) -> None:
 
 def _check_folders(config: Config, report: Report) -> None:
     for index, root in enumerate(config.data_roots):
-        if not root.is_dir():
+        if not os.path.isdir(root):
             report.faults.append(f"data_roots.{index}: {root} is not a folder; correct it")
     place = config.output_dir
     while not os.path.exists(place) and place != place.parent:
@@ -160,19 +158,16 @@ def _is_untaught(effect: EffectConfig, config: Config) -> bool:
 
 def _check_pairs(config: Config, report: Report) -> dict[str, list[Pair]]:
     """Read every dataset; the pairs by configuration key."""
-    if not config.effects:
-        report.faults.append("effects: is empty; list at least one effect (name, prompt, lora or pairs)")
-    world = TINY_EFFECTS if config.base.model == "tiny" else {}
     datasets: list[tuple[str, Path, bool, str | None]] = []
     for index, effect in enumerate(config.effects):
         if effect.pairs is None:
-            report.faults += _no_pairs(index, effect, world)
+            report.faults.append(_no_pairs(index, effect))
         else:
             # Only teaching needs targets: a teacher makes its own.
             datasets.append((_key(index, "pairs"), effect.pairs, _is_untaught(effect, config), effect.name))
     if config.general is not None:
         datasets.append(("general.pairs", config.general.pairs, False, None))
-    elif config.objective.p_switch < 1 and not world:
+    elif (not config.effects or config.objective.p_switch < 1) and not _brings_general_data(config):
         report.faults.append(
             "general: is missing; set general.pairs to images with instructions, or objective.p_switch=1"
         )
@@ -192,16 +187,16 @@ def _check_pairs(config: Config, report: Report) -> dict[str, list[Pair]]:
     return found
 
 
-def _no_pairs(index: int, effect: EffectConfig, world: Collection[str]) -> list[str]:
-    key = f"effects.{index} ({effect.name})"
-    if not world:
-        what = "has no pairs; name a folder or file of source images"
-        return [f"{key}: {what}{'' if effect.lora else ' and targets, to teach it from'}"]
-    if effect.name in world:
-        return []
-    near = get_close_matches(effect.name, list(world), 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return [f"{key}: has no pairs and is no effect of the tiny world, which would supply them{hint}"]
+def _no_pairs(index: int, effect: EffectConfig) -> str:
+    what = "has no pairs; name a folder or file of source images"
+    return f"effects.{index} ({effect.name}): {what}{'' if effect.lora else ' and targets, to teach it from'}"
+
+
+def _brings_general_data(config: Config) -> bool:
+    try:
+        return general_data(config.base.model) is not None
+    except InputError:
+        return False  # the base's own fault is reported elsewhere
 
 
 def _check_images(config: Config, pairs: dict[str, list[Pair]], report: Report) -> None:

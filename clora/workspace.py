@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from clora.backbones.base_dir import general_data, resolve_base
 from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
+from clora.base_dir import general_data, resolve_base
 from clora.config import Config, EffectConfig
 from clora.data.cache import TensorCache
 from clora.data.examples import Example, ExampleEncoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before torch is imported. Two spinning OpenMP threads on a busy machine slow a test a hundredfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,3 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small base of random weights (`tests/random_base.py`), written once."""
+    from tests.random_base import write_random_base
+
+    return write_random_base(tmp_path_factory.mktemp("random_base"))

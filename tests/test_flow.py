@@ -76,9 +76,7 @@ def test_half_precision_latents_are_computed_in_fp32() -> None:
     x0, eps = (t.bfloat16() for t in data())
     x = flow.add_noise(x0, eps, SIGMA.float())
     assert x.dtype == torch.float32
-    torch.testing.assert_close(
-        x.double(), flow.add_noise(x0.double(), eps.double(), SIGMA), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(x.double(), flow.add_noise(x0.double(), eps.double(), SIGMA), rtol=1e-6, atol=1e-6)
 
 
 def test_few_step_sigmas_default_is_the_published_schedule() -> None:
@@ -105,9 +103,7 @@ def test_few_step_sigmas_fall_from_one(num_steps: int, shift: float) -> None:
     assert bool((sigmas.diff() < 0).all()) and bool((sigmas > 0).all())
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "shift"), [(0, 3.0), (-1, 3.0), (8, 0.0), (8, -1.0), (8, float("nan"))]
-)
+@pytest.mark.parametrize(("num_steps", "shift"), [(0, 3.0), (-1, 3.0), (8, 0.0), (8, -1.0), (8, float("nan"))])
 def test_few_step_sigmas_refuses(num_steps: int, shift: float) -> None:
     with pytest.raises(ValueError, match="num_steps is|shift is"):
         flow.few_step_sigmas(num_steps, shift)

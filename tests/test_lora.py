@@ -114,6 +114,7 @@ loras = st.builds(
     moves=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=12),
     choice=st.lists(st.one_of(st.none(), st.integers(0, 2)), min_size=1, max_size=6),
 )
+@settings(max_examples=60)
 def test_load_slot_any_order_of_switches(teachers: Any, moves: Any, choice: Any) -> None:
     model, adapters = toy()
     adapters.add_stack("teachers", ["t0", "t1", "t2"], 4, 4, trainable=False, init="zeros")
@@ -152,7 +153,7 @@ entries = st.one_of(
     tokens=st.sampled_from([None, 1, 3]),
     repeats=st.integers(1, 3),
 )
-@settings(max_examples=200)
+@settings(max_examples=150)
 def test_use_mixed_batch_equals_single_samples(choice: Any, tokens: int | None, repeats: int) -> None:
     model, adapters = toy()
     adapters.add_stack("student", ["s"], 3, 6, trainable=True)
@@ -384,11 +385,10 @@ def test_checkpoint_fn_same_gradients(rows: Any, zero_cond_t: bool) -> None:
         loss.backward()
         gradients.append([once, {name: p.grad for name, p in parameters.items() if p.grad is not None}])
     # All but the last block's text side, which the output does not see.
-    assert len(gradients[0][0]) > 0.7 * len(parameters)
+    assert sum(bool(gradient.any()) for gradient in gradients[0][0].values()) > 0.7 * len(parameters)
     for plain, checkpointed_ in zip(*gradients, strict=True):
         assert plain.keys() == checkpointed_.keys()
         for name, gradient in plain.items():
-            assert gradient.abs().max() > 0
             torch.testing.assert_close(checkpointed_[name], gradient, rtol=0, atol=0)
 
 
@@ -449,3 +449,23 @@ def test_use_none_runs_no_extra_operation() -> None:
     assert count([None, None]) == base
     assert count(["b"]) == base  # an empty slot costs nothing either
     assert count(["a"]) > base
+
+
+@pytest.mark.parametrize("rows", [["a"], ["a", "b", "a", "b"], ["b", "a", "a", None], [("a", "b")]])
+def test_slot_linear_compiles_without_breaks(rows: Any) -> None:
+    model, adapters = toy(torch.float32)
+    adapters.add_stack("t", ["a", "b"], 2, 2, trainable=True)
+    adapters.load_slot("a", lora(0))
+    adapters.load_slot("b", lora(1, rank=1))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, 5)
+    results = []
+    for run in (model, compiled):
+        adapters.parameters("t")[0].grad = None
+        with adapters.use(rows):
+            y = run(x)
+        y.square().sum().backward()
+        results.append((y.detach(), adapters.parameters("t")[0].grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    with adapters.use([None]):  # the compiled code notices another choice
+        torch.testing.assert_close(compiled(x), model(x))

@@ -52,11 +52,18 @@ def test_flow_matching_loss_equals_fp64_mean_square() -> None:
     torch.testing.assert_close(figures["per_sample"].double(), squares.mean((1, 2)), rtol=1e-6, atol=0)
 
 
-def test_flow_matching_loss_of_bf16_velocity_is_fp32() -> None:
-    v, x0, eps = _draws(1, 3)
-    loss, _ = flow_matching_loss(v.bfloat16(), x0, eps)
-    want, _ = flow_matching_loss(v.bfloat16().float(), x0, eps)
+def test_flow_matching_loss_of_bf16_is_computed_in_fp32() -> None:
+    half = [x.bfloat16() for x in _draws(1, 3)]
+    loss, _ = flow_matching_loss(*half)
+    want, _ = flow_matching_loss(*(x.float() for x in half))
     assert loss.dtype == torch.float32 and loss == want
+
+
+def test_guided_velocity_of_bf16_is_computed_in_fp32() -> None:
+    half = [x.bfloat16() for x in _draws(1, 2)]
+    for rescale in ("none", "norm"):
+        want = guided_velocity(*(x.float() for x in half), 4.0, rescale)
+        assert torch.equal(guided_velocity(*half, 4.0, rescale), want)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +190,10 @@ def test_dmd_loss_sends_no_gradient_to_critic_teacher_or_noised_sample() -> None
     assert all(inputs[key].grad is None for key in ("v_critic", "v_real", "x_sigma"))
 
 
-def test_dmd_loss_of_bf16_velocities_has_fp32_gradient() -> None:
+def test_dmd_loss_of_bf16_networks_has_fp32_gradient() -> None:
     inputs = _dmd_inputs()
-    inputs["v_critic"], inputs["v_real"] = inputs["v_critic"].bfloat16(), inputs["v_real"].bfloat16()
+    for key in ("v_critic", "v_real", "x_sigma"):
+        inputs[key] = inputs[key].bfloat16()
     loss, _ = dmd_loss(**inputs, norm="sample", norm_floor=1e-3)
     loss.backward()
     want = _reference_gradient(inputs, 1e-3)

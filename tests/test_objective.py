@@ -440,16 +440,16 @@ def test_shared_rng_gives_every_rank_the_same_number_of_forwards() -> None:
     cfg = config(critic_target_share=0.5)
     batch = make_batch(make_effect_cond(4, rng()))
 
-    def forwards(objective: Any, shared: bool) -> list[tuple[int, int, int]]:
+    def forwards(objective: Any, shared: bool, shared_seed: int = 0) -> list[tuple[int, int, int]]:
         seen = []
         for rank in range(6):
             nets = make_nets()
-            objective(nets, batch, cfg, rng(rank), rng(100) if shared else None)
+            objective(nets, batch, cfg, rng(rank), rng(shared_seed) if shared else None)
             seen.append(counts(nets))
         return seen
 
     for objective in (total_loss, critic_loss):
-        assert len(set(forwards(objective, shared=True))) == 1
+        assert all(len(set(forwards(objective, True, seed))) == 1 for seed in range(8))
         assert len(set(forwards(objective, shared=False))) > 1
 
 
@@ -524,6 +524,14 @@ def test_draws_of_the_critics_sigma_follow_the_preset(
     assert sigma.dtype == torch.float32
     if law is draw_ts_critic_sigma:
         assert sigma.min() >= (0.75 if preset == "authors" else 0.5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_critic_loss_draws_sigma_over_the_whole_range_shifted(shift: float) -> None:
+    nets, batch = make_nets(), make_batch(make_cond(N, rng()))
+    critic_loss(nets, batch, config(critic_sigma_shift=shift), rng())
+    sigma = nets.critic.calls[0][1]
+    torch.testing.assert_close(quantiles(sigma), shifted_uniform(0.0, 1.0, shift), rtol=0, atol=0.015)
 
 
 def test_draw_ts_gen_sigma_stays_below_tau_max() -> None:

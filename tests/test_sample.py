@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -50,13 +53,9 @@ def stock(
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 8])
-@pytest.mark.parametrize(
-    "shape", [(1, 4), (5, 3), (12, 8), (64, 64)]
-)  # below and above torch's 16-value draw
+@pytest.mark.parametrize("shape", [(1, 4), (5, 3), (12, 8), (64, 64)])  # below and above torch's 16-value draw
 @pytest.mark.parametrize("batch", [1, 4])
-def test_few_step_sample_equals_reference_bit_for_bit(
-    num_steps: int, shape: tuple[int, int], batch: int
-) -> None:
+def test_few_step_sample_equals_reference_bit_for_bit(num_steps: int, shape: tuple[int, int], batch: int) -> None:
     args = (velocity, 0.1, shape, few_step_sigmas(num_steps), SEEDS[:batch])
     assert torch.equal(few_step_sample(*args), few_step_sample_ref(*args))
 
@@ -80,9 +79,7 @@ def test_few_step_sample_equals_reference_in_fp64_and_half_velocities() -> None:
     got = _C.consistency_sample(lambda x, s: velocity(x, s, 0.1), noise, generators, sigmas)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, x, rtol=0, atol=1e-6)  # sigma and 1 - sigma are rounded to fp32 in both
-    torch.testing.assert_close(
-        few_step_sample_ref(velocity, 0.1, SHAPE, sigmas, SEEDS).double(), x, rtol=0, atol=2e-5
-    )
+    torch.testing.assert_close(few_step_sample_ref(velocity, 0.1, SHAPE, sigmas, SEEDS).double(), x, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("grid", [None, (3, 4)])
@@ -104,9 +101,7 @@ def test_few_step_sample_of_an_exact_velocity_returns_the_data() -> None:
         return velocity_from_x0(x, x0, sigma)
 
     for sampler in (few_step_sample, few_step_sample_ref):
-        torch.testing.assert_close(
-            sampler(exact, None, SHAPE, few_step_sigmas(8), SEEDS), x0, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(sampler(exact, None, SHAPE, few_step_sigmas(8), SEEDS), x0, rtol=0, atol=1e-5)
 
 
 def test_ode_sample_follows_a_gaussian_to_its_closed_form() -> None:
@@ -120,10 +115,7 @@ def test_ode_sample_follows_a_gaussian_to_its_closed_form() -> None:
         return ((x.double() - x0) / s).float()
 
     eps = next(iter(sample_noise(SEEDS, 1, SHAPE)))
-    errors = [
-        (ode_sample(exact, None, SHAPE, n, 1.0, SEEDS) - (mu + sd * eps)).abs().max().item()
-        for n in (25, 100)
-    ]
+    errors = [(ode_sample(exact, None, SHAPE, n, 1.0, SEEDS) - (mu + sd * eps)).abs().max().item() for n in (25, 100)]
     assert errors[1] < 0.05 and 3 < errors[0] / errors[1] < 5  # Euler: first order
 
 
@@ -257,9 +249,7 @@ def test_largest_finite_velocity_is_accepted() -> None:
 
 @pytest.mark.parametrize("sampler", [few_step_sample, few_step_sample_ref])
 def test_wrong_velocity_shape_is_named(sampler: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"returned shape \[4, 12, 1\] for x of shape \[4, 12, 8\] at step 0"
-    ):
+    with pytest.raises(ValueError, match=r"returned shape \[4, 12, 1\] for x of shape \[4, 12, 8\] at step 0"):
         sampler(lambda x, s, c: x[..., :1], None, SHAPE, few_step_sigmas(8), SEEDS)
 
 
@@ -336,29 +326,47 @@ def test_sampling_records_no_gradient(sampler: Any) -> None:
 
 
 def test_compiled_loop_gives_up_the_gil() -> None:
-    # Another thread must make progress while the loop is between two calls of the velocity, so a loop whose
-    # callback waits for that thread ends, and so does one sampler inside another's callback.
-    turn = threading.Event()
+    # With so long a switch interval another thread runs only where this one lets go of the GIL by itself, and
+    # a velocity that calls nothing never does: what the ticker gains between two calls, the loop gave it.
+    noise = torch.zeros(1, 16384, 64)  # a draw takes about ten milliseconds
+    ticks, gained, done = [0], [], threading.Event()
 
-    def waiting(x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        threading.Thread(target=turn.set).start()
-        assert turn.wait(10)
+    def tick() -> None:
+        while not done.is_set():
+            ticks[0] += 1
+            time.sleep(0.0005)
+
+    last = [0]
+
+    def still(x: Tensor, sigma: Tensor) -> Tensor:
+        gained.append(ticks[0] - last[0])
+        last[0] = ticks[0]
+        return noise
+
+    ticker = threading.Thread(target=tick)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100)
+    try:
+        ticker.start()
+        _C.consistency_sample(still, noise, noise_generators([0]), few_step_sigmas(8))
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        ticker.join()
+    assert len(gained) == 8 and sum(gained[1:]) > 0
+
+
+def test_compiled_loop_runs_in_threads_and_inside_itself() -> None:
+    def nested(x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         return few_step_sample(velocity, 0.1, SHAPE, [1.0], SEEDS)
 
-    assert few_step_sample(waiting, None, SHAPE, few_step_sigmas(2), SEEDS).isfinite().all()
+    assert few_step_sample(nested, None, SHAPE, few_step_sigmas(2), SEEDS).isfinite().all()
 
-    before = [few_step_sample(velocity, 0.1, (256, 64), few_step_sigmas(8), [seed]) for seed in range(4)]
-    after: dict[int, Tensor] = {}
-
-    def work(seed: int) -> None:
-        after[seed] = few_step_sample(velocity, 0.1, (256, 64), few_step_sigmas(8), [seed])
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert all(torch.equal(after[seed], before[seed]) for seed in range(4))
+    args = (velocity, 0.1, (256, 64), few_step_sigmas(8))
+    alone = [few_step_sample(*args, [seed]) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: few_step_sample(*args, [seed]), range(4)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.gpu

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils.import_utils import is_torchvision_available
 
-from clora.backbones.base_dir import resolve_base
+from clora.base_dir import resolve_base
 from clora.errors import InputError
 
 COMPONENTS = ("vae", "text_encoder", "transformer")

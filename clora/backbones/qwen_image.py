@@ -23,9 +23,9 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
 from torch import Tensor
 
-from clora.backbones.base_dir import BaseSizes, read_sizes, resolve_base
 from clora.backbones.cond import Cond, Grid, make_cond
 from clora.backbones.loading import COMPONENTS, load_pipeline
+from clora.base_dir import BaseSizes, read_sizes, resolve_base
 from clora.errors import InputError
 from clora.lora import DEFAULT_TARGETS, Adapters, checkpoint_fn, inject_adapters
 from clora.slots import Slot

@@ -14,6 +14,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from clora.errors import InputError
 
 DEFAULT_MAX_PIXELS = 1 << 26  # 8192 x 8192: 192 MiB as RGB
 # Formats whose decoders only decode (Pillow hands PostScript, for one, to an interpreter).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "JPEG2000", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "JPEG2000", "PPM")
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm")
 )
@@ -44,7 +45,7 @@ def load_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ima
         what = "is a folder, not an image" if os.path.isdir(path) else "does not exist"
         raise InputError(f"{path} {what}; correct the path")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=_formats()) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise InputError(_too_large(path, f"{width} x {height} pixels", max_pixels))
@@ -58,6 +59,13 @@ def load_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ima
     except Exception as error:
         # Whatever a decoder raises on damaged bytes (it may be any type) means one thing to the user.
         raise InputError(f"{path} is damaged or cut off ({error}); replace the file") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with (it stumbles over names it does not know)."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _too_large(path: Path, what: str, max_pixels: int) -> str:

@@ -119,7 +119,7 @@ def _caption(path: Path, root: Path, data_roots: Sequence[Path], faults: list[st
 
 def is_folder_json(path: Path) -> bool:
     """Whether a .json file describes folders (an object) and not rows (a list)."""
-    if path.suffix.lower() != ".json" or not path.is_file():
+    if path.suffix.lower() != ".json" or not os.path.isfile(path):
         return False
     with path.open("rb") as file:
         return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
@@ -175,7 +175,7 @@ def _read_dataset(
             if not isinstance(value, str):
                 raise InputError(f"{place}: {key} must be the path of a folder")
             folder = resolve_inside(root, value, data_roots)
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 raise InputError(f"{place}: {key} '{value}' is not a folder; correct the path")
             folders.append(folder)
         except InputError as error:

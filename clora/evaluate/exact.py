@@ -121,7 +121,7 @@ def evaluate_outputs(outputs: Outputs, truths: Mapping[int, Truths]) -> MethodSc
     """
     pairs: list[PairScores] = []
     left_out: list[Pair] = []
-    for (effect, seed), images in sorted(outputs.items()):
+    for (effect, seed), images in outputs.items():
         if seed not in truths:
             raise ValueError(f"source {seed} has outputs but no truths")
         if ambiguous(truths[seed], effect):
@@ -143,7 +143,7 @@ def evaluate_methods(
     for seed in sorted({seed for outputs in methods.values() for _, seed in outputs}):
         truths = Truths(seed, effects, num_draws, size)
         for name, outputs in methods.items():
-            for effect in sorted(effect for effect, source in outputs if source == seed):
+            for effect in (effect for effect, source in outputs if source == seed):
                 if ambiguous(truths, effect):
                     left_out[name].append((effect, seed))
                 else:
@@ -155,6 +155,7 @@ def summarise(pairs: Sequence[PairScores], left_out: Sequence[Pair] = ()) -> Met
     """The figures of a method from those of its pairs. Raises ValueError when there are none."""
     if not pairs:
         raise ValueError(f"no output is left to score ({len(left_out)} ambiguous pairs left out)")
+    pairs = sorted(pairs, key=lambda pair: (pair.effect, pair.source_seed))
     by_effect: dict[str, list[PairScores]] = {}
     confusions: dict[str, dict[str, int]] = {}
     for pair in pairs:
@@ -167,7 +168,7 @@ def summarise(pairs: Sequence[PairScores], left_out: Sequence[Pair] = ()) -> Met
     return MethodScores(
         **vars(overall),
         bcr_interval=bootstrap_interval([pair.bad for pair in pairs]),
-        left_out=tuple(left_out),
+        left_out=tuple(sorted(left_out)),
         reasons=dict(Counter(reason for pair in pairs for reason in pair.reasons if reason)),
         confusions=confusions,
         per_effect={effect: _scores(rows) for effect, rows in by_effect.items()},

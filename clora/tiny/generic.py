@@ -7,14 +7,15 @@ that the base has real randomness and guidance has something to sharpen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clora.tiny.scenes import Rendered
 
-Image = NDArray[np.float32]
-Field = NDArray[np.float32]
+Image = NDArray[Any]
+Field = NDArray[Any]
 Edit = Callable[[Rendered, np.random.Generator], tuple[str, Image]]
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -60,11 +61,11 @@ def _grid(size: int) -> tuple[Field, Field]:
 def _cover(distance: Field) -> Field:
     """Anti-aliased coverage (H, W, 1) of the set where `distance` (in units of the image side) is negative."""
     pixel = 1 / distance.shape[0]
-    return np.clip(0.5 - distance / (1.5 * pixel), 0, 1).astype(np.float32)[..., None]
+    return np.asarray(np.clip(0.5 - distance / (1.5 * pixel), 0, 1).astype(np.float32)[..., None], np.float32)
 
 
 def _over(image: Image, cover: Field, colour: Image) -> Image:
-    return (image * (1 - cover) + colour * cover).astype(np.float32)
+    return np.asarray((image * (1 - cover) + colour * cover), np.float32)
 
 
 def sample_bilinear(image: Image, x: Field, y: Field) -> Image:
@@ -75,7 +76,7 @@ def sample_bilinear(image: Image, x: Field, y: Field) -> Image:
     fy, fx = (py - i)[..., None], (px - j)[..., None]
     top = image[i, j] * (1 - fx) + image[i, j + 1] * fx
     bottom = image[i + 1, j] * (1 - fx) + image[i + 1, j + 1] * fx
-    return (top * (1 - fy) + bottom * fy).astype(np.float32)
+    return np.asarray((top * (1 - fy) + bottom * fy), np.float32)
 
 
 def blur(image: Image, sigma: float) -> Image:
@@ -275,13 +276,13 @@ def _shape_distance(shape: str, x: Field, y: Field, cx: float, cy: float, radius
     if shape == "circle":
         return np.hypot(dx, dy) - radius
     if shape == "square":
-        return np.maximum(np.abs(dx), np.abs(dy)) - radius * 0.9
+        return np.asarray(np.maximum(np.abs(dx), np.abs(dy)) - radius * 0.9, np.float32)
     if shape == "triangle":
         return np.maximum(dy - radius * 0.7, np.abs(dx) * 0.866 - dy * 0.5 - radius * 0.55)
     if shape == "ring":
         return np.abs(np.hypot(dx, dy) - radius) - radius * 0.3
     angle = np.arctan2(dx, -dy)  # star
-    return np.hypot(dx, dy) - radius * (0.72 + 0.4 * np.cos(5 * angle))
+    return np.asarray(np.hypot(dx, dy) - radius * (0.72 + 0.4 * np.cos(5 * angle)), np.float32)
 
 
 _SHAPES = ("circle", "square", "triangle", "star", "ring")

@@ -152,7 +152,7 @@ def embed(images_NHW3: Array) -> Array:
 
     Three parts, each a mean of absolute differences times its weight: *place*, colours on a 16 x 16 grid;
     *colour*, the sliced Wasserstein distance of the colours of 2 x 2 blocks, wherever they are; *patches*,
-    the sliced Wasserstein distance of 5 x 5 patches without their mean colour, at full, half and quarter size.
+    the sliced Wasserstein distance of 5 x 5 patches without their mean colour, at 1, 1/2 and 1/4 size.
     Raises ValueError when a size is not a multiple of 64 or a value is not finite.
     """
     images = f32(images_NHW3)

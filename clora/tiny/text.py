@@ -9,6 +9,7 @@ the first 64 tokens of its prompt template, which is the whole system prompt onl
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,6 @@ def train_tokenizer(vocabulary: int = 1100) -> Qwen2Tokenizer:
 
 
 def _merges(bpe: Tokenizer) -> list[list[str]]:
-    import json
-
     merges: list[list[str]] = json.loads(bpe.to_str())["model"]["merges"]
     return merges
 
@@ -125,15 +124,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     tokenizer = train_tokenizer()
-    processor = Qwen2VLImageProcessorPil(
-        min_pixels=VISION_SIDE**2, max_pixels=VISION_SIDE**2, size={"shortest_edge": VISION_SIDE**2, "longest_edge": VISION_SIDE**2}
-    )
+    area = VISION_SIDE**2
+    size = {"shortest_edge": area, "longest_edge": area}
+    processor = Qwen2VLImageProcessorPil(min_pixels=area, max_pixels=area, size=size)
     prefix = prompt_template().split("Picture 1")[0]
     length = len(tokenizer(prefix)["input_ids"])
     if length != 64:
-        raise SystemExit(f"the template's prefix has {length} tokens, the pipeline drops 64: change the vocabulary size")
-    for effect in EFFECTS.values():
-        print(len(tokenizer(effect.student_prompt)["input_ids"]), effect.student_prompt)
+        raise SystemExit(f"the template's prefix has {length} tokens, the pipeline drops 64: change the vocabulary")
     tokenizer.save_pretrained(arguments.out / "tokenizer")
     tokenizer.save_pretrained(arguments.out / "processor")
     processor.save_pretrained(arguments.out / "processor")

@@ -7,12 +7,13 @@ of at least four pixels at size 64, so that an autoencoder with 4x downsampling 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.float32]
-Field = NDArray[np.float32]
+Image = NDArray[Any]
+Field = NDArray[Any]
 
 
 def _grid(size: int) -> tuple[Field, Field]:
@@ -53,7 +54,7 @@ def _cells(size: int, rng: np.random.Generator) -> Field:
     weight = np.exp(-(distance - nearest[..., :1]) / 0.5)
     field = (weight * grey).sum(-1) / weight.sum(-1)
     lead = _soft(nearest[..., 1] - nearest[..., 0] - 1.5) if rng.random() < 0.5 else 0
-    return (field * (1 - lead)).astype(np.float32)
+    return np.asarray((field * (1 - lead)), np.float32)
 
 
 def _blocks(size: int, rng: np.random.Generator) -> Field:
@@ -78,7 +79,7 @@ def _rings(size: int, rng: np.random.Generator) -> Field:
     dx, dy = x - rng.uniform(0, size), y - rng.uniform(0, size)
     radial, angular = np.hypot(dx, dy) / rng.uniform(4, 12), np.arctan2(dy, dx) * rng.integers(3, 12) / (2 * np.pi)
     phase = radial if rng.random() < 0.5 else angular + radial * rng.uniform(-0.5, 0.5)
-    return (0.5 + 0.5 * np.tanh(3 * np.sin(2 * np.pi * phase))).astype(np.float32)
+    return np.asarray((0.5 + 0.5 * np.tanh(3 * np.sin(2 * np.pi * phase))), np.float32)
 
 
 def _noise(size: int, rng: np.random.Generator) -> Field:
@@ -88,7 +89,7 @@ def _noise(size: int, rng: np.random.Generator) -> Field:
     at = np.linspace(0, count, size, endpoint=False)
     i, f = at.astype(int), at % 1
     rows = nodes[i] * (1 - f[:, None]) + nodes[i + 1] * f[:, None]
-    return (rows[:, i] * (1 - f) + rows[:, i + 1] * f).astype(np.float32)
+    return np.asarray((rows[:, i] * (1 - f) + rows[:, i + 1] * f), np.float32)
 
 
 _FIELDS: tuple[Callable[[int, np.random.Generator], Field], ...] = (
@@ -113,7 +114,7 @@ def random_texture(rng: np.random.Generator, size: int = 64) -> Image:
     at = np.clip(field, 0, 1) * (len(colours) - 1)
     i = np.minimum(at.astype(int), len(colours) - 2)
     f = (at - i)[..., None]
-    return (colours[i] * (1 - f) + colours[i + 1] * f).astype(np.float32)
+    return np.asarray((colours[i] * (1 - f) + colours[i + 1] * f), np.float32)
 
 
 def texture_over(image: Image, rng: np.random.Generator) -> Image:
@@ -142,4 +143,4 @@ def texture_over(image: Image, rng: np.random.Generator) -> Image:
 def _colour_matrix(rng: np.random.Generator) -> Image:
     """A random 3x3 colour map: rows mix the channels, strongly or a little."""
     matrix = np.eye(3) + rng.uniform(0.1, 1.0) * rng.normal(size=(3, 3))
-    return (matrix / np.abs(matrix).sum(0)).astype(np.float32)
+    return np.asarray((matrix / np.abs(matrix).sum(0)), np.float32)

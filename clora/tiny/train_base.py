@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +84,7 @@ def make_batch(cache: dict[str, Tensor], size: int, generator: torch.Generator) 
     return x0, reference, text, mask
 
 
-def flow_loss(model: torch.nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+def flow_loss(model: Callable[..., Any], batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
     """Velocity mean squared error at sigma = shift3(uniform)."""
     x0, reference, text, mask = batch
     sigma = shift_sigma(torch.rand(len(x0), generator=generator), 3.0)
@@ -161,7 +163,7 @@ def train(cache: dict[str, Tensor], steps: int, batch_size: int, seed: int, work
 
 @torch.no_grad()
 def _validate(
-    model: torch.nn.Module, ema: dict[str, Tensor], compiled: torch.nn.Module, data: dict[str, Tensor], size: int
+    model: torch.nn.Module, ema: dict[str, Tensor], compiled: Callable[..., Any], data: dict[str, Tensor], size: int
 ) -> float:
     """Mean loss of the EMA weights over fixed batches of held-out pairs."""
     kept = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -184,6 +186,8 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     cached = arguments.work / "cache.safetensors"
     if not cached.exists():
+        # The backbone reads the transformer's configuration, though only its encoders are needed here.
+        QwenImageTransformer2DModel(**TRANSFORMER_CONFIG).save_config(arguments.base / "transformer")
         backbone = load_backbone(str(arguments.base), torch.device("cpu"), torch.float32, ("vae", "text_encoder"))
         save_file(encode_pairs(backbone, edit_pairs(arguments.pairs, arguments.seed)), cached)
     model = train(load_file(cached), arguments.steps, arguments.batch_size, arguments.seed, arguments.work)

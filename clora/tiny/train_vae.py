@@ -83,7 +83,8 @@ def encode_moments(model: AutoencoderKLQwenImage, images_BCHW: Tensor) -> tuple[
 
 def decode_frame(model: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W) of latents (B, 16, 1, h, w), not clamped."""
-    return model.decoder(model.post_quant_conv(latents)).squeeze(2)
+    decoded: Tensor = model.decoder(model.post_quant_conv(latents))
+    return decoded.squeeze(2)
 
 
 def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
@@ -110,7 +111,8 @@ def vae_loss(model: AutoencoderKLQwenImage, images: Tensor, latent_noise: float,
 def optimizers(model: nn.Module, muon_lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for vectors and for the first and last layers (facts of the recipe: docs)."""
     ends = ("encoder.conv_in", "decoder.conv_out", "proj_in", "proj_out", "img_in", "txt_in")
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

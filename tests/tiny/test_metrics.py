@@ -139,7 +139,7 @@ def _quantile_bins(values: np.ndarray, bins: int = 32) -> np.ndarray:
 
 
 def test_image_distance_parts_match_plain_wasserstein_reference() -> None:
-    """Place and colour recomputed plainly; patches through their defining property, blindness to flat colour."""
+    """Place and colour recomputed plainly; of the patches their blindness to flat colour."""
     a, b = _pair(5)
     fa, fb = embed(np.stack([a, b]))
     place_a, place_b = (image.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)) for image in (a, b))
@@ -250,7 +250,7 @@ def test_bad_case_of_known_images(effect: str) -> None:
 @pytest.mark.parametrize("effect", RANDOM)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_bad_case_of_a_blurred_mean_of_outcomes(effect: str, seed: int) -> None:
-    """What a regression learns, the mean of the outcomes, is bad; so is that mean blurred, or half way to it."""
+    """What a regression learns, the mean outcome, is bad; so is that mean blurred, or half way to it."""
     truths, rng = truths_of(seed), np.random.default_rng(0)
     fresh = truths.fresh_draws(effect, 32, first=100)
     mean = fresh.mean(axis=0)

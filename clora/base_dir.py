@@ -43,7 +43,7 @@ def resolve_base(base: str | Path) -> Path | str:
     """
     name = str(base)
     if name.isidentifier():
-        bundled = Path(__file__).parents[1] / name / "base"
+        bundled = Path(__file__).parent / name / "base"
         if (bundled / "model_index.json").is_file():
             return bundled
     folder = Path(base).expanduser()
@@ -58,6 +58,15 @@ def resolve_base(base: str | Path) -> Path | str:
     raise InputError(
         f"base {name!r} is no bundled base, folder or hub id; give 'tiny', a folder or OWNER/NAME"
     )
+
+
+def default_preset(base: str) -> str | None:
+    """The preset that a base names for itself; None for one that names none or is not there."""
+    try:
+        folder = resolve_base(base)
+    except InputError:
+        return None
+    return read_sizes(folder).preset if isinstance(folder, Path) else None
 
 
 def general_data(base: str) -> Path | None:

@@ -1,0 +1,458 @@
+"""The command line: argument handling and nothing else. Every command imports its job when it is called, so
+that `clora --help` answers at once.
+
+Exit codes: 0 done, 1 failed, 2 bad input; 128 + N after signal N, with the state saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
+
+import typer
+
+from clora.errors import InputError, InputErrors
+
+if TYPE_CHECKING:
+    from clora.config import Config
+
+FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+_debug: ContextVar[bool] = ContextVar("debug", default=False)
+Arguments = ParamSpec("Arguments")
+
+app = typer.Typer(
+    name="clora",
+    help="Distil many effect LoRAs and few-step sampling into one LoRA for an image-editing model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Configuration values that win over the file's."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Resume = Annotated[
+    str | None, typer.Option(metavar="latest|PATH", help="Go on from the newest checkpoint, or from this.")
+]
+
+
+def main() -> None:
+    """The console script `clora`, and `python -m clora`."""
+    _run(sys.argv[1:])
+
+
+def train_main() -> None:
+    """The console script `clora-train`: `clora train`."""
+    _run(["train", *sys.argv[1:]])
+
+
+def _run(arguments: Sequence[str]) -> None:
+    # --debug is the program's own option; users add it to the end of the command that failed.
+    rest = [argument for argument in arguments if argument != "--debug"]
+    app(["--debug"] * (len(rest) != len(arguments)) + rest, prog_name="clora")
+
+
+def command(name: str) -> Callable[[Callable[Arguments, None]], Callable[Arguments, None]]:
+    """Register a command whose errors become lines on stderr and exit codes."""
+
+    def register(job: Callable[Arguments, None]) -> Callable[Arguments, None]:
+        @app.command(name)
+        @functools.wraps(job)
+        def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+            try:
+                job(*args, **kwargs)
+            except (typer.Exit, typer.Abort):
+                raise
+            except InputError as error:
+                _say(error.faults if isinstance(error, InputErrors) else [str(error)])
+                raise typer.Exit(BAD_INPUT) from error
+            except KeyboardInterrupt as error:
+                raise typer.Exit(STOPPED) from error
+            except Exception as error:
+                raise typer.Exit(_failure(error)) from error
+
+        return guarded
+
+    return register
+
+
+def _failure(error: Exception) -> int:
+    """Report what is not the input's fault in one line, the whole of it with --debug; returns the exit
+    code."""
+    from clora.loop import Interrupted, NonFiniteError
+
+    if _debug.get():
+        traceback.print_exception(error)
+    if isinstance(error, Interrupted | NonFiniteError):
+        _say([str(error)])
+        return error.code if isinstance(error, Interrupted) else FAILED
+    what = " ".join(str(error).split()) or "no message"
+    hint = "" if _debug.get() else " (--debug shows where)"
+    _say([f"{type(error).__name__}: {what}{hint}"])
+    return FAILED
+
+
+def _say(faults: Iterable[str]) -> None:
+    for fault in faults:
+        typer.echo(f"error: {fault}", err=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"clora {version('clora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
+) -> None:
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    _debug.set(debug)
+
+
+@command("demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write into.")],
+    effects: Annotated[int, typer.Option(min=1, help="How many effects of the tiny world.")] = 12,
+    size: Annotated[
+        Literal["full", "smoke"], typer.Option(help="smoke: seconds, to see that it runs.")
+    ] = "full",
+    seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0,
+) -> None:
+    """Teach, distil and compare effects of the tiny world.
+
+    Writes report.html and report.json; interrupted, a second call goes on where it was.
+
+    \b
+    Example:
+      clora demo --out runs/demo
+    """
+    from clora.demo import run_demo
+
+    typer.echo(run_demo(out, effects, size, seed))
+
+
+@command("validate")
+def validate(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a configuration and every file it names.
+
+    All faults are listed; no GPU is needed and nothing is downloaded.
+
+    \b
+    Example:
+      clora validate config.yaml
+      clora validate config.yaml train.batch_size=2 --json
+    """
+    from clora.validate import validate_file
+
+    report = validate_file(config, overrides or [])
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _say(report.faults)
+        for warning in report.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        checked = f"{report.num_effects} effects, {report.num_pairs} pairs, {report.num_images} images"
+        verdict = "ok" if report.ok else f"{len(report.faults)} faults"
+        typer.echo(f"{config}: {verdict} ({checked}, {len(report.warnings)} warnings)")
+    if not report.ok:
+        raise typer.Exit(BAD_INPUT)
+
+
+@command("prompts")
+def prompts(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Effects file to write; default: effects.jsonl in output_dir.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Give every effect its trigger and student prompt (AOP).
+
+    They are written to a file that `effects:` of a configuration can name.
+
+    \b
+    Example:
+      clora prompts config.yaml --output effects.jsonl
+    """
+    from clora.data.pairs import example_pairs
+    from clora.prompts import write_prompts
+
+    written = write_prompts(_load(config, overrides), example_pairs, output)
+    rows = [
+        {"effect": prompt.name, "trigger": prompt.trigger, "prompt": prompt.text, "from": prompt.origin}
+        for prompt in written
+    ]
+    if as_json:
+        _print_json(rows)
+    else:
+        _print_table(rows)
+
+
+@command("cache")
+def cache(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Encode everything and make the targets, ahead of training.
+
+    \b
+    Example:
+      clora cache config.yaml
+    """
+    from clora.train import make_caches
+
+    counts = make_caches(_load(config, overrides))
+    if as_json:
+        _print_json(counts)
+    else:
+        _print_table([{"effect": name, "examples": count} for name, count in counts.items()])
+
+
+@command("teach")
+def teach(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    joint: Annotated[bool, typer.Option("--joint", help="One LoRA on all effects: the baseline.")] = False,
+    resume: Resume = None,
+) -> None:
+    """Teach a LoRA to every effect that has none.
+
+    All are taught side by side, from their pairs; prints the files.
+
+    \b
+    Example:
+      clora teach config.yaml
+      clora teach config.yaml teach.max_train_steps=1000 --resume latest
+    """
+    from clora.teach import teach as run
+
+    for path in run(_load(config, overrides), joint, resume).values():
+        typer.echo(path)
+
+
+@command("train")
+def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = None) -> None:
+    """Distil all effects and few-step sampling into one LoRA.
+
+    Prints the file; without effects it is the acceleration LoRA.
+
+    \b
+    Example:
+      clora train config.yaml
+      clora train config.yaml train.max_train_steps=2000 --resume latest
+      torchrun --nproc_per_node 8 -m clora train config.yaml
+    """
+    from clora.train import train as run
+
+    typer.echo(run(_load(config, overrides), resume))
+
+
+@command("edit")
+def edit(
+    image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="File to write, or a folder for several results.")],
+    lora: Annotated[Path | None, typer.Option(help="Collection, or any LoRA file.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")
+    ] = None,
+    effect: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Effect; two are applied one after the other.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Instruction, instead of an effect.")] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=0, help="Noise seed, 0 if not given; may be repeated."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Steps; default: the collection's, else 40.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=1, help="Guidance scale; 1, the default of a collection, is none.")
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="One picture: a row per image, a column per effect.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None,
+        typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Edit images with a collection, or with any LoRA file.
+
+    \b
+    Example:
+      clora edit --base tiny --lora collection.safetensors --image in.png \\
+          --effect NAME --output out.png
+      clora edit --lora collection.safetensors --image a.png --image b.png \\
+          --effect NAME --effect SECOND --output results/
+      clora edit --lora collection.safetensors --image in.png --grid --output grid.png
+    """
+    from clora.edit import EditRequest, edit_files
+
+    request = EditRequest(
+        images=tuple(image),
+        output=output,
+        base=base,
+        lora=lora,
+        effects=tuple(effect or ()),
+        prompt=prompt,
+        seeds=tuple(seed or (0,)),
+        steps=steps,
+        guidance=guidance,
+        grid=grid,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    paths = [str(path) for path in edit_files(request)]
+    if as_json:
+        _print_json({"outputs": paths})
+    else:
+        typer.echo("\n".join(paths))
+
+
+@command("eval")
+def evaluate(
+    config: ConfigFile,
+    lora: Annotated[Path, typer.Option(help="Collection to evaluate.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how well a collection does each effect.
+
+    \b
+    Example:
+      clora eval config.yaml --lora runs/demo/collection.safetensors --json
+    """
+    from clora.evaluate.run import evaluate_collection
+
+    figures = evaluate_collection(_load(config, overrides), lora)
+    if as_json:
+        _print_json(figures)
+    else:
+        _print_report(figures)
+
+
+@command("inspect")
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="LoRA file of any layout.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a LoRA file, and a collection's effects.
+
+    \b
+    Example:
+      clora inspect collection.safetensors --json
+    """
+    from clora.catalogue import describe_file
+
+    found = describe_file(file)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_report(found)
+    if found["lora"]["faults"]:
+        _say(found["lora"]["faults"])
+        raise typer.Exit(BAD_INPUT)
+
+
+@command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA file of any layout.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .safetensors.")],
+    to: Annotated[Literal["diffusers", "comfyui", "kohya"], typer.Option(help="Layout to write.")],
+    as_json: Json = False,
+) -> None:
+    """Rewrite a LoRA file in another tool's layout.
+
+    \b
+    Example:
+      clora convert lora.safetensors out.safetensors --to kohya
+    """
+    from clora.lora_files import convert_lora
+
+    read = convert_lora(source, target, to)
+    if as_json:
+        _print_json({"output": str(target), "from": read.layout, "to": to, "num_modules": len(read.modules)})
+    else:
+        typer.echo(f"{target}: {len(read.modules)} modules, {read.layout} to {to}")
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> Config:
+    from clora.config import load_config
+
+    return load_config(path, overrides or [])
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def _print_report(values: Mapping[str, Any]) -> None:
+    """Single values as one table, each list of records as a table of its own."""
+    single: list[dict[str, Any]] = []
+
+    def collect(prefix: str, items: Mapping[str, Any]) -> None:
+        for key, value in items.items():
+            if isinstance(value, Mapping) and value and not prefix:
+                collect(f"{key}.", value)
+            elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+                tables.append((f"{prefix}{key}", value))
+            else:
+                single.append({"": f"{prefix}{key}", "value": value})
+
+    tables: list[tuple[str, list[Mapping[str, Any]]]] = []
+    collect("", values)
+    if single:
+        _print_table(single)
+    for title, rows in tables:
+        _print_table(rows, title)
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        # Text, because names may hold what rich reads as markup.
+        table.add_row(*(Text(_shown(row.get(column))) for column in columns))
+    Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(item) for item in value) or "none"
+    return str(value)

@@ -1,0 +1,202 @@
+"""The whole training path on a small random base: teach, cache, distil, resume, accelerate, evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clora.loop as loop
+from clora.catalogue import read_catalogue
+from clora.config import Config, build_config
+from clora.errors import InputError, InputErrors
+from clora.evaluate.run import evaluate_collection
+from clora.loop import read_log
+from clora.lora_files import read_lora
+from clora.teach import teach
+from clora.train import make_caches, open_bank, train
+from clora.workspace import open_workspace
+
+NAMES = ("warm", "cold")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pairs of each of two effects (a tint each) and three general images with instructions."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, channel in zip(NAMES, (0, 2), strict=True):
+        for side in ("source", "target"):
+            (folder / name / side).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / "source" / f"{i}.png")
+            pixels[..., channel] = 255
+            Image.fromarray(pixels).save(folder / name / "target" / f"{i}.png")
+    (folder / "general").mkdir()
+    rows = []
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / "general" / f"{i}.png")
+        rows.append({"source_images": [f"{i}.png"], "prompt": f"paint it {i}"})
+    (folder / "general" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_config(base: Path, dataset: Path, out: Path, *overrides: str, effects: bool = True) -> Config:
+    values: dict[str, Any] = {
+        "preset": "tiny",
+        "base": {"model": str(base), "dtype": "float32"},
+        "output_dir": str(out),
+        "effects": [
+            {"name": name, "prompt": "change the color", "student_prompt": f"make it {name}", "pairs": str(dataset / name)}
+            for name in NAMES
+        ]
+        if effects
+        else [],
+        "general": {"pairs": str(dataset / "general")},
+        "student": {"rank": 4, "alpha": 4},
+        "teach": {"max_train_steps": 4, "batch_size": 2, "rank": 2, "alpha": 2, "lr_warmup_steps": 0},
+        "targets": {"num_steps": 2},
+        "schedule": {"num_steps": 3},
+        "train": {
+            "max_train_steps": 6,
+            "coarse_steps": 2,
+            "critic_updates": 2,
+            "batch_size": 2,
+            "anchor_batch_size": 3,
+            "lr_warmup_steps": 1,
+            "ema_start": 0,
+            "checkpointing_steps": 2,
+            "log_every": 1,
+            "sample_steps": 3,
+        },
+    }
+    return build_config(values, out.parent, overrides)
+
+
+@pytest.fixture(scope="module")
+def taught(random_base: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder whose teachers are taught."""
+    out = tmp_path_factory.mktemp("out") / "run"
+    files = teach(make_config(random_base, dataset, out))
+    assert set(files) == set(NAMES)
+    return out
+
+
+def test_teach_side_by_side_equals_alone(random_base: Path, dataset: Path, taught: Path, tmp_path: Path) -> None:
+    """Side by side, an effect's teacher is what its own samples make of it: the other slot changes nothing."""
+    other = make_config(random_base, dataset, tmp_path / "run")
+    swapped = [e.model_copy(update={"pairs": dataset / NAMES[0]}) if e.name == NAMES[1] else e for e in other.effects]
+    teach(other.model_copy(update={"effects": swapped}))
+    for name, same in ((NAMES[0], True), (NAMES[1], False)):
+        first = read_lora(taught / "teachers" / f"{name}.safetensors").modules
+        second = read_lora(tmp_path / "run" / "teachers" / f"{name}.safetensors").modules
+        distance = max(float((first[m].B - second[m].B).abs().max()) for m in first)
+        assert distance < 1e-5 if same else distance > 1e-3
+
+
+def test_train_writes_a_collection_and_resumes_bitwise_equal(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = [{"name": n, "lora": str(taught / "teachers" / f"{n}.safetensors")} for n in NAMES]
+
+    def config(out: Path) -> Config:
+        made = make_config(random_base, dataset, out)
+        effects = [e.model_copy(update={"lora": Path(row["lora"])}) for e, row in zip(made.effects, lora, strict=True)]
+        return made.model_copy(update={"effects": effects})
+
+    whole = train(config(tmp_path / "whole"))
+    catalogue = read_catalogue(whole)
+    assert [entry.name for entry in catalogue.effects] == list(NAMES)
+    assert len({entry.trigger for entry in catalogue.effects}) == 2
+    assert catalogue.schedule.num_steps == 3
+    assert (tmp_path / "whole" / "train" / "samples" / "samples-000003.png").exists()
+
+    # Killed after the fourth step without a chance to save: the checkpoint of step 4 is the newest.
+    apply, calls = loop.apply_gradients, iter(range(1000))
+
+    def die(*arguments: Any) -> float:
+        if next(calls) == 2 + 2 * 3 + 1:
+            raise KeyboardInterrupt
+        return apply(*arguments)
+
+    monkeypatch.setattr("clora.distill.apply_gradients", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path / "split"))
+    monkeypatch.setattr("clora.distill.apply_gradients", apply)
+    resumed = train(config(tmp_path / "split"), resume="latest")
+    first, second = read_lora(whole).modules, read_lora(resumed).modules
+    assert all(torch.equal(first[m].A, second[m].A) and torch.equal(first[m].B, second[m].B) for m in first)
+    assert any(bool(first[m].B.abs().max() > 0) for m in first)
+    losses = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(tmp_path / name / "train")]
+        for name in ("whole", "split")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_train_without_effects_makes_an_acceleration_lora(random_base: Path, dataset: Path, tmp_path: Path) -> None:
+    config = make_config(random_base, dataset, tmp_path / "run", "train.max_train_steps=2", effects=False)
+    path = train(config)
+    assert path.name == "acceleration.safetensors"
+    modules = read_lora(path).modules
+    assert any(bool(m.B.abs().max() > 0) for m in modules.values())
+
+
+def test_make_caches_encodes_nothing_twice(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(random_base, dataset, taught)
+    assert make_caches(config) == {"warm": 3, "cold": 3, "general": 3}
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr("clora.backbones.qwen_image.QwenImageBackbone.encode_prompts", refuse)
+    monkeypatch.setattr("clora.backbones.qwen_image.QwenImageBackbone.encode_images", refuse)
+    monkeypatch.setattr("clora.targets.ode_sample", refuse)
+    make_caches(config)
+
+
+def test_open_bank_names_every_missing_teacher(random_base: Path, dataset: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    workspace = open_workspace(make_config(random_base, dataset, tmp_path / "run"), Console(stderr=True), general=False)
+    with pytest.raises(InputErrors) as caught:
+        open_bank(workspace)
+    assert len(caught.value.faults) == 2 and all("clora teach" in fault for fault in caught.value.faults)
+
+
+def test_open_workspace_lists_every_faulty_image(random_base: Path, dataset: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from rich.console import Console
+
+    broken = tmp_path / "data"
+    shutil.copytree(dataset, broken)
+    for name in NAMES:
+        content = (broken / name / "source" / "1.png").read_bytes()
+        (broken / name / "source" / "1.png").write_bytes(content[:200])
+    with pytest.raises(InputErrors) as caught:
+        open_workspace(make_config(random_base, broken, tmp_path / "run"), Console(stderr=True))
+    assert len(caught.value.faults) == 2
+    assert all(f"{name}/source/1.png" in fault for name, fault in zip(NAMES, caught.value.faults, strict=True))
+
+
+def test_evaluate_collection_scores_against_the_targets(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path
+) -> None:
+    config = make_config(random_base, dataset, taught)
+    path = train(config)
+    answer = evaluate_collection(config, path)
+    assert set(answer["effects"]) == set(NAMES)
+    assert 0 < answer["mean"]["l1"] < 1 and Path(answer["grid"]).exists()
+    assert json.loads((taught / "eval" / "eval.json").read_text()) == answer
+    with pytest.raises(InputError, match="hot: is not in"):
+        renamed = [config.effects[0].model_copy(update={"name": "hot"})]
+        evaluate_collection(config.model_copy(update={"effects": renamed}), path)
