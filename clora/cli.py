@@ -76,7 +76,7 @@ def command(name: str) -> Callable[[Callable[Arguments, None]], Callable[Argumen
             except (typer.Exit, typer.Abort):
                 raise
             except InputError as error:
-                _say(error.faults if isinstance(error, InputErrors) else [str(error)])
+                _say(_faults(error))
                 raise typer.Exit(BAD_INPUT) from error
             except KeyboardInterrupt as error:
                 raise typer.Exit(STOPPED) from error
@@ -163,7 +163,9 @@ def validate(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fa
     """
     from clora.validate import validate_file
 
-    report = validate_file(config, overrides or [])
+    count_tokens, base_faults = _token_counter(config, overrides or [])
+    report = validate_file(config, overrides or [], count_tokens)
+    report.faults += [fault for fault in base_faults if fault not in report.faults]
     if as_json:
         _print_json(report.to_json())
     else:
@@ -400,6 +402,29 @@ def convert(
         typer.echo(f"{target}: {len(read.modules)} modules, {read.layout} to {to}")
 
 
+def _token_counter(path: Path, overrides: Sequence[str]) -> tuple[Callable[[str], int] | None, list[str]]:
+    """What counts a prompt's tokens, and why there is none; None without a fault where the base is not on
+    this machine."""
+    from clora.backbones.qwen_image import load_backbone
+    from clora.base_dir import resolve_base
+    from clora.config import load_config
+
+    try:
+        base = load_config(path, overrides).base
+    except InputError as error:
+        return None, _faults(error)
+    try:
+        if isinstance(resolve_base(base.model), Path):
+            return load_backbone(base.model, components=()).count_prompt_tokens, []
+    except InputError as error:
+        return None, [f"base: {fault}" for fault in _faults(error)]
+    return None, []
+
+
+def _faults(error: InputError) -> list[str]:
+    return error.faults if isinstance(error, InputErrors) else [str(error)]
+
+
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:
     from clora.config import load_config
 
@@ -416,7 +441,9 @@ def _print_report(values: Mapping[str, Any]) -> None:
 
     def collect(prefix: str, items: Mapping[str, Any]) -> None:
         for key, value in items.items():
-            if isinstance(value, Mapping) and value and not prefix:
+            if isinstance(value, Mapping) and value and all(isinstance(v, Mapping) for v in value.values()):
+                tables.append((f"{prefix}{key}", [{"": name, **row} for name, row in value.items()]))
+            elif isinstance(value, Mapping) and value and not prefix:
                 collect(f"{key}.", value)
             elif isinstance(value, list) and value and isinstance(value[0], Mapping):
                 tables.append((f"{prefix}{key}", value))

@@ -60,7 +60,7 @@ class Scale:
 
 
 SCALES: dict[Size, Scale] = {
-    "full": Scale(pairs=40, eval_sources=8, overrides=()),
+    "full": Scale(pairs=20, eval_sources=6, overrides=()),
     "smoke": Scale(
         pairs=4,
         eval_sources=2,
@@ -69,6 +69,7 @@ SCALES: dict[Size, Scale] = {
             "targets.num_steps=4",
             "train.max_train_steps=6",
             "train.coarse_steps=3",
+            "train.log_every=1",
             "train.lr_warmup_steps=2",
             "train.batch_size=2",
             "train.anchor_batch_size=4",
@@ -83,9 +84,7 @@ class Phases:
     def __init__(self, out: Path, console: Console) -> None:
         self._path = out / "phases.json"
         self._console = console
-        self.rows: dict[str, dict[str, Any]] = (
-            json.loads(self._path.read_text()) if self._path.exists() else {}
-        )
+        self.rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def run(self, name: str, work: Callable[[], Any]) -> None:
         """Do `work` unless it was done before; record seconds (over all attempts) and peak memory in MB."""
@@ -127,8 +126,7 @@ def run_demo(
     phases.run("validate", lambda: check(config))
     phases.run("teach", lambda: teach(config, resume="latest", console=console))
     phases.run("distil", lambda: train(config, resume="latest", console=console))
-    budget = read_log(out / "train")[-1]["seconds"]
-    phases.run("joint-fm", lambda: train_joint(config, budget, console))
+    phases.run("joint-fm", lambda: train_joint(config, console))
     phases.run("sample", lambda: sample_all(config, scale, out, console))
     phases.run("report", lambda: None)
     return report(config, out, phases)
@@ -157,20 +155,24 @@ def check(config: Config) -> None:
         raise InputErrors(faults)
 
 
-def train_joint(config: Config, seconds: float, console: Console) -> None:
-    """The "N-in-1 FM" baseline, given as many seconds of training as the distillation took."""
+def train_joint(config: Config, console: Console) -> None:
+    """The "N-in-1 FM" baseline: as many steps as fit the seconds that distillation took, its learning rate, its EMA.
+
+    A flow-matching step costs what a step of the coarse stage costs, and the log tells how long those took.
+    """
+    log = read_log(config.output_dir / "train")
+    coarse = next(row for row in reversed(log) if row["step"] <= config.train.coarse_steps)
+    steps = round(log[-1]["seconds"] / (coarse["seconds"] / coarse["step"]))
     workspace = open_workspace(config, console, general=False)
-    long = config.teach.model_copy(update={"max_train_steps": 1_000_000})
-    workspace.config = config.model_copy(update={"teach": long})
-    teach_joint(workspace, "latest", console, max_seconds=seconds)
+    same = {"max_train_steps": steps, "learning_rate": config.train.learning_rate}
+    workspace.config = config.model_copy(update={"teach": config.teach.model_copy(update=same)})
+    teach_joint(workspace, "latest", console)
 
 
 def sample_all(config: Config, scale: Scale, out: Path, console: Console) -> None:
     """Every method's images of every effect on the held-out scenes, to `samples/METHOD.npz`, with times."""
     sources = {EVAL_SCENES + i: out / "data" / "held_out" / f"{i:03d}.png" for i in range(scale.eval_sources)}
-    workspace = open_workspace(
-        config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True
-    )
+    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
     workspace.config = config
     examples = encode_held_out(workspace, sources)
     found = load_methods(workspace, out)

@@ -32,7 +32,7 @@ from clora.errors import InputError, InputErrors, raise_faults
 from clora.evaluate.report import grid_image
 from clora.flow import few_step_sigmas
 from clora.lora_files import CATALOGUE_KEY, LoraFile, read_lora
-from clora.prompts import compose_prompts, student_prompt
+from clora.prompts import compose_prompts
 from clora.safetensors_io import read_header
 from clora.sample import few_step_sample, ode_sample
 from clora.targets import guided_teacher_velocity
@@ -93,8 +93,7 @@ def edit_prompt(catalogue: Catalogue | None, effects: Sequence[str], prompt: str
         raise InputError(f"effect {effects[0]!r}: the LoRA carries no catalogue to find it in; give a prompt")
     if len(effects) > 2:
         raise InputError(f"{len(effects)} effects were given, two can be composed; name one or two")
-    entries = [catalogue.effect(name) for name in effects]
-    texts = [student_prompt(entry.trigger, entry.student_prompt) for entry in entries]
+    texts = [catalogue.effect(name).prompt for name in effects]
     return texts[0] if len(texts) == 1 else compose_prompts(*texts)
 
 

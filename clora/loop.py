@@ -53,9 +53,7 @@ class Interrupted(Exception):
 
     def __init__(self, signum: int, checkpoint: Path) -> None:
         self.code = 128 + signum
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}; saved {checkpoint}; go on with --resume latest"
-        )
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {checkpoint}; go on with --resume latest")
 
 
 @dataclass
@@ -70,9 +68,7 @@ class Group:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     ema_start: int = 0
-    per_slot: bool = (
-        False  # parameters are stacked (S, ...): S independent jobs, each clipped by its own norm
-    )
+    per_slot: bool = False  # parameters are stacked (S, ...): S independent jobs, each clipped by its own norm
     optimizer: torch.optim.AdamW = field(init=False)
     ema: dict[str, Tensor] = field(init=False)
     updates: int = field(init=False, default=0)
@@ -122,9 +118,7 @@ def apply_gradients(group: Group, factor: float, where: str) -> float:
         decay = 0.0 if since <= 0 else min(group.ema_decay, since / (since + 10))
         with torch.no_grad():
             names = list(group.ema)
-            torch._foreach_lerp_(
-                [group.ema[n] for n in names], [group.parameters[n] for n in names], 1 - decay
-            )
+            torch._foreach_lerp_([group.ema[n] for n in names], [group.parameters[n] for n in names], 1 - decay)
     return norm
 
 
@@ -163,7 +157,7 @@ def restore_job(groups: Mapping[str, Group], checkpoint: Checkpoint) -> None:
     """Put a checkpoint's tensors back; `InputError` when it belongs to another model or configuration."""
     faults = []
     for name, group in groups.items():
-        wanted = {f"{name}.param.{key}": value for key, value in group.parameters.items()}
+        wanted: dict[str, Tensor] = {f"{name}.param.{key}": value for key, value in group.parameters.items()}
         wanted |= {f"{name}.ema.{key}": value for key, value in group.ema.items()}
         for key, value in wanted.items():
             saved = checkpoint.tensors.get(key)
@@ -259,9 +253,7 @@ def run_loop(
             "seconds": seconds,
             "updates": {name: group.updates for name, group in groups.items()},
         }
-        return save_checkpoint(
-            config.folder, step, job_tensors(groups), state, config.checkpoints_total_limit
-        )
+        return save_checkpoint(config.folder, step, job_tensors(groups), state, config.checkpoints_total_limit)
 
     with _signals() as received, Tracker(config, step) as tracker, _progress(console) as progress:
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
@@ -320,9 +312,7 @@ class Tracker:
         elif config.report_to == "wandb":
             import wandb
 
-            self._board = wandb.init(
-                project="clora", name=config.title, dir=str(config.folder), mode="offline"
-            )
+            self._board = wandb.init(project="clora", name=config.title, dir=str(config.folder), mode="offline")
 
     def __enter__(self) -> Tracker:
         return self

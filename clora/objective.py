@@ -191,9 +191,7 @@ def critic_loss(
     return loss, {"critic_loss": loss.detach(), "critic_on_target": loss.new_tensor(float(on_target))}
 
 
-def guided_teacher(
-    nets: Networks, batch: DistillBatch, cfg: DistillConfig, x_sigma: Tensor, sigma: Tensor
-) -> Tensor:
+def guided_teacher(nets: Networks, batch: DistillBatch, cfg: DistillConfig, x_sigma: Tensor, sigma: Tensor) -> Tensor:
     """The real score's velocity: cond and uncond in one call of twice the batch; cond alone at guidance 1."""
     guidance = cfg.objective.guidance
     if guidance == 1.0:
@@ -238,9 +236,7 @@ def draw_ts_gen_sigma(n: int, cfg: DistillConfig, rng: torch.Generator) -> Tenso
     return steps[torch.randint(len(steps), (n,), generator=rng, device=rng.device)]
 
 
-def draw_ta_fm_sigma(
-    n: int, cfg: DistillConfig, rng: torch.Generator, sigma_dmd: Tensor | None = None
-) -> Tensor:
+def draw_ta_fm_sigma(n: int, cfg: DistillConfig, rng: torch.Generator, sigma_dmd: Tensor | None = None) -> Tensor:
     """TA-FM's sigma: uniform in [0, 1), that shifted, or uniform above sigma_dmd and then shifted (authors).
 
     When n is larger than the batch behind sigma_dmd, its values are repeated in order.

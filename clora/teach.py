@@ -20,7 +20,14 @@ from clora.loop import Group, LoopConfig, apply_gradients, check_finite, lr_fact
 from clora.lora_files import write_lora
 from clora.losses import flow_matching_loss
 from clora.routing import draw_effects, step_generator
-from clora.workspace import DTYPES, Workspace, open_workspace, slot_to_cpu, trainable_group
+from clora.workspace import (
+    DTYPES,
+    Workspace,
+    averaged_weights,
+    open_workspace,
+    slot_to_cpu,
+    trainable_group,
+)
 
 JOINT = "joint"
 
@@ -39,9 +46,7 @@ def teach(
         raise InputError("effects: every effect has a LoRA file; there is nothing to teach")
     config = config.model_copy(update={"effects": chosen})
     workspace = open_workspace(config, console, general=False)
-    if missing := [
-        f"effect {name}" for name, ex in workspace.effects.items() if any(e.x0 is None for e in ex)
-    ]:
+    if missing := [f"effect {name}" for name, ex in workspace.effects.items() if any(e.x0 is None for e in ex)]:
         raise InputError(f"{missing[0]}: its pairs have no targets; `teach` needs source and target images")
     return teach_joint(workspace, resume, console) if joint else teach_each(workspace, resume, console)
 
@@ -68,9 +73,7 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
         per_effect = per_sample.view(len(names), -1).mean(1)
         return {"loss": loss.detach()} | {f"loss/{n}": v for n, v in zip(names, per_effect, strict=True)}
 
-    run_loop(
-        _loop(config, "teach", settings.max_train_steps, resume), {"teach": group}, one_step, console=console
-    )
+    run_loop(_loop(config, "teach", settings.max_train_steps, resume), {"teach": group}, one_step, console=console)
     files = {effect.name: config.teacher_path(effect) for effect in config.effects}
     for name, slot in zip(names, slots, strict=True):
         files[name].parent.mkdir(parents=True, exist_ok=True)
@@ -84,17 +87,11 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
     return files
 
 
-def teach_joint(
-    workspace: Workspace,
-    resume: str | None,
-    console: Console,
-    max_seconds: float | None = None,
-    batch_size: int | None = None,
-) -> dict[str, Path]:
+def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> dict[str, Path]:
     """One adapter of the student's shape on all pairs, effects balanced, teacher prompts: "N-in-1 (FM)"."""
     config, settings = workspace.config, workspace.config.teach
     names = list(workspace.effects)
-    size = batch_size or config.train.anchor_batch_size or config.train.batch_size
+    size = config.train.anchor_batch_size or config.train.batch_size
     generator = torch.Generator().manual_seed(config.seed)
     student = config.student
     workspace.adapters.add_stack(
@@ -111,10 +108,7 @@ def teach_joint(
         _update(group, loss, step, settings.max_train_steps, config)
         return {"loss": loss.detach()}
 
-    loop = _loop(config, JOINT, settings.max_train_steps, resume, max_seconds)
-    run_loop(loop, {JOINT: group}, one_step, console=console)
-    from clora.workspace import averaged_weights
-
+    run_loop(_loop(config, JOINT, settings.max_train_steps, resume), {JOINT: group}, one_step, console=console)
     path = config.output_dir / "joint.safetensors"
     with averaged_weights(group):
         write_lora(path, slot_to_cpu(workspace.adapters, JOINT), {"clora.effects": ", ".join(names)})
@@ -126,9 +120,7 @@ def _draw(examples: list[Example], count: int, rng: torch.Generator) -> list[Exa
     return [examples[int(torch.randint(len(examples), (), generator=rng))] for _ in range(count)]
 
 
-def _flow_step(
-    workspace: Workspace, batch: list[Example], slots: list[str], step: int
-) -> tuple[Tensor, Tensor]:
+def _flow_step(workspace: Workspace, batch: list[Example], slots: list[str], step: int) -> tuple[Tensor, Tensor]:
     """Eq. 2 on one batch of pairs with the teacher prompts; the prompt is dropped for a share of the samples."""
     config, settings, backbone = workspace.config, workspace.config.teach, workspace.backbone
     rng = step_generator(config.seed, step, "teach/noise", backbone.device)
@@ -151,9 +143,7 @@ def _update(group: Group, loss: Tensor, step: int, total: int, config: Config) -
     apply_gradients(group, lr_factor(step, total, settings.lr_warmup_steps, settings.lr_scheduler), where)
 
 
-def _loop(
-    config: Config, title: str, steps: int, resume: str | None, max_seconds: float | None = None
-) -> LoopConfig:
+def _loop(config: Config, title: str, steps: int, resume: str | None) -> LoopConfig:
     return LoopConfig(
         title=title,
         max_steps=steps,
@@ -161,7 +151,6 @@ def _loop(
         checkpointing_steps=config.train.checkpointing_steps,
         fingerprint=config.fingerprint(),
         checkpoints_total_limit=config.train.checkpoints_total_limit,
-        max_seconds=max_seconds,
         log_every=config.train.log_every,
         report_to=config.train.report_to,
         resume=resume,

@@ -66,9 +66,7 @@ class Mixture:
         return (posterior * (eps - x0)).sum(1, keepdim=True)
 
 
-def make_cond(
-    batch_size: int, rng: torch.Generator, effects: tuple[str | None, ...] | None = None
-) -> WorldCond:
+def make_cond(batch_size: int, rng: torch.Generator, effects: tuple[str | None, ...] | None = None) -> WorldCond:
     source = 0.5 * torch.randn(batch_size, 2, generator=rng)
     instruction = torch.randint(NUM_INSTRUCTIONS, (batch_size,), generator=rng)
     return WorldCond(source, instruction, effects or (None,) * batch_size)

@@ -86,17 +86,19 @@ def template_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def random_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def random_text_encoder(
+    tokenizer: Qwen2Tokenizer, seed: int = 0, width: int = 32
+) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(seed)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 32,
+            "hidden_size": width,
             "intermediate_size": 64,
             "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
+            "num_attention_heads": width // 16,
+            "num_key_value_heads": width // 16,
             "max_position_embeddings": 192,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
             "bos_token_id": ids["<|endoftext|>"],
@@ -107,7 +109,7 @@ def random_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLF
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
-            "out_hidden_size": 32,
+            "out_hidden_size": width,
             "window_size": 56,
             "fullatt_block_indexes": [1],
         },
@@ -123,16 +125,20 @@ def random_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLF
     return model
 
 
-def write_random_base(folder: Path, **transformer_config: Any) -> Path:
-    """Save all pieces, `model_index.json` and `clora.json` (64 x 64 pixels) under `folder`."""
+def write_random_base(
+    folder: Path, area: int = AREA, dtype: torch.dtype = torch.float32, **transformer_config: Any
+) -> Path:
+    """Save all pieces in `dtype`, `model_index.json` and `clora.json` (64 x 64 pixels) under `folder`."""
     tokenizer = template_tokenizer()
+    width = transformer_config.get("joint_attention_dim", 32)
+    side = int(area**0.5)
     # 4 x 8 patches of 14 pixels at most, merged 2 x 2.
     image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 112})
     pieces = {
-        "transformer": ("diffusers", random_transformer(**transformer_config)),
+        "transformer": ("diffusers", random_transformer(**transformer_config).to(dtype)),
         "vae": ("diffusers", random_vae()),
         "scheduler": ("diffusers", FlowMatchEulerDiscreteScheduler()),
-        "text_encoder": ("transformers", random_text_encoder(tokenizer)),
+        "text_encoder": ("transformers", random_text_encoder(tokenizer, width=width).to(dtype)),
         "tokenizer": ("transformers", tokenizer),
         "processor": ("transformers", image_processor),
     }
@@ -143,6 +149,6 @@ def write_random_base(folder: Path, **transformer_config: Any) -> Path:
     tokenizer.save_pretrained(folder / "processor")
     index["processor"] = ["transformers", "Qwen2VLProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    sizes = {"vae_image_area": AREA, "condition_image_area": AREA, "default_size": [64, 64]}
+    sizes = {"vae_image_area": area, "condition_image_area": area, "default_size": [side, side]}
     (folder / "clora.json").write_text(json.dumps(sizes))
     return folder

@@ -77,9 +77,7 @@ def test_guided_velocity_of_bf16_is_computed_in_fp32() -> None:
         ("not yet taught", 5.0, 20.0),
     ],
 )
-def test_flow_matching_loss_is_small_only_for_the_exact_velocity(
-    variant: str, low: float, high: float
-) -> None:
+def test_flow_matching_loss_is_small_only_for_the_exact_velocity(variant: str, low: float, high: float) -> None:
     rng = torch.Generator().manual_seed(0)
     cond = make_effect_cond(2000, rng)
     mixture = effect_mixture(cond)
@@ -209,9 +207,7 @@ def _diffusers_true_cfg(v_cond: torch.Tensor, v_uncond: torch.Tensor, guidance: 
     blocks = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.If)]
     block = next(b for b in blocks if ast.unparse(b.test) == "do_true_cfg" and "comb_pred" in ast.unparse(b))
     lines = [ast.unparse(s) for s in block.body if isinstance(s, ast.Assign)]
-    lines = [
-        line for line in lines if not line.startswith("neg_noise_pred")
-    ]  # cuts off the references' tokens
+    lines = [line for line in lines if not line.startswith("neg_noise_pred")]  # cuts off the references' tokens
     assert len(lines) == 4, lines
     exec("\n".join(lines), names)
     return names["noise_pred"]

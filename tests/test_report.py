@@ -25,7 +25,8 @@ from clora.evaluate.report import (
     png_data_uri,
     write_report,
 )
-from clora.tiny.metrics import Truths, disturbed
+from clora.tiny.metrics import disturbed
+from clora.tiny.truths import Truths
 
 EFFECTS = ("sepia", "invert", "snow", "duotone")
 
@@ -81,9 +82,7 @@ def test_evaluate_outputs_means_over_outputs(truths: dict[int, Truths]) -> None:
     assert scores.per_effect["sepia"].bcr == 0.5 and scores.per_effect["invert"].bcr == 0
     assert scores.per_effect["sepia"].vsa == pytest.approx(2.5, abs=0.01)
     assert scores.bcr_interval[0] <= 1 / 8 <= scores.bcr_interval[1]
-    as_bytes = {
-        key: [np.round(image * 255).astype(np.uint8) for image in images] for key, images in outputs.items()
-    }
+    as_bytes = {key: [np.round(image * 255).astype(np.uint8) for image in images] for key, images in outputs.items()}
     assert evaluate_outputs(as_bytes, truths).bcr == scores.bcr
 
 
@@ -107,9 +106,7 @@ def test_bootstrap_interval_matches_the_binomial() -> None:
     """400 independent outcomes at 20 %: the interval of the normal approximation; grouping widens it."""
     flags = [[float(i % 5 == 0)] for i in range(400)]
     low, high = bootstrap_interval(flags)
-    assert low == pytest.approx(0.2 - 1.96 * 0.02, abs=0.006) and high == pytest.approx(
-        0.2 + 1.96 * 0.02, abs=0.006
-    )
+    assert low == pytest.approx(0.2 - 1.96 * 0.02, abs=0.006) and high == pytest.approx(0.2 + 1.96 * 0.02, abs=0.006)
     assert bootstrap_interval(flags) == (low, high)
     groups = [[float(i % 5 == 0)] * 8 for i in range(50)]
     wide = bootstrap_interval(groups)
@@ -146,9 +143,7 @@ def _rows(truths: dict[int, Truths]) -> dict[str, MethodRow]:
              "source": ("source", 0, 0)}  # fmt: skip
     scores = evaluate_methods({name: _outputs(truths, kind) for name, (kind, _, _) in kinds.items()}, EFFECTS)
     return {
-        name: MethodRow.from_scores(
-            name, scores[name], nfe=nfe, num_loras=loras, seconds_per_image=0.01 + nfe / 400
-        )
+        name: MethodRow.from_scores(name, scores[name], nfe=nfe, num_loras=loras, seconds_per_image=0.01 + nfe / 400)
         for name, (_, nfe, loras) in kinds.items()
     }
 
@@ -159,16 +154,12 @@ def _grids(truths: dict[int, Truths]) -> list[Grid]:
     rows = []
     for effect in EFFECTS:
         draws = truth.fresh_draws(effect, 4)
-        rows.append(
-            [truth.rendered.image_HW3, truth.draws[effect][0], *(disturbed(draw, rng) for draw in draws)]
-        )
+        rows.append([truth.rendered.image_HW3, truth.draws[effect][0], *(disturbed(draw, rng) for draw in draws)])
     seeds = [[*truth.fresh_draws(effect, 5)] for effect in ("snow", "duotone")]
     seeds.append([None, *truth.fresh_draws("snow", 4)])
     return [
         Grid("Effects", ["source", "truth", *kinds], list(EFFECTS), rows, "One source, every method."),
-        Grid(
-            "Several seeds", [f"seed {i}" for i in range(5)], ["snow", "duotone", "a missing picture"], seeds
-        ),
+        Grid("Several seeds", [f"seed {i}" for i in range(5)], ["snow", "duotone", "a missing picture"], seeds),
     ]
 
 
@@ -190,9 +181,7 @@ def test_write_report_html_is_self_contained(truths: dict[int, Truths], tmp_path
     assert "<script" not in page and "<link" not in page and "@import" not in page
     for address in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", page):
         assert address.startswith(("data:image/png;base64,", "#")), address
-    assert page.count("<img") == sum(
-        image is not None for grid in grids for row in grid.rows for image in row
-    )
+    assert page.count("<img") == sum(image is not None for grid in grids for row in grid.rows for image in row)
     assert page.count("<svg") == 2 and "distillation" in page
     assert len(page) < 1_500_000
 
@@ -209,9 +198,7 @@ def test_method_table_marks_the_best_as_printed() -> None:
     def row(name: str, bcr: float, hf: float, psnr: float | None) -> MethodRow:
         return MethodRow(name=name, nfe=8, num_loras=1, bcr=bcr, vsa=4.0, hf_ratio=hf, psnr=psnr)
 
-    table = method_table(
-        [row("a", 0.1001, 1.25, None), row("b", 0.1002, 0.9, 24.0), row("c", 0.3, 0.5, 22.0)]
-    )
+    table = method_table([row("a", 0.1001, 1.25, None), row("b", 0.1002, 0.9, 24.0), row("c", 0.3, 0.5, 22.0)])
     marks = {cell_index: [cells[cell_index].best for cells in table] for cell_index in range(len(table[0]))}
     assert marks[2] == [True, True, False]  # BCR: equal as printed
     assert marks[8] == [False, True, False]  # HF: nearest to 1 by ratio

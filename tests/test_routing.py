@@ -128,13 +128,13 @@ def test_draw_effects_of_a_large_batch_is_the_ranks_slices() -> None:
 
 def test_draws_are_cheap_at_step_100000() -> None:
     _clear_caches()
-    start = time.perf_counter()
+    start = time.process_time()
     draw_effects(11, 100_000, 180, 8, 0.5)
-    assert time.perf_counter() - start < 0.5  # about 5 ms; counting one step at a time takes seconds
-    start = time.perf_counter()
+    assert time.process_time() - start < 0.5  # about 5 ms; counting one step at a time takes seconds
+    start = time.process_time()
     for step in range(100_000, 100_200):
         draw_effects(11, step, 180, 8, 0.5)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_draw_effects_refuses_an_empty_bank_and_a_part_too_many() -> None:

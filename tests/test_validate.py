@@ -192,9 +192,10 @@ def test_effects_need_pairs_and_teaching_needs_targets(home: Path) -> None:
     assert report(home, effects=effects[:2]).faults == []
 
 
-def test_an_empty_list_of_effects_is_a_fault(home: Path) -> None:
-    (fault,) = report(home, effects=[]).faults
-    assert fault == "effects: is empty; list at least one effect (name, prompt, lora or pairs)"
+def test_without_effects_there_must_be_general_data(home: Path) -> None:
+    assert report(home, effects=[]).faults == []
+    (fault,) = report(home, "objective.p_switch=1", effects=[], general=None).faults
+    assert fault.startswith("general: is missing")
 
 
 def test_long_prompts_are_faults_where_tokens_can_be_counted(home: Path) -> None:
@@ -230,12 +231,11 @@ def test_pairs_of_different_shape_and_runs_without_a_fine_stage_are_warned_of(ho
     ]
 
 
-def test_the_tiny_world_supplies_its_own_effects_and_general_data(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "resolve_base", lambda base: home / "base")
-    effects = [{"name": name, "prompt": "p"} for name in ("sepia", "sepea")]
-    (fault,) = report(home, base="tiny", general=None, effects=effects).faults
-    assert fault.startswith("effects.1 (sepea): has no pairs and is no effect of the tiny world")
-    assert fault.endswith("did you mean 'sepia'?")
+def test_a_base_may_bring_its_own_general_data(home: Path) -> None:
+    (home / "base" / "clora.json").write_text('{"general": "own_general"}')
+    assert report(home, general=None).faults[0].startswith("general: is missing")
+    (home / "base" / "own_general").mkdir()
+    assert report(home, general=None).faults == []
 
 
 def test_validate_file_reports_faults_of_the_file_itself(tmp_path: Path) -> None:

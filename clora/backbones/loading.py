@@ -96,7 +96,11 @@ def linear_shapes(base: str | Path, revision: str | None = None) -> dict[str, tu
     config = model.load_config(resolve_base(base), subfolder="transformer", revision=revision)
     with torch.device("meta"):
         linears = model.from_config(config).named_modules()
-    return {name: tuple(linear.weight.shape) for name, linear in linears if isinstance(linear, nn.Linear)}
+    return {
+        name: (linear.out_features, linear.in_features)
+        for name, linear in linears
+        if isinstance(linear, nn.Linear)
+    }
 
 
 def pass_token_types(text_encoder: nn.Module) -> None:

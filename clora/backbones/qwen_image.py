@@ -286,5 +286,6 @@ def load_backbone(
 
 def _dimensions(area: int, ratio: float) -> tuple[int, int]:
     """The stock pipeline's width and height for an area and an aspect ratio: multiples of 32."""
-    width, height = stock.calculate_dimensions(area, ratio)  # type: ignore[no-untyped-call]
+    calculate: Any = stock.calculate_dimensions
+    width, height = calculate(area, ratio)
     return width, height

@@ -1,6 +1,6 @@
 """Exact scores of a method on the tiny world: bad-case rate, subject alignment, distances to the truth.
 
-Pure functions over images; nothing here runs a model. The measures themselves are in `clora.tiny.metrics`.
+Pure functions over images; nothing here runs a model. The measures are in `clora.tiny.metrics` and `truths`.
 Images are (H, W, 3), float32 in [0, 1] or uint8. A *pair* is one effect on one source, an output per seed.
 """
 
@@ -15,17 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clora.tiny.metrics import (
-    Truths,
-    ambiguous,
-    as_image,
-    bad_case,
-    hf_ratio,
-    l1,
-    psnr,
-    ssim,
-    subject_structure,
-)
+from clora.tiny.metrics import as_image, hf_ratio, l1, psnr, ssim
+from clora.tiny.truths import Truths, ambiguous, bad_case, subject_structure
 
 Pair = tuple[str, int]  # effect, source seed
 Outputs = Mapping[Pair, Sequence[NDArray[Any]]]
@@ -107,9 +98,7 @@ def score_pair(outputs: Sequence[NDArray[Any]], truths: Truths, effect: str) -> 
         l1=tuple(l1(image, draws[0]) for image in images if exact),
         psnr=tuple(min(psnr(image, draws[0]), PSNR_CAP) for image in images if exact),
         ssim=tuple(ssim(image, draws[0]) for image in images if exact),
-        energy_distance=None
-        if exact or len(images) < 2
-        else truths.energy_distance(np.stack(images), effect),
+        energy_distance=None if exact or len(images) < 2 else truths.energy_distance(np.stack(images), effect),
     )
 
 

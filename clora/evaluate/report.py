@@ -46,9 +46,7 @@ class MethodRow(BaseModel):
     energy_distance: float | None = Field(None, description="random effects; 0 is right, 1 a single outcome")
     seconds_per_image: float | None = None
     num_outputs: int = 0
-    left_out: list[tuple[str, int]] = Field(
-        default_factory=list, description="ambiguous (effect, source) pairs"
-    )
+    left_out: list[tuple[str, int]] = Field(default_factory=list, description="ambiguous (effect, source) pairs")
     reasons: dict[str, int] = Field(default_factory=dict, description="bad cases by reason")
     confusions: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="outputs nearest to another class, by effect and class"
@@ -134,9 +132,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.row_labels):
-            raise ValueError(
-                f"grid {self.title!r}: {len(self.rows)} rows but {len(self.row_labels)} row labels"
-            )
+            raise ValueError(f"grid {self.title!r}: {len(self.rows)} rows but {len(self.row_labels)} row labels")
         for label, row in zip(self.row_labels, self.rows, strict=True):
             if len(row) != len(self.columns):
                 raise ValueError(
@@ -198,9 +194,7 @@ def grid_image(
     draw = ImageDraw.Draw(canvas)
     for i, label in enumerate(columns):
         centre = left + i * (width + gap) + width / 2
-        draw.text(
-            (centre, top - gap / 2), _fitted(label, font, width + gap), "#333333", font=font, anchor="mb"
-        )
+        draw.text((centre, top - gap), _fitted(label, font, width + gap), "#333333", font=font, anchor="ms")
     for j, (label, row) in enumerate(zip(grid.row_labels, rows, strict=True)):
         y = top + j * (height + gap)
         draw.text((left - gap, y + height / 2), label, "#333333", font=font, anchor="rm")
@@ -358,10 +352,7 @@ def render_html(report: Report, grids: Sequence[Grid] = ()) -> str:
         measures=MEASURES,
         table=list(zip(report.methods, method_table(report.methods), strict=True)),
         effects=effect_table(report.methods),
-        phases=[
-            (phase, _duration(phase.seconds), phase.seconds / total if total else 0)
-            for phase in report.phases
-        ],
+        phases=[(phase, _duration(phase.seconds), phase.seconds / total if total else 0) for phase in report.phases],
         total=_duration(total),
         panels=[(title, Markup(curves_svg(curves))) for title, curves in panels.items()],
         grids=[(grid, _grid_rows(grid)) for grid in grids],

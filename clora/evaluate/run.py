@@ -47,9 +47,7 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
             if e.name not in known
         ]
     )
-    workspace = open_workspace(
-        config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True
-    )
+    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
     held = {e.name: _encode(workspace, config, e, known[e.name].prompt) for e in config.effects}
     workspace.backbone.free_encoders()
     modules = read_lora(lora, workspace.adapters.module_shapes).modules
@@ -76,9 +74,7 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
 FIGURES = ("l1", "psnr", "ssim", "hf_ratio", "unchanged")
 
 
-def _encode(
-    workspace: Workspace, config: Config, effect: EffectConfig, prompt: str
-) -> list[tuple[Example, Path]]:
+def _encode(workspace: Workspace, config: Config, effect: EffectConfig, prompt: str) -> list[tuple[Example, Path]]:
     """The effect's examples with the collection's own prompt, and the files of their targets."""
     if effect.pairs is None:
         raise InputError(f"effect {effect.name}: has no pairs; give source and target images to compare with")
@@ -102,9 +98,7 @@ def _sample(
             images = sample_method(workspace.backbone, config, method, batch, seeds)
             for example, image in zip(batch, images, strict=True):
                 size = (image.shape[2], image.shape[1])
-                source, target = (
-                    _pixels(path, size) for path in (example.sources[-1], target_of[id(example)])
-                )
+                source, target = (_pixels(path, size) for path in (example.sources[-1], target_of[id(example)]))
                 triples.append((source, target, image.permute(1, 2, 0).cpu().numpy()))
     return triples
 
