@@ -132,9 +132,7 @@ def _options(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write into.")],
     effects: Annotated[int, typer.Option(min=1, help="How many effects of the tiny world.")] = 12,
-    size: Annotated[
-        Literal["full", "smoke"], typer.Option(help="smoke: seconds, to see that it runs.")
-    ] = "full",
+    size: Annotated[Literal["full", "smoke"], typer.Option(help="smoke: seconds, to see that it runs.")] = "full",
     seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0,
 ) -> None:
     """Teach, distil and compare effects of the tiny world.
@@ -271,9 +269,7 @@ def edit(
     image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],
     output: Annotated[Path, typer.Option(help="File to write, or a folder for several results.")],
     lora: Annotated[Path | None, typer.Option(help="Collection, or any LoRA file.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")] = None,
     effect: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Effect; two are applied one after the other.")
     ] = None,
@@ -288,13 +284,9 @@ def edit(
     guidance: Annotated[
         float | None, typer.Option(min=1, help="Guidance scale; 1, the default of a collection, is none.")
     ] = None,
-    grid: Annotated[
-        bool, typer.Option("--grid", help="One picture: a row per image, a column per effect.")
-    ] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="One picture: a row per image, a column per effect.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 1,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one.")] = None,
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None,
         typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU."),

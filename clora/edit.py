@@ -90,7 +90,9 @@ def edit_prompt(catalogue: Catalogue | None, effects: Sequence[str], prompt: str
             raise InputError("prompt: is blank; say what is to be done to the image")
         return prompt
     if catalogue is None:
-        raise InputError(f"effect {effects[0]!r}: the LoRA carries no catalogue to find it in; give a prompt")
+        raise InputError(
+            f"effect {effects[0]!r}: there is no catalogue to find it in; give a collection as the LoRA, or a prompt"
+        )
     if len(effects) > 2:
         raise InputError(f"{len(effects)} effects were given, two can be composed; name one or two")
     texts = [catalogue.effect(name).prompt for name in effects]
@@ -166,8 +168,7 @@ class Editor:
         if sampling.guidance != 1:
             prompts |= {(index, sampling.negative_prompt) for index in used}
         texts = {
-            (index, text): self.backbone.encode_prompts([text], [[images[index]]])[0]
-            for index, text in sorted(prompts)
+            (index, text): self.backbone.encode_prompts([text], [[images[index]]])[0] for index, text in sorted(prompts)
         }
         encoded = Encoded(refs, texts, {i: self._grid(images[i]) for i in used})
         by_size: dict[tuple[Grid, Grid], list[int]] = {}
@@ -204,14 +205,11 @@ class Editor:
         return self.backbone.to_pil(self.backbone.decode(x0_BTC, grid))
 
 
-def _picture(
-    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], row_labels: Sequence[str]
-) -> Image.Image:
+def _picture(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], row_labels: Sequence[str]) -> Image.Image:
     """A labelled grid of images of any sizes, every cell that of the largest result; small ones enlarged."""
     cell = (max(row[-1].width for row in rows), max(row[-1].height for row in rows))
     pixels = [
-        [np.asarray(ImageOps.pad(image, cell, Image.Resampling.LANCZOS, "white")) for image in row]
-        for row in rows
+        [np.asarray(ImageOps.pad(image, cell, Image.Resampling.LANCZOS, "white")) for image in row] for row in rows
     ]
     return grid_image(pixels, labels, row_labels, scale=math.ceil(MIN_CELL / cell[0]))
 
@@ -379,9 +377,7 @@ def result_paths(request: EditRequest) -> list[Path]:
     elif output.suffix.lower() not in WRITABLE:
         raise InputError(f"output: {output} has no known image format; name it {', '.join(WRITABLE)}")
     elif num_results > 1 and not request.grid:
-        raise InputError(
-            f"output: {num_results} images do not fit into {output}; name a folder, or ask for a grid"
-        )
+        raise InputError(f"output: {num_results} images do not fit into {output}; name a folder, or ask for a grid")
     else:
         paths = [output]
     inputs = {path.resolve() for path in request.images}

@@ -73,16 +73,16 @@ class TeacherBank:
                 self._held.move_to_end(effect)
         for effect in needed:
             if effect not in self._held:
-                self._load(effect, needed)
+                self._load(effect)
         return tuple(None if effect is None else self._held[effect] for effect in effects)
 
-    def _load(self, effect: str, needed: Sequence[str]) -> None:
+    def _load(self, effect: str) -> None:
         modules = self.file(effect).modules
         if len(self._held) < self.capacity:
             slot = next(slot for slot in self._slots if slot not in self._held.values())
         else:
-            oldest = next(held for held in self._held if held not in needed)
-            slot = self._held.pop(oldest)
+            # What this call needs was moved to the end, so the first is free to go.
+            slot = self._held.popitem(last=False)[1]
         self._adapters.load_slot(slot, modules)
         self._held[effect] = slot
 

@@ -222,7 +222,7 @@ def curves_svg(curves: Sequence[Curve]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "clora", "font.family": "sans-serif", "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "clora", "font.family": "sans-serif", "font.size": 9}
     with rc_context(style):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.subplots()

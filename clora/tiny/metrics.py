@@ -146,9 +146,10 @@ def _quantiles(values_NMP: Array) -> Array:
 
 def _patches(images_NHW3: Array, stride: int) -> Array:
     """All 5 x 5 patches at a stride: (N, M, 75)."""
-    windows = np.lib.stride_tricks.sliding_window_view(images_NHW3, (PATCH, PATCH), axis=(1, 2))
-    windows = windows[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
-    return windows.reshape(len(images_NHW3), -1, PATCH * PATCH * 3)
+    reach = images_NHW3.shape[1] - PATCH + 1
+    steps = [(i, j) for i in range(PATCH) for j in range(PATCH)]
+    pixels = [images_NHW3[:, i : i + reach : stride, j : j + reach : stride] for i, j in steps]
+    return np.stack(pixels, axis=3).reshape(len(images_NHW3), -1, PATCH * PATCH * 3)
 
 
 def places(images_NHW3: Array) -> Array:

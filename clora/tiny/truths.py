@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from clora.tiny.effects import EFFECTS, Effect, apply_effect
-from clora.tiny.metrics import cityblock, disturbed, embed, energy_distance, places, ssim_map, ssim_window
+from clora.tiny.metrics import LUMA, cityblock, disturbed, embed, energy_distance, places, ssim_map, ssim_window
 from clora.tiny.scenes import Array, Rendered, f32, render, sample_scene
 
 SOURCE = "source"  # the class of the untouched source
@@ -145,15 +145,16 @@ class Truths:
     def subject_mask(self, effect: str, draw: int) -> Array:
         """Where the subject lands in a draw: (H, W) in [0, 1].
 
-        Found by changing the subject's pixels and drawing again, so it follows mirrored, bent, shrunk and
-        shuffled pictures. Where the outcome hides the subject's pixels (a silhouette) it is their own mask.
+        Found by turning the subject's bright pixels black and its dark ones white and drawing again, so it
+        follows mirrored, bent, shrunk and shuffled pictures. Where the outcome hides the subject's pixels
+        (a silhouette) it is their own mask.
         """
         image, subject = self.rendered.image_HW3, self.rendered.subject_HW
-        moved = np.where(image > 0.5, image - 0.4, image + 0.4)
+        moved = np.where(image @ LUMA > 0.5, 0.0, 1.0)[..., None]
         changed = self.rendered._replace(image_HW3=f32(image + subject[..., None] * (moved - image)))
         rng = _rng(effect, self.source_seed, 0, self._indices[effect][draw])
         gap = np.abs(apply_effect(EFFECTS[effect], changed, rng) - self.draws[effect][draw]).max(axis=-1)
-        mask = f32(np.clip(gap / 0.1, 0, 1))
+        mask = f32(np.clip(gap / 0.25, 0, 1))
         return mask if mask.mean() > 0.1 * subject.mean() else subject
 
     def nearest_draw(self, output: Array, effect: str) -> int:

@@ -139,7 +139,7 @@ def test_image_distance_patches_ignore_where_things_are() -> None:
     truth = np.tile(np.random.default_rng(0).uniform(0, 1, (16, 16, 3)).astype(np.float32), (4, 4, 1))
     moved = np.roll(truth, (8, 8), (0, 1))
     gap = np.abs(np.subtract(*embed(np.stack([truth, moved]))))
-    assert gap[768:1024].sum() < 1e-6 < 0.05 < gap[:768].sum()
+    assert gap[768:1024].sum() < 1e-6 < 0.04 < gap[:768].sum()
     assert gap[1024:].sum() < 0.05 * np.abs(embed(np.stack([truth]))[0, 1024:]).sum()
 
 
