@@ -49,15 +49,11 @@ def resolve_base(base: str | Path) -> Path | str:
     folder = Path(base).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise InputError(
-                f"base {folder}: no model_index.json in it; give a model folder in diffusers format"
-            )
+            raise InputError(f"base {folder}: no model_index.json in it; give a model folder in diffusers format")
         return folder
     if _HUB_ID.match(name):
         return name
-    raise InputError(
-        f"base {name!r} is no bundled base, folder or hub id; give 'tiny', a folder or OWNER/NAME"
-    )
+    raise InputError(f"base {name!r} is no bundled base, folder or hub id; give 'tiny', a folder or OWNER/NAME")
 
 
 def default_preset(base: str) -> str | None:

@@ -72,9 +72,7 @@ def methods(config: Config, bank: TeacherBank, joint: bool, acceleration: bool) 
     if acceleration:
         found.append(Method("teacher+accel", count + 1, few, 1.0, True, "teacher", stacked))
     if joint and acceleration:
-        found.append(
-            Method("joint-fm+accel", 2, few, 1.0, True, "teacher", lambda effects: [(JOINT, ACCELERATION)])
-        )
+        found.append(Method("joint-fm+accel", 2, few, 1.0, True, "teacher", lambda effects: [(JOINT, ACCELERATION)]))
     role = "student" if config.objective.aop else "teacher"
     found.append(Method("collection", 1, few, 1.0, True, role, lambda effects: [COLLECTION]))
     return found
@@ -100,9 +98,7 @@ def sample_method(
 
         x0 = few_step_sample(velocity, cond, shape, sigmas, seeds, backbone.device)
     else:
-        guided = guided_teacher_velocity(
-            backbone, method.slots_for, method.guidance, config.objective.guidance_rescale
-        )
+        guided = guided_teacher_velocity(backbone, method.slots_for, method.guidance, config.objective.guidance_rescale)
         both = (cond, collate(batch, "negative", backbone.device))
         shift = config.schedule.shift
         x0 = ode_sample(guided, both, shape, method.num_steps, shift, seeds, backbone.device)

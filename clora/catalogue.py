@@ -94,9 +94,7 @@ def write_collection(
 ) -> str:
     """Write the product file (ComfyUI layout, catalogue in the header) atomically; returns its SHA-256
     (hex)."""
-    return write_lora(
-        path, modules, {**(metadata or {}), CATALOGUE_KEY: catalogue_json(catalogue)}, dtype=dtype
-    )
+    return write_lora(path, modules, {**(metadata or {}), CATALOGUE_KEY: catalogue_json(catalogue)}, dtype=dtype)
 
 
 def catalogue_json(catalogue: Catalogue) -> str:
@@ -113,18 +111,14 @@ def read_catalogue(path: str | Path) -> Catalogue:
     path = Path(path)
     text = read_header(path).metadata.get(CATALOGUE_KEY)
     if text is None:
-        raise InputError(
-            f"{path}: carries no catalogue ({CATALOGUE_KEY}); give a file written by `clora train`"
-        )
+        raise InputError(f"{path}: carries no catalogue ({CATALOGUE_KEY}); give a file written by `clora train`")
     try:
         raw = parse_json(text)
     except ValueError as error:
         raise InputError(f"{path}: its catalogue is no JSON ({error}); write the collection again") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: catalogue format {version!r}, this clora reads {FORMAT_VERSION}; update clora"
-        )
+        raise InputError(f"{path}: catalogue format {version!r}, this clora reads {FORMAT_VERSION}; update clora")
     try:
         return Catalogue.model_validate(raw)
     except ValidationError as error:

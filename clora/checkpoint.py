@@ -83,16 +83,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         version, expected = manifest["format_version"], manifest["sha256"][_TENSORS]
         step, state = int(manifest["step"]), dict(manifest["state"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path / _MANIFEST}: is missing or damaged; resume from another checkpoint"
-        ) from error
+        raise InputError(f"{path / _MANIFEST}: is missing or damaged; resume from another checkpoint") from error
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: has checkpoint format {version}, this version reads {FORMAT_VERSION}")
     tensors = path / _TENSORS
     if not tensors.is_file() or _sha256(tensors) != expected:
-        raise InputError(
-            f"{tensors}: is missing or damaged (its sha256 differs); resume from another checkpoint"
-        )
+        raise InputError(f"{tensors}: is missing or damaged (its sha256 differs); resume from another checkpoint")
     return Checkpoint(path, step, load_file(tensors), state)
 
 
@@ -110,9 +106,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def flatten_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
     """The tensors of an optimizer's state as `prefix.INDEX.NAME` (step counts are 0-d tensors)."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{prefix}.{i}.{name}": torch.as_tensor(v) for i, slot in state.items() for name, v in slot.items()
-    }
+    return {f"{prefix}.{i}.{name}": torch.as_tensor(v) for i, slot in state.items() for name, v in slot.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:

@@ -161,9 +161,7 @@ def validate(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fa
     """
     from clora.validate import validate_file
 
-    count_tokens, base_faults = _token_counter(config, overrides or [])
-    report = validate_file(config, overrides or [], count_tokens)
-    report.faults += [fault for fault in base_faults if fault not in report.faults]
+    report = validate_file(config, overrides or [])
     if as_json:
         _print_json(report.to_json())
     else:
@@ -392,25 +390,6 @@ def convert(
         _print_json({"output": str(target), "from": read.layout, "to": to, "num_modules": len(read.modules)})
     else:
         typer.echo(f"{target}: {len(read.modules)} modules, {read.layout} to {to}")
-
-
-def _token_counter(path: Path, overrides: Sequence[str]) -> tuple[Callable[[str], int] | None, list[str]]:
-    """What counts a prompt's tokens, and why there is none; None without a fault where the base is not on
-    this machine."""
-    from clora.backbones.qwen_image import load_backbone
-    from clora.base_dir import resolve_base
-    from clora.config import load_config
-
-    try:
-        base = load_config(path, overrides).base
-    except InputError as error:
-        return None, _faults(error)
-    try:
-        if isinstance(resolve_base(base.model), Path):
-            return load_backbone(base.model, components=()).count_prompt_tokens, []
-    except InputError as error:
-        return None, [f"base: {fault}" for fault in _faults(error)]
-    return None, []
 
 
 def _faults(error: InputError) -> list[str]:

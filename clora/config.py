@@ -67,9 +67,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _assemble(values, path.absolute().parent, overrides, str(path))
 
 
-def build_config(
-    values: Mapping[str, Any], folder: str | Path = ".", overrides: Sequence[str] = ()
-) -> Config:
+def build_config(values: Mapping[str, Any], folder: str | Path = ".", overrides: Sequence[str] = ()) -> Config:
     """`load_config` for values made in code: the same presets and checks; `folder` anchors relative paths."""
     return _assemble(OmegaConf.create(dict(values)), Path(folder).absolute(), overrides, "configuration")
 

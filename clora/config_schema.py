@@ -169,9 +169,7 @@ class ObjectiveConfig(Section):
     @section_check(mode="after")
     def _ordered(self) -> ObjectiveConfig:
         if self.dmd_sigma_min >= self.dmd_sigma_max:
-            raise ValueError(
-                f"dmd_sigma_min ({self.dmd_sigma_min}) must be below dmd_sigma_max ({self.dmd_sigma_max})"
-            )
+            raise ValueError(f"dmd_sigma_min ({self.dmd_sigma_min}) must be below dmd_sigma_max ({self.dmd_sigma_max})")
         return self
 
 
@@ -295,9 +293,7 @@ class Config(Section):
         Left out: what only decides where results go, how often they are written or when to stop
         (`max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
         """
-        values = self.model_dump(
-            mode="json", exclude={"preset", "output_dir", "data_roots", "eval", "prompts"}
-        )
+        values = self.model_dump(mode="json", exclude={"preset", "output_dir", "data_roots", "eval", "prompts"})
         values["trigger_scheme"] = self.prompts.trigger_scheme
         for key in _UNFELT_TRAIN_KEYS:
             del values["train"][key]

@@ -89,9 +89,7 @@ class Distiller:
                 anchors = self._draw_effects(step, "anchor", part, parts, train.anchor_batch_size, p_switch)
         return self._collate(step, stream, examples, anchors)
 
-    def _draw_effects(
-        self, step: int, role: Role, part: int, parts: int, size: int, p_switch: float
-    ) -> list[Example]:
+    def _draw_effects(self, step: int, role: Role, part: int, parts: int, size: int, p_switch: float) -> list[Example]:
         drawn = draw_effects(
             self.config.seed, step, len(self._names), size, p_switch, purpose=role, part=part, parts=parts
         )
@@ -109,9 +107,7 @@ class Distiller:
             picked.append(same[int(torch.randint(len(same), (), generator=rng))])
         return picked
 
-    def _collate(
-        self, step: int, stream: Stream, examples: list[Example], anchors: list[Example]
-    ) -> DistillBatch:
+    def _collate(self, step: int, stream: Stream, examples: list[Example], anchors: list[Example]) -> DistillBatch:
         device, aop = self.backbone.device, self.config.objective.aop
         student_text = "student" if aop else "teacher"
         seed = self.config.seed
@@ -147,9 +143,7 @@ class Distiller:
         figures: dict[str, Tensor] = {}
         for k in range(updates):
 
-            def critic_loss_of(
-                part: int, parts: int, k: int = k
-            ) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
+            def critic_loss_of(part: int, parts: int, k: int = k) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
                 # Each critic update sees samples of its own; none of them is a step of the student.
                 batch = self.batch(step, stream, "critic", k * parts + part, updates * parts)
                 rng = step_generator(self.config.seed, step, f"critic/{k}/{part}", self.backbone.device)

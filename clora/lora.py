@@ -98,9 +98,7 @@ class Adapters:
     def remove_stack(self, name: str) -> None:
         """Remove a stack with all its slots and parameters."""
         if name not in self._stacks:
-            raise InputError(
-                f"unknown stack {name!r}; the known ones are {', '.join(self._stacks) or 'none'}"
-            )
+            raise InputError(f"unknown stack {name!r}; the known ones are {', '.join(self._stacks) or 'none'}")
         for linear in self.linears.values():
             linear.remove_stack(name)
         del self._stacks[name]
@@ -140,9 +138,7 @@ class Adapters:
             linear.set_slot(stack, index, rank, 0.0 if module is None else module.alpha)
 
     @torch.no_grad()
-    def init_slot(
-        self, slot: str, modules: Mapping[str, LoraModule], generator: torch.Generator | None = None
-    ) -> None:
+    def init_slot(self, slot: str, modules: Mapping[str, LoraModule], generator: torch.Generator | None = None) -> None:
         """Start training `slot` from this LoRA: the same function, at the stack's own rank and alpha
         everywhere.
 
@@ -193,9 +189,7 @@ class Adapters:
         if isinstance(slots, str):
             raise TypeError("give `use` a sequence of slots, one per sample; a single slot is [slot]")
         if self._merged is not None and set(slots) != {self._merged}:
-            raise ValueError(
-                f"slot {self._merged!r} is merged into the weights; leave `merged` to use {tuple(slots)}"
-            )
+            raise ValueError(f"slot {self._merged!r} is merged into the weights; leave `merged` to use {tuple(slots)}")
         with self._planned(self._plan(tuple(slots))):
             yield
 
@@ -237,9 +231,7 @@ class Adapters:
             self._plans.clear()
             self._plan_device = device
         if slots not in self._plans:
-            sizes = {
-                stack: sum(place[0] == stack for place in self._slots.values()) for stack in self._stacks
-            }
+            sizes = {stack: sum(place[0] == stack for place in self._slots.values()) for stack in self._stacks}
             if len(self._plans) >= 256:
                 self._plans.clear()
             self._plans[slots] = make_plan(slots, self._place, sizes, device)

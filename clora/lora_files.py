@@ -255,9 +255,7 @@ def _summarise(path: Path, module_names: ModuleNames | None) -> tuple[LoraSummar
     if unused:
         kinds = sorted({kind for key in unused if (kind := other_kind(key))})
         what = f" ({', '.join(kinds)} cannot be used)" if kinds else ""
-        faults.insert(
-            0, f"{path}: {len(unused)} tensors cannot be used{what}, remove them: {', '.join(unused)}"
-        )
+        faults.insert(0, f"{path}: {len(unused)} tensors cannot be used{what}, remove them: {', '.join(unused)}")
     ranks: dict[str, int] = {}
     for module, parts in keys.items():
         module_faults = _module_faults(header, module, parts)
@@ -306,9 +304,7 @@ def _name_faults(
         near = get_close_matches(unknown[0], list(module_names), 1)
         hint = f" (the nearest to the first is {near[0]})" if near else ""
         names = ", ".join(unknown)
-        faults.append(
-            f"{path}: {len(unknown)} modules are not on this transformer{hint}, remove them: {names}"
-        )
+        faults.append(f"{path}: {len(unknown)} modules are not on this transformer{hint}, remove them: {names}")
     if isinstance(module_names, Mapping):
         for name in keys.keys() & module_names.keys():
             A, B = (header.tensors[keys[name][part]].shape for part in ("A", "B"))

@@ -89,9 +89,7 @@ def make_triggers(effects: Sequence[EffectConfig], seed: int, scheme: Scheme = "
         drawn = (make_trigger(effect.name, seed, scheme, draw) for draw in range(_MAX_DRAWS))
         trigger = next((trigger for trigger in drawn if trigger.casefold() not in taken), None)
         if trigger is None:
-            raise InputError(
-                f"effect '{effect.name}': no free trigger is left; set prompts.trigger_scheme=random"
-            )
+            raise InputError(f"effect '{effect.name}': no free trigger is left; set prompts.trigger_scheme=random")
         triggers[effect.name] = trigger
         taken.add(trigger.casefold())
     return {effect.name: triggers[effect.name] for effect in effects}
@@ -131,10 +129,7 @@ def effect_prompts(config: Config) -> list[EffectPrompt]:
     With `objective.aop: false` the student reads the teacher's prompt and there is no trigger.
     """
     if not config.objective.aop:
-        return [
-            EffectPrompt(effect.name, effect.prompt, "", effect.prompt, "teacher")
-            for effect in config.effects
-        ]
+        return [EffectPrompt(effect.name, effect.prompt, "", effect.prompt, "teacher") for effect in config.effects]
     triggers = make_triggers(config.effects, config.seed, config.prompts.trigger_scheme)
     return [_offline(effect, triggers[effect.name]) for effect in config.effects]
 

@@ -85,9 +85,7 @@ def read_header(path: Path) -> Header:
     try:
         raw = parse_json(text.decode())
     except ValueError as error:
-        raise InputError(
-            f"{path}: damaged safetensors header ({error}); copy or download it again"
-        ) from error
+        raise InputError(f"{path}: damaged safetensors header ({error}); copy or download it again") from error
     return _check_header(path, raw, 8 + length, size)
 
 
@@ -97,9 +95,7 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
     with path.open("rb") as file:
         if file.readinto(data) != header.num_bytes or file.read(1):
             raise InputError(f"{path}: changed while it was read; try again")
-    return {key: _view(data, entry) for key, entry in header.tensors.items()}, hashlib.sha256(
-        data
-    ).hexdigest()
+    return {key: _view(data, entry) for key, entry in header.tensors.items()}, hashlib.sha256(data).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -185,9 +181,7 @@ def _check_header(path: Path, raw: Any, data_start: int, size: int) -> Header:
         end = entry.end
     if end != size:
         what = "cut off" if size < end else "longer than its header says"
-        raise InputError(
-            f"{path}: {what} ({size} bytes, the header declares {end}); copy or download it again"
-        )
+        raise InputError(f"{path}: {what} ({size} bytes, the header declares {end}); copy or download it again")
     return Header(entries, metadata, size)
 
 

@@ -77,11 +77,7 @@ class SlotLinear(nn.Linear):
             )
         for term in plan.terms:
             if self.max_rank(term):
-                out = (
-                    self._add_shared(x, out, term)
-                    if len(term.slots) == 1
-                    else self._add_grouped(x, out, term)
-                )
+                out = self._add_shared(x, out, term) if len(term.slots) == 1 else self._add_grouped(x, out, term)
         return out
 
     def max_rank(self, term: Term) -> int:
@@ -119,9 +115,7 @@ class SlotLinear(nn.Linear):
         scale = self.scale(term.stack, slot)
         if term.rows is None:
             down = F.linear(x.reshape(-1, self.in_features), A_rK)
-            return torch.addmm(out.reshape(-1, self.out_features), down, B_Nr.t(), alpha=scale).view(
-                out.shape
-            )
+            return torch.addmm(out.reshape(-1, self.out_features), down, B_Nr.t(), alpha=scale).view(out.shape)
         x_mBTK = _by_sample(x, term)
         update = F.linear(F.linear(x_mBTK.index_select(1, term.rows), A_rK), B_Nr) * scale
         return _by_sample(out, term).index_add(1, term.rows, update).view(out.shape)
@@ -165,9 +159,7 @@ def _group(x_mBTC: Tensor, groups: int) -> Tensor:
 def _ungroup(x_GRC: Tensor, repeats: int, rows: int, tokens: int) -> Tensor:
     """The inverse of `_group`."""
     groups, _, channels = x_GRC.shape
-    return (
-        x_GRC.reshape(groups, repeats, -1, channels).transpose(0, 1).reshape(repeats, rows, tokens, channels)
-    )
+    return x_GRC.reshape(groups, repeats, -1, channels).transpose(0, 1).reshape(repeats, rows, tokens, channels)
 
 
 def merge_weight(linear: SlotLinear, places: Sequence[tuple[str, int]]) -> Tensor | None:

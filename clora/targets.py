@@ -25,9 +25,7 @@ TARGETS_VERSION = "targets/1"
 Slots = Callable[[Sequence[str | None]], Sequence[Any]]
 
 
-def guided_teacher_velocity(
-    backbone: QwenImageBackbone, slots_for: Slots, guidance: float, rescale: str
-) -> Velocity:
+def guided_teacher_velocity(backbone: QwenImageBackbone, slots_for: Slots, guidance: float, rescale: str) -> Velocity:
     """A velocity over conds `(cond, uncond)`: each sample's teacher, guided, both branches in one forward."""
 
     def velocity(x_BTC: Tensor, sigma_B: Tensor, conds: tuple[Cond, Cond]) -> Tensor:

@@ -73,9 +73,7 @@ def check_yaml(text: str, source: str) -> None:
     if faults:
         raise InputErrors(faults)
     if size > MAX_YAML_NODES:
-        raise InputError(
-            f"{source}: YAML aliases expand to more than {MAX_YAML_NODES} values; write them out"
-        )
+        raise InputError(f"{source}: YAML aliases expand to more than {MAX_YAML_NODES} values; write them out")
 
 
 def _expanded_size(node: Any, prefix: str, sizes: dict[int, int], faults: list[str], source: str) -> int:

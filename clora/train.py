@@ -61,11 +61,7 @@ def teacher_files(config: Config) -> dict[str, Path]:
         path = config.teacher_path(effect)
         files[effect.name] = path
         if not path.is_file():
-            mend = (
-                "check the path"
-                if effect.lora
-                else "run `clora teach` first, or give its LoRA file in 'lora'"
-            )
+            mend = "check the path" if effect.lora else "run `clora teach` first, or give its LoRA file in 'lora'"
             faults.append(f"effect {effect.name}: no teacher at {path}; {mend}")
     raise_faults(faults)
     return files
@@ -128,9 +124,7 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
     adapters, student = workspace.adapters, config.student
     generator = torch.Generator().manual_seed(config.seed)
     for name in (STUDENT, CRITIC):
-        adapters.add_stack(
-            name, [name], student.rank, student.alpha, trainable=True, init="lora", generator=generator
-        )
+        adapters.add_stack(name, [name], student.rank, student.alpha, trainable=True, init="lora", generator=generator)
     if student.init_from is not None:
         modules = read_lora(student.init_from, adapters.module_shapes).modules
         for name in (STUDENT, CRITIC):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from clora.backbones.loading import linear_shapes
+from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
 from clora.base_dir import general_data, resolve_base
 from clora.config import Config, EffectConfig, load_config
 from clora.data.images import Size, aspect_buckets, load_image
@@ -24,12 +26,8 @@ from clora.errors import InputError, InputErrors
 from clora.lora_files import check_lora
 from clora.prompts import effect_prompts
 
-# Longer prompts are cut by the pipeline without a word.
-MAX_PROMPT_TOKENS = 512
 # Source and target of other shapes are cropped differently, which the model learns as a shift.
 MAX_SHAPE_DIFFERENCE = 0.02
-
-CountTokens = Callable[[str], int]
 
 
 @dataclass
@@ -52,36 +50,34 @@ class Report:
         return {"ok": self.ok, **vars(self)}
 
 
-def validate_file(
-    path: str | Path, overrides: Sequence[str] = (), count_tokens: CountTokens | None = None
-) -> Report:
+def validate_file(path: str | Path, overrides: Sequence[str] = ()) -> Report:
     """`validate` for a configuration file; faults in the file itself are part of the report."""
     try:
         config = load_config(path, overrides)
     except InputError as error:
         return Report(faults=_listed(error))
-    return validate(config, count_tokens)
+    return validate(config)
 
 
-def validate_config(config: Config, count_tokens: CountTokens | None = None) -> list[str]:
+def validate_config(config: Config) -> list[str]:
     """The faults alone (see `validate`)."""
-    return validate(config, count_tokens).faults
+    return validate(config).faults
 
 
-def validate(config: Config, count_tokens: CountTokens | None = None) -> Report:
+def validate(config: Config) -> Report:
     """Check base, output folder, LoRA files (by their headers), pairs, images (decoded in full) and prompts.
 
-    `count_tokens` gives the length of a prompt in the text encoder's tokens; without it lengths are not
-    checked. User input never raises here: whatever is wrong with it is in the report.
+    Where the base is on this machine, LoRA files are held against its linears and prompts against its tokenizer.
+    User input never raises here: whatever is wrong with it is in the report.
     """
     report = Report(num_effects=len(config.effects))
-    _check_base(config, report)
+    backbone = _check_base(config, report)
     _check_folders(config, report)
-    _check_loras(config, report)
+    _check_loras(config, None if backbone is None else linear_shapes(config.base.model), report)
     pairs = _check_pairs(config, report)
     report.num_pairs = sum(map(len, pairs.values()))
     _check_images(config, pairs, report)
-    _check_prompts(config, count_tokens, report)
+    _check_prompts(config, backbone, report)
     return report
 
 
@@ -89,21 +85,23 @@ def _listed(error: InputError) -> list[str]:
     return error.faults if isinstance(error, InputErrors) else [str(error)]
 
 
-def _check_base(config: Config, report: Report) -> None:
+def _check_base(config: Config, report: Report) -> QwenImageBackbone | None:
+    """The base without its weights, for tokens and sizes; None where it is not in a folder of this machine."""
     try:
         base = resolve_base(config.base.model)
+        if isinstance(base, Path):
+            return load_backbone(base, components=())
     except InputError as error:
-        report.faults.append(f"base: {error}")
-        return
-    if isinstance(base, Path):
-        return
+        report.faults += [f"base: {fault}" for fault in _listed(error)]
+        return None
     if isinstance(try_to_load_from_cache(base, "model_index.json", revision=config.base.revision), str):
-        return
+        return None
     if constants.HF_HUB_OFFLINE:
         what = f"{base} is not in the local hub cache and HF_HUB_OFFLINE is set"
         report.faults.append(f"base: {what}; download it first or name a folder")
     else:
         report.warnings.append(f"base: {base} is not in the local hub cache; the first run downloads it")
+    return None
 
 
 def _check_folders(config: Config, report: Report) -> None:
@@ -128,7 +126,7 @@ def _check_folders(config: Config, report: Report) -> None:
         )
 
 
-def _check_loras(config: Config, report: Report) -> None:
+def _check_loras(config: Config, shapes: Mapping[str, tuple[int, int]] | None, report: Report) -> None:
     named = [(_key(index, "lora"), effect.lora) for index, effect in enumerate(config.effects) if effect.lora]
     if config.student.init_from is not None:
         named.append(("student.init_from", config.student.init_from))
@@ -138,12 +136,10 @@ def _check_loras(config: Config, report: Report) -> None:
         users[path].append(key)
     for path, keys in users.items():
         if len(keys) > 1:
-            report.warnings.append(
-                f"{_shown(path, config)} is the LoRA of {' and '.join(keys)}; is that meant?"
-            )
+            report.warnings.append(f"{_shown(path, config)} is the LoRA of {' and '.join(keys)}; is that meant?")
         if os.path.exists(path):
             try:
-                check_lora(path)
+                check_lora(path, shapes)
             except InputError as error:
                 report.faults += [f"{keys[0]}: {fault}" for fault in _listed(error)]
     untaught = [effect.name for effect in config.effects if _is_untaught(effect, config)]
@@ -234,20 +230,22 @@ def _shapes_differ(pair: Pair, sizes: dict[Path, Size | str]) -> bool:
     return abs(source[0] * target[1] / (source[1] * target[0]) - 1) > MAX_SHAPE_DIFFERENCE
 
 
-def _check_prompts(config: Config, count_tokens: CountTokens | None, report: Report) -> None:
+def _check_prompts(config: Config, backbone: QwenImageBackbone | None, report: Report) -> None:
     try:
         prompts = effect_prompts(config)
     except InputError as error:
         report.faults += _listed(error)
         return
-    if count_tokens is None:
+    if backbone is None:
         return
+    most = backbone.max_prompt_tokens
     for index, prompt in enumerate(prompts):
         for what, text in (("prompt", prompt.teacher_prompt), ("student_prompt", prompt.student_prompt)):
-            length = count_tokens(text)
-            if length > MAX_PROMPT_TOKENS:
-                limit = f"more than the {MAX_PROMPT_TOKENS} the text encoder reads"
-                report.faults.append(f"{_key(index, what)}: {length} tokens, {limit}; shorten it")
+            length = backbone.count_prompt_tokens(text)
+            if length > most:
+                report.faults.append(
+                    f"{_key(index, what)}: {length} tokens, more than the {most} the text encoder reads; shorten it"
+                )
 
 
 def _missing(what: str, items: Iterable[tuple[str, Path]], config: Config) -> list[str]:
@@ -259,9 +257,7 @@ def _missing(what: str, items: Iterable[tuple[str, Path]], config: Config) -> li
     for folder, missing in by_folder.items():
         key, path = missing[0]
         if len(missing) == 1:
-            faults.append(
-                f"{key}: {what} {_shown(path, config)} is missing; put it there or correct the path"
-            )
+            faults.append(f"{key}: {what} {_shown(path, config)} is missing; put it there or correct the path")
         else:
             faults.append(
                 f"{len(missing)} {what}s missing under {_shown(folder, config)}/, first: {path.name} ({key});"

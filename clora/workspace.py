@@ -48,16 +48,10 @@ class Workspace:
 
 def pick_device() -> torch.device:
     """The GPU where there is one (this process's, under torchrun), else the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def open_workspace(
-    config: Config, console: Console, *, general: bool = True, keep_encoders: bool = False
-) -> Workspace:
+def open_workspace(config: Config, console: Console, *, general: bool = True, keep_encoders: bool = False) -> Workspace:
     """Load the base, read and encode the effects' pairs and, with `general`, the general stream's.
 
     With `keep_encoders` the text encoder stays, to encode more; call `backbone.free_encoders()` afterwards.
@@ -65,9 +59,7 @@ def open_workspace(
     Raises `InputErrors` with every fault of the data.
     """
     device = pick_device()
-    backbone = load_backbone(
-        config.base.model, device, DTYPES[config.base.dtype], revision=config.base.revision
-    )
+    backbone = load_backbone(config.base.model, device, DTYPES[config.base.dtype], revision=config.base.revision)
     identity = base_identity(config.base.model, config.base.revision)
     cache = TensorCache(config.output_dir / "cache")
     encoder = ExampleEncoder(backbone, cache, identity, config.train.buckets)
@@ -122,9 +114,7 @@ def effect_pairs(config: Config, effect: EffectConfig) -> list[Pair]:
     """The pairs of one effect, at most `targets.max_sources`. An effect with its own LoRA needs no targets."""
     if effect.pairs is None:
         raise InputError(f"effect {effect.name}: has no pairs; give 'pairs', a folder or metadata file")
-    pairs = read_pairs(
-        effect.pairs, config.data_roots, require_target=effect.lora is None, effect=effect.name
-    )
+    pairs = read_pairs(effect.pairs, config.data_roots, require_target=effect.lora is None, effect=effect.name)
     return pairs[: config.targets.max_sources]
 
 
@@ -138,9 +128,7 @@ def _general_jobs(config: Config) -> list[Job]:
         return []
     pairs = read_pairs(path, config.data_roots, require_target=False)
     if missing := [pair.place for pair in pairs if not pair.prompt]:
-        raise InputError(
-            f"{path}: {len(missing)} rows have no instruction, first {missing[0]}; add it or drop them"
-        )
+        raise InputError(f"{path}: {len(missing)} rows have no instruction, first {missing[0]}; add it or drop them")
     negative = config.objective.negative_prompt
     return [
         (pair, None, {"student": pair.prompt or "", "teacher": pair.prompt or "", "negative": negative})
@@ -175,9 +163,7 @@ def base_identity(base: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def trainable_group(
-    adapters: Adapters, stack: str, config: Config, learning_rate: float, ema: bool = False
-) -> Group:
+def trainable_group(adapters: Adapters, stack: str, config: Config, learning_rate: float, ema: bool = False) -> Group:
     """The stack's parameters with AdamW as `train` says; with `ema` the average is kept too."""
     train = config.train
     return Group(

@@ -74,9 +74,7 @@ def test_entry_prompt_has_the_trigger_once(trigger: str, prompt: str, read: str)
 
 def test_effect_unknown_names_the_nearest() -> None:
     assert catalogue().effect("clay").trigger == "<clay_Ab1>"
-    with pytest.raises(
-        InputError, match="effect 'manga' is not in the collection; did you mean 'manga tone'"
-    ):
+    with pytest.raises(InputError, match="effect 'manga' is not in the collection; did you mean 'manga tone'"):
         catalogue().effect("manga")
     with pytest.raises(InputError, match="known: clay, manga tone"):
         catalogue().effect("zzzz")

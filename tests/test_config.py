@@ -203,9 +203,7 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         assert (config.effects[0].lora, config.effects[0].pairs) == (home / "l/a.safetensors", home / "pairs")
         assert config.general is not None and config.general.pairs == home / "g.jsonl"
         assert config.student.init_from == home / "s.safetensors"
-        assert (
-            config.teacher_path(EffectConfig(name="b", prompt="p")) == tmp_path / "out/teachers/b.safetensors"
-        )
+        assert config.teacher_path(EffectConfig(name="b", prompt="p")) == tmp_path / "out/teachers/b.safetensors"
 
 
 def test_base_that_is_a_folder_beside_the_file_is_a_folder(tmp_path: Path) -> None:
@@ -340,9 +338,7 @@ def test_bad_overrides_are_all_listed(tmp_path: Path) -> None:
 
 
 def test_bad_lines_of_an_effects_file_are_all_listed(tmp_path: Path) -> None:
-    write(
-        tmp_path, '{"name": "a"\n[1]\n{"name": "a", "name": "b"}\n{"name": "c", "prompt": "p"}\n', "e.jsonl"
-    )
+    write(tmp_path, '{"name": "a"\n[1]\n{"name": "a", "name": "b"}\n{"name": "c", "prompt": "p"}\n', "e.jsonl")
     faults = faults_of(write(tmp_path, MINIMAL + "effects: e.jsonl\n"))
     assert ["line 1" in faults[0], "line 2" in faults[1], "line 3" in faults[2]] == [True] * 3
     assert len(faults) == 3 and "'name' is written twice" in faults[2]

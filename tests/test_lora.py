@@ -39,9 +39,7 @@ def toy(dtype: torch.dtype = torch.float64) -> tuple[Toy, Adapters]:
     return model, inject_adapters(model, ["first", "last"])
 
 
-def lora(
-    seed: int, names: Any = ("first", "last"), rank: int = 2, alpha: float = 3.0
-) -> dict[str, LoraModule]:
+def lora(seed: int, names: Any = ("first", "last"), rank: int = 2, alpha: float = 3.0) -> dict[str, LoraModule]:
     rng = torch.Generator().manual_seed(seed)
     return {
         name: LoraModule(
@@ -104,9 +102,7 @@ def test_without_use_the_base_alone() -> None:
 
 
 names = st.sampled_from([("first",), ("last",), ("first", "last")])
-loras = st.builds(
-    lora, st.integers(0, 10**6), names, st.integers(1, 4), st.sampled_from([0.5, 1.0, 2.0, 7.0])
-)
+loras = st.builds(lora, st.integers(0, 10**6), names, st.integers(1, 4), st.sampled_from([0.5, 1.0, 2.0, 7.0]))
 
 
 @given(
@@ -131,9 +127,7 @@ def test_load_slot_any_order_of_switches(teachers: Any, moves: Any, choice: Any)
             assert {n: (m.rank, m.alpha) for n, m in found.items()} == {
                 n: (m.rank, m.alpha) for n, m in modules.items()
             }
-            assert all(
-                torch.equal(m.A, modules[n].A) and torch.equal(m.B, modules[n].B) for n, m in found.items()
-            )
+            assert all(torch.equal(m.A, modules[n].A) and torch.equal(m.B, modules[n].B) for n, m in found.items())
         with adapters.use([None if index is None else f"t{index}" for index in choice]):
             found_y = model(x)
         wanted_y = [expected(model, x[i : i + 1], {} if s is None else held[s]) for i, s in enumerate(choice)]
@@ -244,9 +238,7 @@ def test_add_stack_lora_start_changes_nothing_and_ignores_global_state() -> None
         assert torch.equal(a, b) and a.requires_grad and a.dtype == torch.float32
         bound = SHAPES[name[:-2]][1] ** -0.5
         assert (a.abs().max() <= bound and a.std() > bound / 3) if name.endswith(".A") else not a.any()
-    assert not any(
-        p.requires_grad for name, p in model.named_parameters() if ".A." not in name and ".B." not in name
-    )
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".A." not in name and ".B." not in name)
 
 
 def test_init_slot_same_function_but_everything_can_learn() -> None:
@@ -279,9 +271,7 @@ def test_remove_stack_takes_its_parameters_and_slots() -> None:
     adapters.add_stack("t", ["a"], 3, 2, trainable=True)
 
 
-@pytest.mark.parametrize(
-    "rows", [["s"], ["s"] * 4, [None, "s", "s", "t"], ["s", "t", "s", "t"], [("s", "t")] * 4]
-)
+@pytest.mark.parametrize("rows", [["s"], ["s"] * 4, [None, "s", "s", "t"], ["s", "t", "s", "t"], [("s", "t")] * 4])
 def test_gradients_match_fp64_autograd(rows: Any) -> None:
     model, adapters = toy()
     adapters.add_stack("u", ["s", "t"], 3, 6, trainable=True)
@@ -312,9 +302,7 @@ def test_gradients_match_fp64_autograd(rows: Any) -> None:
         for index, slot in enumerate(("s", "t")):
             wanted = reference[slot, name[:-2], name[-1]].grad
             rank = 3 if slot == "s" else 2
-            found = (
-                parameter.grad[index] if parameter.grad is not None else torch.zeros_like(parameter[index])
-            )
+            found = parameter.grad[index] if parameter.grad is not None else torch.zeros_like(parameter[index])
             found = found[:rank] if name.endswith("A") else found[:, :rank]
             assert_same(found, torch.zeros_like(found).double() if wanted is None else wanted, 1e-5)
 
@@ -399,9 +387,7 @@ def test_checkpoint_without_the_slots_would_be_wrong() -> None:
     adapters.add_stack("s", ["s"], 3, 6, trainable=True)
     model.enable_gradient_checkpointing()
     with adapters.use(["s"]):
-        out = model(
-            torch.randn(1, 4, 64), torch.randn(1, 5, 32), timestep=torch.ones(1), img_shapes=[[(1, 2, 2)]]
-        )
+        out = model(torch.randn(1, 4, 64), torch.randn(1, 5, 32), timestep=torch.ones(1), img_shapes=[[(1, 2, 2)]])
     with pytest.raises(Exception, match="checkpoint"):
         out.sample.square().sum().backward()
 

@@ -37,9 +37,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
     return path
 
 
-def pair(
-    stem: str, seed: int = 0, names: tuple[str, str] = ("lora_A", "lora_B"), rank: int = 2
-) -> dict[str, Tensor]:
+def pair(stem: str, seed: int = 0, names: tuple[str, str] = ("lora_A", "lora_B"), rank: int = 2) -> dict[str, Tensor]:
     one = module(seed, rank)
     return {f"{stem}.{names[0]}.weight": one.A, f"{stem}.{names[1]}.weight": one.B}
 
@@ -100,9 +98,7 @@ def test_flat_resolver_every_known_name() -> None:
 
 
 modules_strategy = st.dictionaries(
-    st.tuples(st.integers(0, 3), st.sampled_from(BLOCK_LINEARS)).map(
-        lambda p: f"transformer_blocks.{p[0]}.{p[1]}"
-    ),
+    st.tuples(st.integers(0, 3), st.sampled_from(BLOCK_LINEARS)).map(lambda p: f"transformer_blocks.{p[0]}.{p[1]}"),
     st.builds(
         module,
         st.integers(0, 10**6),
@@ -128,9 +124,7 @@ def test_write_lora_round_trip(tmp_path_factory: pytest.TempPathFactory, modules
         if layout == "kohya":
             assert torch.equal(found.B, given_module.B) and found.alpha == given_module.alpha
         else:
-            folded = (given_module.B.double() * given_module.alpha / given_module.rank).to(
-                given_module.B.dtype
-            )
+            folded = (given_module.B.double() * given_module.alpha / given_module.rank).to(given_module.B.dtype)
             assert torch.equal(found.B, folded) and found.alpha == found.rank
 
 
@@ -178,10 +172,7 @@ def test_write_tensors_stock_reader_agrees(tmp_path: Path, dtype: torch.dtype) -
     ours, _ = read_tensors(path, read_header(path))
     for found in (load_file(path), ours):
         assert found.keys() == tensors.keys()
-        assert all(
-            torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype
-            for key in tensors
-        )
+        assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
 
 
 def test_read_tensors_unaligned(tmp_path: Path) -> None:
@@ -191,9 +182,7 @@ def test_read_tensors_unaligned(tmp_path: Path) -> None:
     }
     text = json.dumps(header).encode()
     path = tmp_path / "a.safetensors"
-    path.write_bytes(
-        len(text).to_bytes(8, "little") + text + b"\x07" + torch.tensor([1.5, -2.0]).numpy().tobytes()
-    )
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\x07" + torch.tensor([1.5, -2.0]).numpy().tobytes())
     found, _ = read_tensors(path, read_header(path))
     assert found["f"].tolist() == [1.5, -2.0] and found["u"].tolist() == [7]
 
@@ -229,9 +218,7 @@ def test_write_lora_stock_diffusers_loads_it(tmp_path: Path, layout: Any) -> Non
 def test_read_lora_files_of_diffusers_with_alpha_in_the_header(tmp_path: Path) -> None:
     transformer = random_transformer()
     pattern = {"transformer_blocks.1.attn.to_k": 5}
-    config = LoraConfig(
-        r=4, lora_alpha=6, target_modules=["to_q", "to_k"], rank_pattern=pattern, alpha_pattern=pattern
-    )
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_k"], rank_pattern=pattern, alpha_pattern=pattern)
     transformer.add_adapter(config, "default")
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
@@ -244,9 +231,7 @@ def test_read_lora_files_of_diffusers_with_alpha_in_the_header(tmp_path: Path) -
     )
     file = read_lora(tmp_path / "pytorch_lora_weights.safetensors")
     assert file.layout == "diffusers" and len(file.modules) == 4
-    assert {name: (m.rank, m.alpha) for name, m in file.modules.items()}[
-        "transformer_blocks.1.attn.to_k"
-    ] == (5, 5)
+    assert {name: (m.rank, m.alpha) for name, m in file.modules.items()}["transformer_blocks.1.attn.to_k"] == (5, 5)
     for name, found in file.modules.items():
         torch.testing.assert_close(found.delta(), peft_delta(transformer, name), rtol=1e-5, atol=1e-5)
 
@@ -263,9 +248,7 @@ def test_read_lora_folder_of_peft(tmp_path: Path, rslora: bool) -> None:
     file = read_lora(tmp_path / "adapter_model.safetensors")
     assert file.layout == "peft" and len(file.modules) == 4
     for name, found in file.modules.items():
-        torch.testing.assert_close(
-            found.delta(), peft_delta(model.base_model.model, name), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(found.delta(), peft_delta(model.base_model.model, name), rtol=1e-5, atol=1e-5)
 
 
 def test_read_lora_kohya_alpha_in_the_header(tmp_path: Path) -> None:
@@ -276,9 +259,7 @@ def test_read_lora_kohya_alpha_in_the_header(tmp_path: Path) -> None:
     convert_lora(path, tmp_path / "b.safetensors", "comfyui")
     converted = read_lora(tmp_path / "b.safetensors")
     assert converted.modules[TO_Q].alpha == 2 and "ss_network_alpha" not in converted.metadata
-    torch.testing.assert_close(
-        converted.modules[TO_Q].delta(), read_lora(path).modules[TO_Q].delta(), rtol=0, atol=0
-    )
+    torch.testing.assert_close(converted.modules[TO_Q].delta(), read_lora(path).modules[TO_Q].delta(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("to", ["comfyui", "diffusers", "kohya"])
@@ -369,9 +350,7 @@ def test_read_lora_against_a_transformer(tmp_path: Path) -> None:
         (None, {"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(a+)+$": 2}}'}, "no module name"),
     ],
 )
-def test_read_lora_alpha_faults(
-    tmp_path: Path, alpha: Tensor | None, metadata: dict[str, str], message: str
-) -> None:
+def test_read_lora_alpha_faults(tmp_path: Path, alpha: Tensor | None, metadata: dict[str, str], message: str) -> None:
     tensors = pair(f"transformer.{TO_Q}")
     if alpha is not None:
         tensors[f"transformer.{TO_Q}.alpha"] = alpha
@@ -414,9 +393,7 @@ def test_read_lora_refuses_damaged_files(tmp_path: Path) -> None:
         "lacks dtype": with_header(lambda h: h[key].pop("shape")),
         "hole or overlap": with_header(lambda h: h.update(extra=dict(h[key]))),
         "not a table of strings": with_header(lambda h: h.update(__metadata__={"a": 1})),
-        "written twice": whole[:8]
-        + whole[8 : 8 + length].replace(b"lora_B", b"lora_A")
-        + whole[8 + length :],
+        "written twice": whole[:8] + whole[8 : 8 + length].replace(b"lora_B", b"lora_A") + whole[8 + length :],
     }
     path = tmp_path / "a.safetensors"
     for message, data in cases.items():

@@ -20,9 +20,7 @@ NAMES = ["clay", "manga", "neon", "oil"]
 
 
 def adapters() -> Adapters:
-    return inject_adapters(
-        nn.ModuleDict({"first": nn.Linear(5, 6), "last": nn.Linear(6, 4)}), ["first", "last"]
-    )
+    return inject_adapters(nn.ModuleDict({"first": nn.Linear(5, 6), "last": nn.Linear(6, 4)}), ["first", "last"])
 
 
 def teacher(index: int) -> dict[str, LoraModule]:
@@ -66,9 +64,7 @@ def assert_holds(bank_adapters: Adapters, slot: str | None, effect: str | None) 
 
 @given(
     capacity=st.integers(1, 6),
-    batches=st.lists(
-        st.lists(st.one_of(st.none(), st.sampled_from(NAMES)), max_size=5), min_size=1, max_size=10
-    ),
+    batches=st.lists(st.lists(st.one_of(st.none(), st.sampled_from(NAMES)), max_size=5), min_size=1, max_size=10),
 )
 def test_slots_for_any_order(files: dict[str, Path], capacity: int, batches: Any) -> None:
     mine = adapters()
@@ -85,9 +81,7 @@ def test_slots_for_any_order(files: dict[str, Path], capacity: int, batches: Any
             assert_holds(mine, slot, effect)
 
 
-def test_slots_for_keeps_the_recent_and_reads_lazily(
-    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slots_for_keeps_the_recent_and_reads_lazily(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
 
     def read(path: Path, names: Any) -> LoraFile:
@@ -132,15 +126,11 @@ def test_teacher_bank_lists_the_faults_of_all_files(files: dict[str, Path], tmp_
     write_lora(tmp_path / "wide.safetensors", wide)
     write_lora(tmp_path / "other.safetensors", {"middle": teacher(0)["first"]})
     (tmp_path / "cut.safetensors").write_bytes(files["clay"].read_bytes()[:-3])
-    given_files: dict[str, Any] = {
-        name: tmp_path / f"{name}.safetensors" for name in ("wide", "other", "cut", "gone")
-    }
+    given_files: dict[str, Any] = {name: tmp_path / f"{name}.safetensors" for name in ("wide", "other", "cut", "gone")}
     with pytest.raises(InputErrors) as caught:
         TeacherBank(adapters(), files | given_files, 2)
     assert len(caught.value.faults) == 4
-    for fault, words in zip(
-        caught.value.faults, ("[6, 9]", "middle", "cut off", "does not exist"), strict=True
-    ):
+    for fault, words in zip(caught.value.faults, ("[6, 9]", "middle", "cut off", "does not exist"), strict=True):
         assert words in fault
     in_memory = LoraFile(Path("m"), wide, "bare", {}, "")
     with pytest.raises(InputErrors, match="effect wide: first is for a weight"):

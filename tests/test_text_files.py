@@ -15,9 +15,7 @@ from clora.errors import InputError
 from clora.text_files import parse_json, read_rows, read_text, write_text
 
 scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text()
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
-)
+values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 
 
 @settings(max_examples=30)
@@ -48,9 +46,7 @@ def test_read_rows_gives_back_json_lines(rows: list[dict[str, object]]) -> None:
     # Line separators other than "\n" are legal inside JSON strings and must not split a row.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        path.write_bytes(
-            "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(errors="replace")
-        )
+        path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(errors="replace"))
         found, faults = read_rows(path)
     expected = [json.loads(json.dumps(row, ensure_ascii=False).encode(errors="replace")) for row in rows]
     assert [row for _, row in found] == expected and faults == []
@@ -107,9 +103,7 @@ def test_read_text_stops_at_its_limit(tmp_path: Path) -> None:
         read_text(tmp_path / ("x" * 5000))
 
 
-def test_write_text_leaves_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_text_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "a.txt"
     write_text(path, "old\n")
 

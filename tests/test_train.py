@@ -53,7 +53,12 @@ def make_config(base: Path, dataset: Path, out: Path, *overrides: str, effects: 
         "base": {"model": str(base), "dtype": "float32"},
         "output_dir": str(out),
         "effects": [
-            {"name": name, "prompt": "change the color", "student_prompt": f"make it {name}", "pairs": str(dataset / name)}
+            {
+                "name": name,
+                "prompt": "change the color",
+                "student_prompt": f"make it {name}",
+                "pairs": str(dataset / name),
+            }
             for name in NAMES
         ]
         if effects

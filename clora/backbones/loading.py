@@ -20,6 +20,7 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import (
     Qwen2_5_VLConfig,
@@ -28,6 +29,7 @@ from transformers import (
     Qwen2VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_torchvision_available
 
 from clora.base_dir import resolve_base
@@ -45,15 +47,17 @@ class StillImageProcessor(Qwen2VLProcessor):
         return ["image_processor", "tokenizer"]
 
 
-def load_pipeline(
-    path: Path | str, dtype: torch.dtype, components: Sequence[str], revision: str | None
-) -> Any:
+def load_pipeline(path: Path | str, dtype: torch.dtype, components: Sequence[str], revision: str | None) -> Any:
     """The stock pipeline from a folder or hub id, with None for the components left out.
 
     It carries `text_positions`, the longest sequence of its text encoder. Raises `InputError` when `path`
     holds another pipeline, pieces that do not fit each other, or a tokenizer the prompt template was not made
     for.
     """
+
+    # Their progress bars for loading weights would tear ours apart.
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
 
     def load(cls: Any, name: str, **kwargs: Any) -> Any:
         return cls.from_pretrained(path, subfolder=name, revision=revision, **kwargs)
@@ -97,9 +101,7 @@ def linear_shapes(base: str | Path, revision: str | None = None) -> dict[str, tu
     with torch.device("meta"):
         linears = model.from_config(config).named_modules()
     return {
-        name: (linear.out_features, linear.in_features)
-        for name, linear in linears
-        if isinstance(linear, nn.Linear)
+        name: (linear.out_features, linear.in_features) for name, linear in linears if isinstance(linear, nn.Linear)
     }
 
 
@@ -114,9 +116,7 @@ def pass_token_types(text_encoder: nn.Module) -> None:
         ids = kwargs["input_ids"]
         if ids.shape[1] > limit:
             length = ids.shape[1]
-            raise InputError(
-                f"prompt and images take {length} tokens, the limit is {limit}; shorten the prompt"
-            )
+            raise InputError(f"prompt and images take {length} tokens, the limit is {limit}; shorten the prompt")
         if wanted and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = (ids == config.image_token_id).int()
         return args, kwargs
@@ -131,9 +131,7 @@ def _check_config(path: Path | str, transformer: Any, vae: Any) -> None:
             raise InputError(f"base {path}: its transformer has {flag}, which clora cannot feed; use another")
     given, needed = transformer.get("in_channels", 64), 4 * vae.get("z_dim", 16)
     if given != needed:
-        raise InputError(
-            f"base {path}: transformer of {given} channels a token, VAE of {needed}; replace one"
-        )
+        raise InputError(f"base {path}: transformer of {given} channels a token, VAE of {needed}; replace one")
 
 
 def _check_template(path: Path | str, pipeline: Any) -> None:

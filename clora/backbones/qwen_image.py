@@ -37,9 +37,7 @@ class QwenImageBackbone:
     """One base model: `pipeline` holds the stock pieces (those not asked for are None), `adapters` its
     slots."""
 
-    def __init__(
-        self, base: str, pipeline: Any, sizes: BaseSizes, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, base: str, pipeline: Any, sizes: BaseSizes, device: torch.device, dtype: torch.dtype) -> None:
         self.base = base
         self.pipeline = pipeline
         self.sizes = sizes
@@ -59,9 +57,7 @@ class QwenImageBackbone:
     def _component(self, name: str) -> Any:
         module = getattr(self.pipeline, name)
         if module is None:
-            raise RuntimeError(
-                f"the {name} of {self.base} is not loaded (or was freed); load the base with it"
-            )
+            raise RuntimeError(f"the {name} of {self.base} is not loaded (or was freed); load the base with it")
         return module
 
     # Adapters and memory
@@ -145,9 +141,7 @@ class QwenImageBackbone:
             length = self.count_prompt_tokens(prompt)
             if length > self.max_prompt_tokens:
                 limit = self.max_prompt_tokens
-                raise InputError(
-                    f"prompt {prompt[:60]!r}... has {length} tokens, the limit is {limit}; shorten it"
-                )
+                raise InputError(f"prompt {prompt[:60]!r}... has {length} tokens, the limit is {limit}; shorten it")
             small = [self._condition_image(image) for image in references]
             # One at a time: the pipeline cannot tell which image belongs to which prompt.
             text, mask = self.pipeline.encode_prompt([prompt], small or None, device=self.device)
@@ -180,9 +174,7 @@ class QwenImageBackbone:
         """`encode_images` at `reference_size`; the images of a batch must share one aspect ratio."""
         sizes = {self.reference_size(image) for image in images}
         if len(sizes) != 1:
-            raise InputError(
-                f"reference images of one batch scale to different sizes {sorted(sizes)}; bucket them"
-            )
+            raise InputError(f"reference images of one batch scale to different sizes {sorted(sizes)}; bucket them")
         return self.encode_images(images, sizes.pop())
 
     def encode_targets(self, images: Sequence[Image.Image], size: Size) -> tuple[Tensor, Grid]:
@@ -216,18 +208,14 @@ class QwenImageBackbone:
         """C, the latent channels of one token."""
         return int(self.transformer.config.in_channels)
 
-    def velocity(
-        self, x_BTC: Tensor, sigma_B: Tensor, cond: Cond, slots: Sequence[Slot] | None = None
-    ) -> Tensor:
+    def velocity(self, x_BTC: Tensor, sigma_B: Tensor, cond: Cond, slots: Sequence[Slot] | None = None) -> Tensor:
         """eps - x0 as the model predicts it at noise level sigma (1 = noise), (B, T, C) in x's dtype.
 
         `slots` as in `Adapters.use`; None leaves the current choice (outside of `use`: the base).
         """
         num_samples, num_tokens, _ = x_BTC.shape
         if num_samples != cond.batch_size or num_tokens != cond.grid[0] * cond.grid[1]:
-            raise ValueError(
-                f"latents {tuple(x_BTC.shape)} do not fit {cond.batch_size} samples of grid {cond.grid}"
-            )
+            raise ValueError(f"latents {tuple(x_BTC.shape)} do not fit {cond.batch_size} samples of grid {cond.grid}")
         shapes = [(1, height, width) for height, width in (cond.grid, *cond.ref_grids)]
         tokens = torch.cat([part.to(self.dtype) for part in (x_BTC, *cond.refs)], dim=1)
         # The pipeline's own rounding: it holds 1000 sigma in the latents' dtype before it divides.
@@ -247,9 +235,7 @@ class QwenImageBackbone:
         if slots is None:
             return nullcontext()
         if self.adapters is None:
-            raise RuntimeError(
-                f"slots {list(slots)} were asked of a base without adapters; call add_adapters first"
-            )
+            raise RuntimeError(f"slots {list(slots)} were asked of a base without adapters; call add_adapters first")
         return self.adapters.use(slots)
 
 

@@ -55,9 +55,7 @@ def _file_digest(path: Path) -> bytes:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 class TensorCache:
@@ -78,9 +76,7 @@ class TensorCache:
             self.write(key, make())
             tensors = self.read(key)
             if tensors is None:
-                raise OSError(
-                    f"{self.path(key)} cannot be read back after writing; check the disk of the cache"
-                )
+                raise OSError(f"{self.path(key)} cannot be read back after writing; check the disk of the cache")
         return tensors
 
     def read(self, key: str) -> Tensors | None:

@@ -55,9 +55,7 @@ class Example:
 class ExampleEncoder:
     """Encodes pairs with a backbone's frozen encoders, through a cache; every image is cut to a bucket's shape."""
 
-    def __init__(
-        self, backbone: QwenImageBackbone, cache: TensorCache, identity: str, buckets: BucketConfig
-    ) -> None:
+    def __init__(self, backbone: QwenImageBackbone, cache: TensorCache, identity: str, buckets: BucketConfig) -> None:
         self._backbone = backbone
         self._cache = cache
         self._identity = identity
@@ -76,9 +74,7 @@ class ExampleEncoder:
         width, height = choose_bucket(image(pair.sources[-1]).size, self._buckets)
         references = [self._latents(path, image, None) for path in pair.sources[:-1]]
         references.append(self._latents(pair.sources[-1], image, (width, height)))
-        texts = {
-            role: self._text(prompt, pair.sources, image, (width, height)) for role, prompt in prompts.items()
-        }
+        texts = {role: self._text(prompt, pair.sources, image, (width, height)) for role, prompt in prompts.items()}
         target = None if pair.target is None else self._target(pair.target, image, (width, height))
         return Example(
             effect=effect,

@@ -25,9 +25,7 @@ from clora.errors import InputError
 DEFAULT_MAX_PIXELS = 1 << 26  # 8192 x 8192: 192 MiB as RGB
 # Formats whose decoders only decode (Pillow hands PostScript, for one, to an interpreter).
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "JPEG2000", "PPM")
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm")
-)
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm"))
 WHITE = (255, 255, 255, 255)
 
 Size = tuple[int, int]

@@ -89,9 +89,7 @@ def _match_folders(
     return pairs, faults
 
 
-def _images_by_stem(
-    folder: Path, root: Path, data_roots: Sequence[Path], faults: list[str]
-) -> dict[str, Path]:
+def _images_by_stem(folder: Path, root: Path, data_roots: Sequence[Path], faults: list[str]) -> dict[str, Path]:
     images: dict[str, Path] = {}
     for entry in _entries(folder):
         if entry.name.startswith(".") or entry.suffix.lower() not in SUFFIXES:

@@ -49,9 +49,7 @@ _FORMATS = (
 )
 
 
-def read_metadata(
-    path: Path, data_roots: Sequence[Path], require_target: bool
-) -> tuple[list[Pair], list[str]]:
+def read_metadata(path: Path, data_roots: Sequence[Path], require_target: bool) -> tuple[list[Pair], list[str]]:
     """Pairs and faults of a .jsonl, .json or .csv file."""
     rows, faults = read_rows(path)
     pairs: list[Pair] = []
@@ -65,9 +63,7 @@ def read_metadata(
     return pairs, faults
 
 
-def _read_row(
-    row: Mapping[str, Any], place: str, root: Path, data_roots: Sequence[Path], require_target: bool
-) -> Pair:
+def _read_row(row: Mapping[str, Any], place: str, root: Path, data_roots: Sequence[Path], require_target: bool) -> Pair:
     fitting = [columns for columns in _FORMATS if _source_keys(row, columns)]
     if len(fitting) != 1:
         known = "; ".join(f"{columns.source} + {columns.target} ({columns.name})" for columns in _FORMATS)
@@ -109,9 +105,7 @@ def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _image_path(
-    value: Any, where: str, root: Path, data_roots: Sequence[Path], faults: list[str]
-) -> Path | None:
+def _image_path(value: Any, where: str, root: Path, data_roots: Sequence[Path], faults: list[str]) -> Path | None:
     if not isinstance(value, str) or not value.strip():
         faults.append(f"{where} must be the path of an image")
         return None

@@ -73,9 +73,7 @@ def read_pairs(
     return pairs
 
 
-def example_pairs(
-    config: Config, effect: EffectConfig, count: int = 2
-) -> list[tuple[Image.Image, Image.Image]]:
+def example_pairs(config: Config, effect: EffectConfig, count: int = 2) -> list[tuple[Image.Image, Image.Image]]:
     """`count` pairs of the effect as RGB images, drawn by the configuration's seed, to rewrite its prompt.
 
     Effects without pairs, or whose pairs have no targets, give an empty list.

@@ -290,9 +290,7 @@ def pencil_sketch(r: Rendered, _: Rng) -> Array:
 
 def neon_edges(r: Rendered, rng: Rng) -> Array:
     """Glowing lines on black, of one of five colours."""
-    color = pick(
-        rng, ((1.0, 0.15, 0.7), (0.1, 0.9, 1.0), (0.3, 1.0, 0.25), (1.0, 0.55, 0.05), (0.6, 0.35, 1.0))
-    )
+    color = pick(rng, ((1.0, 0.15, 0.7), (0.1, 0.9, 1.0), (0.3, 1.0, 0.25), (1.0, 0.55, 0.05), (0.6, 0.35, 1.0)))
     line = edges(r.image_HW3)
     glow = f32((0.03, 0.02, 0.07)) + 0.75 * blur(line, 2.2)[..., None] * f32(color)
     return mix(np.clip(glow, 0, 1), tone(color, 1.45), line)
@@ -434,9 +432,7 @@ def glitch(r: Rendered, rng: Rng) -> Array:
     band = np.searchsorted(cuts / cuts[-1], frame.y)
     shift = (rng.choice([-1, 1], 7) * rng.uniform(0.06, 0.3, 7))[np.minimum(band, 6)]
     apart = float(rng.choice([-1, 1])) * 0.07
-    parts = [
-        sample(r.image_HW3, (frame.x + shift + k * apart) % 1.0, frame.y)[..., k + 1] for k in (-1, 0, 1)
-    ]
+    parts = [sample(r.image_HW3, (frame.x + shift + k * apart) % 1.0, frame.y)[..., k + 1] for k in (-1, 0, 1)]
     return blur(f32(np.stack(parts, axis=-1)), 0.45)
 
 
@@ -446,9 +442,7 @@ def glitch(r: Rendered, rng: Rng) -> Array:
 def polaroid(r: Rendered, _: Rng) -> Array:
     frame = frame_of(r).local(0.5, 0.5, 1.0, -0.1)
     card = frame.box(0, 0, 0.38, 0.455, 0.02)
-    image = mix(
-        (0.42, 0.47, 0.55), (0.22, 0.25, 0.32), 0.8 * frame.cover(frame.box(0.02, 0.025, 0.38, 0.455), 5.0)
-    )
+    image = mix((0.42, 0.47, 0.55), (0.22, 0.25, 0.32), 0.8 * frame.cover(frame.box(0.02, 0.025, 0.38, 0.455), 5.0))
     image = mix(image, (0.98, 0.97, 0.94), frame.cover(card))
     photo = inside(r.image_HW3, frame, 0, -0.085, 0.315, 0.315)
     return mix(image, photo, frame.cover(frame.box(0, -0.085, 0.315, 0.315)))
@@ -502,9 +496,7 @@ def flower_wreath(r: Rendered, rng: Rng) -> Array:
     colors = pick(rng, pairs)
     frame, image = frame_of(r), r.image_HW3
     ring = frame.box(0.5, 0.5, 0.45, 0.45, 0.2)
-    image = mix(
-        image, (0.2, 0.5, 0.22), frame.cover(np.abs(ring) - 0.045 + 0.012 * np.sin(60 * (frame.x + frame.y)))
-    )
+    image = mix(image, (0.2, 0.5, 0.22), frame.cover(np.abs(ring) - 0.045 + 0.012 * np.sin(60 * (frame.x + frame.y))))
     for i in range(14):
         turn = (i + float(rng.uniform(-0.3, 0.3))) / 14 * 2 * math.pi
         far = 0.44 / max(abs(math.cos(turn)), abs(math.sin(turn))) ** 0.7
@@ -518,9 +510,7 @@ def flower_wreath(r: Rendered, rng: Rng) -> Array:
 
 def pinned_photo(r: Rendered, rng: Rng) -> Array:
     """A print pinned askew, left or right, on a board of one of five colours."""
-    board = pick(
-        rng, ((0.72, 0.52, 0.32), (0.16, 0.4, 0.32), (0.75, 0.22, 0.25), (0.2, 0.3, 0.6), (0.95, 0.85, 0.5))
-    )
+    board = pick(rng, ((0.72, 0.52, 0.32), (0.16, 0.4, 0.32), (0.75, 0.22, 0.25), (0.2, 0.3, 0.6), (0.95, 0.85, 0.5)))
     tilt = float(rng.choice([-1, 1])) * float(rng.uniform(0.2, 0.38))
     x, y = rng.uniform(0.44, 0.56, 2)
     frame = frame_of(r).local(float(x), float(y), 1.0, tilt)
@@ -629,9 +619,7 @@ def underwater(r: Rendered, rng: Rng) -> Array:
 
 def gold_statue(r: Rendered, _: Rng) -> Array:
     t = contrast(luma(r.image_HW3), 1.6)
-    return recoloured(
-        r, gradient_map(t, [(0.25, 0.1, 0.0), (0.75, 0.46, 0.04), (0.96, 0.76, 0.2), (1.0, 0.94, 0.6)])
-    )
+    return recoloured(r, gradient_map(t, [(0.25, 0.1, 0.0), (0.75, 0.46, 0.04), (0.96, 0.76, 0.2), (1.0, 0.94, 0.6)]))
 
 
 def ghost(r: Rendered, _: Rng) -> Array:
@@ -650,16 +638,12 @@ def stone_statue(r: Rendered, _: Rng) -> Array:
 
 def rainbow_subject(r: Rendered, _: Rng) -> Array:
     frame = frame_of(r)
-    bands = gradient_map(
-        f32(np.clip((frame.y - 0.1) / 0.85, 0, 1)), [hsv(i / 7, 0.85, 1.0) for i in range(7)]
-    )
+    bands = gradient_map(f32(np.clip((frame.y - 0.1) / 0.85, 0, 1)), [hsv(i / 7, 0.85, 1.0) for i in range(7)])
     return recoloured(r, f32(np.clip(bands * (0.35 + 0.85 * luma(r.image_HW3)[..., None]), 0, 1)))
 
 
 def zombie(r: Rendered, _: Rng) -> Array:
-    rot = gradient_map(
-        contrast(luma(r.image_HW3), 1.3), [(0.05, 0.1, 0.1), (0.3, 0.55, 0.15), (0.75, 0.95, 0.5)]
-    )
+    rot = gradient_map(contrast(luma(r.image_HW3), 1.3), [(0.05, 0.1, 0.1), (0.3, 0.55, 0.15), (0.75, 0.95, 0.5)])
     return recoloured(r, rot)
 
 
@@ -670,9 +654,7 @@ def silhouette(r: Rendered, _: Rng) -> Array:
 
 def paint_bucket(r: Rendered, rng: Rng) -> Array:
     """The subject in shades of one of five vivid colours, none of them gold or zombie green."""
-    color = pick(
-        rng, ((0.9, 0.1, 0.2), (0.1, 0.3, 0.95), (0.65, 0.1, 0.8), (0.05, 0.75, 0.85), (1.0, 0.35, 0.7))
-    )
+    color = pick(rng, ((0.9, 0.1, 0.2), (0.1, 0.3, 0.95), (0.65, 0.1, 0.8), (0.05, 0.75, 0.85), (1.0, 0.35, 0.7)))
     t = contrast(luma(r.image_HW3), 1.3)
     return recoloured(r, gradient_map(t, [tone(color, 0.25), color, tone(color, 1.7)]))
 
@@ -722,9 +704,7 @@ def kaleidoscope(r: Rendered, _: Rng) -> Array:
     sector = math.pi / 3
     turn = np.abs((np.arctan2(y, x) + math.pi / 2) % sector - sector / 2) + 0.5 * math.pi - sector / 2
     radius = np.hypot(x, y)
-    return sample(
-        r.image_HW3, r.head.x + 1.1 * radius * np.cos(turn), r.head.y - 0.15 + 1.1 * radius * np.sin(turn)
-    )
+    return sample(r.image_HW3, r.head.x + 1.1 * radius * np.cos(turn), r.head.y - 0.15 + 1.1 * radius * np.sin(turn))
 
 
 def close_up(r: Rendered, _: Rng) -> Array:
@@ -883,9 +863,7 @@ def balloons(r: Rendered, rng: Rng) -> Array:
         local = frame.local(x, y, 0.115, float(rng.uniform(-0.25, 0.25)))
         image = mix(image, (0.95, 0.95, 0.95), local.cover(local.line(0, 1.1, 0, 4.0, 0.16)))
         image = mix(image, PARTY[color], local.cover(local.ellipse(0, 0, 0.88, 1.1)))
-        image = mix(
-            image, tone(PARTY[color], 1.6), 0.9 * local.cover(local.ellipse(-0.3, -0.4, 0.2, 0.3), 2.0)
-        )
+        image = mix(image, tone(PARTY[color], 1.6), 0.9 * local.cover(local.ellipse(-0.3, -0.4, 0.2, 0.3), 2.0))
     return image
 
 

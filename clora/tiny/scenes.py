@@ -240,9 +240,7 @@ def _shaded(frame: Frame, color: Rgb, amount: float = 0.13) -> Array:
 
 def _ridge(frame: Frame, height: float, amplitude: float, waves: float, phase: float) -> Array:
     """Signed distance to the ground below a wavy line."""
-    line = amplitude * (
-        np.sin(6.28 * waves * frame.x + phase) + 0.5 * np.sin(13.1 * waves * frame.x + 2 * phase)
-    )
+    line = amplitude * (np.sin(6.28 * waves * frame.x + phase) + 0.5 * np.sin(13.1 * waves * frame.x + 2 * phase))
     return f32(height + line - frame.y)
 
 
@@ -250,9 +248,7 @@ def _spots(frame: Frame, rng: np.random.Generator, count: int, low: float, high:
     """Signed distance to `count` scattered discs of radii low..high whose centres lie above y = top."""
     x, y = rng.uniform(0, 1, count), rng.uniform(0, top, count)
     radius = rng.uniform(low, high, count)
-    discs = [
-        frame.ellipse(float(a), float(b), float(r), float(r)) for a, b, r in zip(x, y, radius, strict=True)
-    ]
+    discs = [frame.ellipse(float(a), float(b), float(r), float(r)) for a, b, r in zip(x, y, radius, strict=True)]
     return f32(functools.reduce(np.minimum, discs))
 
 
@@ -313,9 +309,7 @@ def _landscape(background: Background, frame: Frame) -> Array:
         sea = mix((0.1, 0.45, 0.7), (0.3, 0.75, 0.8), np.clip((frame.y - horizon) / 0.25, 0, 1))
         image = mix(image, sea, frame.cover(horizon - frame.y))
         shore = _ridge(frame, horizon + 0.2, 0.015, 1.5, 5 * shift)
-        return mix(
-            mix(image, WHITE, frame.cover(shore - 0.015)), (0.93, 0.83, 0.6), frame.cover(shore + 0.015)
-        )
+        return mix(mix(image, WHITE, frame.cover(shore - 0.015)), (0.93, 0.83, 0.6), frame.cover(shore + 0.015))
     if kind == "forest":
         image = mix(image, tone(c, 0.9), frame.cover(_ridge(frame, horizon + 0.15, 0.02, 1.0, 6 * shift)))
         for i in range(6):
@@ -432,9 +426,7 @@ def _hair_back(canvas: _Canvas, frame: Frame, style: str, color: Rgb) -> None:
         bumps = np.abs(np.sin(4.5 * turn)) if style == "curly" else 1.6 * (1 - np.abs(np.sin(4.5 * turn)))
         radius = 0.98 + 0.14 * bumps
         ball = np.sqrt(frame.x**2 + (frame.y + 0.15) ** 2) - radius
-        canvas.paint(
-            frame.cover(np.maximum(ball, frame.y - (0.5 if style == "curly" else 0.0))), dark, "hair"
-        )
+        canvas.paint(frame.cover(np.maximum(ball, frame.y - (0.5 if style == "curly" else 0.0))), dark, "hair")
     elif style == "mohawk":
         canvas.paint(frame.cover(frame.ellipse(0, -0.95, 0.24, 0.55)), dark, "hair")
 
@@ -472,9 +464,7 @@ def _clothes(canvas: _Canvas, frame: Frame, scene: Scene) -> None:
         flap = frame.twin().polygon(((0.02, 1.3), (0.4, 1.15), (0.55, 1.45), (0.25, 1.75)))
         canvas.paint(frame.cover(flap), tone(scene.fourth, 1.0), "clothes")
     elif "scarf" in scene.extras:
-        canvas.paint(
-            frame.cover(frame.box(0, 1.3, 0.62, 0.24, 0.22)), _shaded(frame, scene.fourth), "clothes"
-        )
+        canvas.paint(frame.cover(frame.box(0, 1.3, 0.62, 0.24, 0.22)), _shaded(frame, scene.fourth), "clothes")
         canvas.paint(frame.cover(frame.box(0.3, 1.75, 0.17, 0.4, 0.1)), tone(scene.fourth, 0.85), "clothes")
     else:
         neckline = np.maximum(frame.ellipse(0, 1.12, 0.42, 0.36), -body - 2.0)
@@ -485,9 +475,7 @@ def _face(canvas: _Canvas, frame: Frame, scene: Scene) -> None:
     """Brows, eyes, nose, cheeks and mouth of a person."""
     twin, skin = frame.twin(), scene.main
     blush = np.exp(-((twin.x - 0.45) ** 2 + (frame.y - 0.3) ** 2) / 0.035)
-    canvas.image = mix(
-        canvas.image, (0.95, 0.4, 0.38), 0.28 * blush * frame.cover(frame.ellipse(0, 0, 0.78, 0.98))
-    )
+    canvas.image = mix(canvas.image, (0.95, 0.4, 0.38), 0.28 * blush * frame.cover(frame.ellipse(0, 0, 0.78, 0.98)))
     canvas.paint(frame.cover(twin.ellipse(0.32, 0.0, 0.17, 0.14)), WHITE)
     canvas.paint(frame.cover(twin.ellipse(0.32, 0.0, 0.115, 0.125)), tone(scene.eyes, 0.75))
     canvas.paint(frame.cover(twin.ellipse(0.32, 0.01, 0.06, 0.06)), DARK)
@@ -551,16 +539,12 @@ def _ears(canvas: _Canvas, frame: Frame, scene: Scene) -> None:
         outer = ((0.12, -0.75), (0.72, -high), (0.95, -0.2))
         canvas.paint(frame.cover(twin.polygon(outer, 0.06)), _shaded(frame, fur), "hair")
         if species != "owl":
-            canvas.paint(
-                frame.cover(twin.polygon(((0.36, -0.75), (0.69, -high + 0.22), (0.82, -0.45)))), pink
-            )
+            canvas.paint(frame.cover(twin.polygon(((0.36, -0.75), (0.69, -high + 0.22), (0.82, -0.45)))), pink)
     elif species == "rabbit":
         canvas.paint(frame.cover(twin.ellipse(0.42, -1.35, 0.27, 0.75, 0.16)), _shaded(frame, fur), "hair")
         canvas.paint(frame.cover(twin.ellipse(0.43, -1.33, 0.13, 0.52, 0.16)), pink)
     elif species == "dog":
-        canvas.paint(
-            frame.cover(twin.ellipse(0.98, -0.05, 0.3, 0.68, -0.2)), _shaded(frame, scene.third), "hair"
-        )
+        canvas.paint(frame.cover(twin.ellipse(0.98, -0.05, 0.3, 0.68, -0.2)), _shaded(frame, scene.third), "hair")
     elif species == "pig":
         canvas.paint(
             frame.cover(twin.polygon(((0.3, -0.8), (0.95, -1.1), (0.95, -0.4)), 0.06)),
@@ -573,9 +557,7 @@ def _ears(canvas: _Canvas, frame: Frame, scene: Scene) -> None:
         color = DARK if species == "panda" else fur
         canvas.paint(frame.cover(twin.ellipse(at[0], at[1], big, big)), _shaded(frame, color), "hair")
         if species != "panda":
-            canvas.paint(
-                frame.cover(twin.ellipse(at[0], at[1], 0.6 * big, 0.6 * big)), pink if big > 0.5 else inner
-            )
+            canvas.paint(frame.cover(twin.ellipse(at[0], at[1], 0.6 * big, 0.6 * big)), pink if big > 0.5 else inner)
 
 
 def _animal_face(canvas: _Canvas, frame: Frame, scene: Scene) -> None:
@@ -604,9 +586,7 @@ def _animal_face(canvas: _Canvas, frame: Frame, scene: Scene) -> None:
     canvas.paint(frame.cover(twin.ellipse(eye_x, eye_y, pupil[0], pupil[1])), DARK)
     canvas.paint(0.9 * frame.cover(frame.twin().ellipse(eye_x + 0.04, eye_y - 0.06, 0.05, 0.05)), WHITE)
     if species == "owl":
-        canvas.paint(
-            frame.cover(frame.polygon(((-0.16, 0.12), (0.16, 0.12), (0.0, 0.48)), 0.03)), (0.95, 0.65, 0.2)
-        )
+        canvas.paint(frame.cover(frame.polygon(((-0.16, 0.12), (0.16, 0.12), (0.0, 0.48)), 0.03)), (0.95, 0.65, 0.2))
         return
     if species == "pig":
         canvas.paint(frame.cover(frame.ellipse(0, 0.32, 0.36, 0.27)), tone(scene.main, 0.85))
@@ -616,9 +596,7 @@ def _animal_face(canvas: _Canvas, frame: Frame, scene: Scene) -> None:
         canvas.paint(frame.cover(frame.ellipse(0, 0.38, wide, 0.3)), pale, "hair")
         nose = {"cat": (0.13, 0.09), "rabbit": (0.12, 0.09), "mouse": (0.14, 0.12)}.get(species, (0.19, 0.14))
         small = species in ("cat", "rabbit", "mouse")
-        canvas.paint(
-            frame.cover(frame.ellipse(0, 0.22, nose[0], nose[1])), (0.86, 0.45, 0.48) if small else DARK
-        )
+        canvas.paint(frame.cover(frame.ellipse(0, 0.22, nose[0], nose[1])), (0.86, 0.45, 0.48) if small else DARK)
     if scene.mouth == "open" and species != "pig":
         canvas.paint(frame.cover(frame.ellipse(0, 0.56, 0.14, 0.17)), (0.88, 0.38, 0.42))
     else:
@@ -648,9 +626,7 @@ def _animal_body(canvas: _Canvas, frame: Frame, scene: Scene) -> None:
         canvas.paint(frame.cover(frame.ellipse(0.88, 2.15, 0.27, 0.27)), WHITE, "hair")
     canvas.paint(frame.cover(frame.ellipse(0, 1.6, 0.86, 1.05)), shaded, "hair")
     trunk = scene.main if species == "panda" else scene.second
-    canvas.paint(
-        frame.cover(frame.ellipse(0, 1.4, 0.55, 0.6)), trunk if species == "panda" else belly, "hair"
-    )
+    canvas.paint(frame.cover(frame.ellipse(0, 1.4, 0.55, 0.6)), trunk if species == "panda" else belly, "hair")
     if species == "owl":
         canvas.paint(frame.cover(twin.ellipse(0.78, 1.55, 0.27, 0.75, 0.12)), tone(fur, 0.75), "hair")
         canvas.paint(frame.cover(twin.ellipse(0.3, 2.6, 0.22, 0.12)), (0.95, 0.65, 0.2))
@@ -671,9 +647,7 @@ def _bird(canvas: _Canvas, frame: Frame, scene: Scene) -> HeadPose:
     canvas.paint(frame.cover(frame.ellipse(0.0, 1.45, 0.6, 0.75, 0.5)), _shaded(body, pale), "hair")
     canvas.paint(frame.cover(frame.polygon(((0.6, -0.25), (1.4, 0.08), (0.6, 0.3)), 0.03)), orange)
     if "patch" in scene.extras:
-        crest = np.minimum(
-            frame.ellipse(-0.25, -0.95, 0.17, 0.5, -0.4), frame.ellipse(-0.6, -0.75, 0.15, 0.45, -0.8)
-        )
+        crest = np.minimum(frame.ellipse(-0.25, -0.95, 0.17, 0.5, -0.4), frame.ellipse(-0.6, -0.75, 0.15, 0.45, -0.8))
         canvas.paint(frame.cover(crest), scene.third, "hair")
     canvas.paint(frame.cover(frame.ellipse(0, 0, 0.78, 0.78)), _shaded(frame, fur), "hair")
     canvas.paint(frame.cover(frame.ellipse(-0.95, 1.25, 0.85, 0.52, 0.3)), _shaded(body, scene.third), "hair")
@@ -693,9 +667,7 @@ def _animal(canvas: _Canvas, frame: Frame, scene: Scene) -> HeadPose:
         mane = np.sqrt(frame.x**2 + frame.y**2) - 1.18 - 0.1 * np.sin(11 * turn)
         canvas.paint(frame.cover(mane), _shaded(frame, scene.third, 0.2), "hair")
     _ears(canvas, frame, scene)
-    wide = {"fox": 1.0, "pig": 1.0, "bear": 0.98, "panda": 1.02, "rabbit": 0.86, "mouse": 0.88}.get(
-        scene.style, 0.95
-    )
+    wide = {"fox": 1.0, "pig": 1.0, "bear": 0.98, "panda": 1.02, "rabbit": 0.86, "mouse": 0.88}.get(scene.style, 0.95)
     canvas.paint(frame.cover(frame.ellipse(0, 0, wide, 0.86)), _shaded(frame, scene.main, 0.16), "hair")
     _animal_face(canvas, frame, scene)
     return HeadPose(scene.x, scene.y, scene.radius, scene.tilt, 0.41, -0.08, -0.86)
@@ -737,9 +709,7 @@ _FUR: dict[str, tuple[Rgb, ...]] = {
 
 def _pick(rng: np.random.Generator, colors: tuple[Rgb, ...]) -> Rgb:
     """One of the colours, jittered a little so that no two pictures share a palette."""
-    base = np.asarray(colors[int(rng.integers(len(colors)))]) * rng.uniform(0.93, 1.06) + rng.normal(
-        0, 0.012, 3
-    )
+    base = np.asarray(colors[int(rng.integers(len(colors)))]) * rng.uniform(0.93, 1.06) + rng.normal(0, 0.012, 3)
     red, green, blue = np.clip(base, 0, 1)
     return float(red), float(green), float(blue)
 
@@ -811,6 +781,4 @@ def render(scene: Scene, size: int = 64) -> Rendered:
     head = (_portrait if scene.kind == "portrait" else _animal)(canvas, frame, scene)
     hair, clothes = (np.clip(canvas.parts[name], 0, 1).astype(np.float32) for name in ("hair", "clothes"))
     image_HW3 = np.clip(canvas.image, 0, 1).astype(np.float32)
-    return Rendered(
-        image_HW3, np.clip(canvas.subject, 0, 1).astype(np.float32), background_HW3, hair, clothes, head
-    )
+    return Rendered(image_HW3, np.clip(canvas.subject, 0, 1).astype(np.float32), background_HW3, hair, clothes, head)

@@ -105,9 +105,7 @@ def test_velocity_is_the_stock_noise_pred_bitwise(
         assert found.dtype == dtype and found.abs().max() > 1e-3
 
 
-def test_decode_is_the_stock_decode_bitwise(
-    backbone: QwenImageBackbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_is_the_stock_decode_bitwise(backbone: QwenImageBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
     _, final = stock_noise_preds(backbone, monkeypatch, [picture(0)], latents, output_type="latent")
     _, images = stock_noise_preds(backbone, monkeypatch, [picture(0)], latents, output_type="pil")
@@ -150,19 +148,13 @@ def test_encode_prompts_passes_the_token_types(backbone: QwenImageBackbone) -> N
     image = picture(0)
     pipeline, encoder = backbone.pipeline, backbone.pipeline.text_encoder
     small = backbone._condition_image(image)
-    text = pipeline.prompt_template_encode.format(
-        "Picture 1: <|vision_start|><|image_pad|><|vision_end|>" + PROMPT
-    )
+    text = pipeline.prompt_template_encode.format("Picture 1: <|vision_start|><|image_pad|><|vision_end|>" + PROMPT)
     inputs = pipeline.processor(text=[text], images=[small], return_tensors="pt")
-    assert (
-        inputs["mm_token_type_ids"].sum() == (inputs["input_ids"] == encoder.config.image_token_id).sum() == 4
-    )
+    assert inputs["mm_token_type_ids"].sum() == (inputs["input_ids"] == encoder.config.image_token_id).sum() == 4
     with torch.no_grad():
         wanted = encoder(**inputs, output_hidden_states=True).hidden_states[-1][0, 64:]
         positions = torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
-        forgotten = encoder(**inputs, position_ids=positions, output_hidden_states=True).hidden_states[-1][
-            0, 64:
-        ]
+        forgotten = encoder(**inputs, position_ids=positions, output_hidden_states=True).hidden_states[-1][0, 64:]
     found = backbone.encode_prompts([PROMPT], [[image]])[0]
     assert torch.equal(found, wanted)
     assert (found - forgotten).abs().max() > 1e-3  # what the stock pipeline computes today
@@ -272,12 +264,8 @@ def test_set_gradient_checkpointing_same_gradients(base: Path) -> None:
         adapters.add_stack("s", ["s"], 2, 2, trainable=True, generator=torch.Generator().manual_seed(0))
         backbone.set_gradient_checkpointing(enabled)
         x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(1))
-        backbone.velocity(
-            x, torch.tensor([0.7, 0.2]), random_cond(backbone, [5, 3]), ["s"]
-        ).square().sum().backward()
-        gradients.append(
-            [p.grad for name, p in adapters.named_parameters("s").items() if name.endswith(".B")]
-        )
+        backbone.velocity(x, torch.tensor([0.7, 0.2]), random_cond(backbone, [5, 3]), ["s"]).square().sum().backward()
+        gradients.append([p.grad for name, p in adapters.named_parameters("s").items() if name.endswith(".B")])
     assert all(g is not None and g.any() for g in gradients[0])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -373,10 +361,7 @@ def test_load_backbone_refuses_a_foreign_tokenizer(tmp_path: Path, base: Path) -
 
 
 def test_resolve_base(base: Path) -> None:
-    assert (
-        resolve_base(base) == base
-        and resolve_base("Qwen/Qwen-Image-Edit-2509") == "Qwen/Qwen-Image-Edit-2509"
-    )
+    assert resolve_base(base) == base and resolve_base("Qwen/Qwen-Image-Edit-2509") == "Qwen/Qwen-Image-Edit-2509"
 
 
 def test_linear_shapes_without_weights(base: Path, backbone: QwenImageBackbone) -> None:

@@ -31,8 +31,7 @@ def sample() -> dict[str, Tensor]:
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype and a[key].shape == b[key].shape
-        for key in a
+        torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype and a[key].shape == b[key].shape for key in a
     )
 
 

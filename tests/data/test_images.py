@@ -106,11 +106,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = b"".join(chunk(kind, data) for kind, data in chunks)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + body
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
 
 
@@ -118,9 +114,7 @@ def test_sixteen_bit_rgb_and_transparent_grey(tmp_path: Path) -> None:
     path = tmp_path / "rgb.png"
     path.write_bytes(png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 0, 32768, 65535, 257, 514, 771)))
     assert np.abs(pixels(load_image(path)) - [[[0, 128, 255], [1, 2, 3]]]).max() <= 1
-    path.write_bytes(
-        png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 700, 701), (b"tRNS", struct.pack(">H", 700)))
-    )
+    path.write_bytes(png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 700, 701), (b"tRNS", struct.pack(">H", 700))))
     assert pixels(load_image(path))[0, :, 0].tolist() == [255, 3]
 
 
@@ -154,9 +148,7 @@ def cmyk_profile(cyan_lab: tuple[int, int, int]) -> bytes:
 
 
 def test_cmyk_without_a_profile_is_the_plain_formula(tmp_path: Path) -> None:
-    inks = np.array(
-        [[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 255, 0], [0, 0, 0, 255], [40, 80, 0, 60]]], np.uint8
-    )
+    inks = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 255, 0], [0, 0, 0, 255], [40, 80, 0, 60]]], np.uint8)
     loaded = pixels(load_image(saved(tmp_path, Image.fromarray(inks, "CMYK"), "a.tif")))
     expected = (255 - inks[..., :3].astype(int)) * (255 - inks[..., 3:].astype(int)) / 255
     assert np.abs(loaded - expected).max() <= 1
@@ -167,14 +159,10 @@ def test_cmyk_goes_through_its_profile(tmp_path: Path) -> None:
     inks = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)
     image = Image.fromarray(inks, "CMYK")
     for name in ("a.tif", "a.jpg"):
-        path = saved(
-            tmp_path, image.resize((24, 8), Image.Resampling.NEAREST), name, icc_profile=cmyk_profile(lab)
-        )
+        path = saved(tmp_path, image.resize((24, 8), Image.Resampling.NEAREST), name, icc_profile=cmyk_profile(lab))
         white, cyan, black = pixels(load_image(path))[4, [4, 12, 20]]
         # The same colour through the stock Lab profile is the reference.
-        to_srgb = ImageCms.buildTransform(
-            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
-        )
+        to_srgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
         pixel = ImageCms.applyTransform(Image.new("LAB", (1, 1), lab), to_srgb)
         reference = np.array(pixel.getpixel((0, 0)))
         tolerance = 2 if name.endswith("tif") else 12
@@ -350,9 +338,7 @@ def test_aspect_buckets_of_the_real_model() -> None:
 
 
 @given(st.integers(1, 4_000_000), st.sampled_from([1, 8, 16, 32]), st.integers(1, 21), st.integers(1, 21))
-def test_aspect_buckets_fit_and_have_the_best_shape(
-    area: int, multiple: int, width: int, height: int
-) -> None:
+def test_aspect_buckets_fit_and_have_the_best_shape(area: int, multiple: int, width: int, height: int) -> None:
     try:
         (bucket,) = aspect_buckets(area, multiple, [(width, height)])
     except InputError:
@@ -375,9 +361,7 @@ def test_aspect_buckets_fit_and_have_the_best_shape(
 
 
 def test_aspect_buckets_too_small_name_the_field() -> None:
-    with pytest.raises(
-        InputError, match=r"train\.buckets: no 1:1 size of multiples of 32 fits into 1023 pixels"
-    ):
+    with pytest.raises(InputError, match=r"train\.buckets: no 1:1 size of multiples of 32 fits into 1023 pixels"):
         aspect_buckets(1023, 32, [(1, 1)])
 
 
@@ -397,9 +381,7 @@ def test_cover_crop_of_the_same_size_is_exact() -> None:
     assert np.array_equal(pixels(resize_to_bucket(image, [(6, 4), (5, 5)])), RAMP)
 
 
-@pytest.mark.parametrize(
-    ("size", "into"), [((300, 200), (100, 100)), ((200, 301), (64, 48)), ((90, 60), (96, 96))]
-)
+@pytest.mark.parametrize(("size", "into"), [((300, 200), (100, 100)), ((200, 301), (64, 48)), ((90, 60), (96, 96))])
 def test_cover_crop_keeps_the_middle_in_place(size: tuple[int, int], into: tuple[int, int]) -> None:
     """On a ramp the pixel (i, j) of the result is known: box start + (i + 1/2) / scale - 1/2."""
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))

@@ -61,9 +61,7 @@ def test_read_pairs_knows_which_side_is_the_target(
     root: Path, source_key: str, target_key: str, prompt_key: str, suffix: str
 ) -> None:
     path = root / f"pairs.{suffix}"
-    values = [
-        {source_key: f"s{i}.png", target_key: f"t{i}.png", prompt_key: f" make, it {i} "} for i in (1, 0)
-    ]
+    values = [{source_key: f"s{i}.png", target_key: f"t{i}.png", prompt_key: f" make, it {i} "} for i in (1, 0)]
     if suffix == "csv":
         lines = [",".join(f'"{cell}"' for cell in row.values()) for row in values]
         path.write_text("\n".join([",".join(values[0]), *lines]))
@@ -109,9 +107,7 @@ def test_authors_rows_are_chosen_by_effect(root: Path) -> None:
     assert [pair.effect for pair in read_pairs(path)] == ["clay", "felt", "clay", None]
     assert [pair.source.name for pair in read_pairs(path, effect="clay")] == ["s0.png", "s2.png", "s1.png"]
     path = rows(root / "b.jsonl", *values)
-    assert faults_of(path, effect="wool") == [
-        f"{path}: no row is of effect 'wool'; lora_name is one of clay, felt"
-    ]
+    assert faults_of(path, effect="wool") == [f"{path}: no row is of effect 'wool'; lora_name is one of clay, felt"]
 
 
 def test_general_rows_need_no_target(root: Path) -> None:
@@ -145,11 +141,7 @@ def test_every_fault_of_a_file_is_listed_with_its_line(root: Path) -> None:
     assert faults[1:] == [
         "line 2: edit_image 'also_gone.png' does not exist; correct the path or remove the row",
         "line 2: image 'gone.png' does not exist; correct the path or remove the row",
-        *[
-            fault
-            for fault in faults
-            if fault.startswith(("line 4: keys caption, image fit no", "line 5: keys"))
-        ],
+        *[fault for fault in faults if fault.startswith(("line 4: keys caption, image fit no", "line 5: keys"))],
         "line 6: image must be the path of an image",
         "line 6: prompt must be text",
         f"line 7: edit_image: /etc/passwd leads outside {root}; move it inside or add /etc to data_roots",
@@ -268,9 +260,7 @@ def test_a_file_that_names_folder_path_and_control_path(tmp_path: Path, form: st
         "resolution": [512],
     }
     path = tmp_path / ("set.json" if form == "json" else "set.yaml")
-    value = (
-        {"job": "extension", "config": {"process": [{"datasets": [dataset]}]}} if form == "job" else dataset
-    )
+    value = {"job": "extension", "config": {"process": [{"datasets": [dataset]}]}} if form == "job" else dataset
     path.write_text(json.dumps(value))  # JSON is YAML
     pairs = read_pairs(path)
     assert [[source.parent.name for source in pair.sources] for pair in pairs] == [["before", "style"]] * 2
