@@ -262,7 +262,7 @@ def report(config: Config, out: Path, phases: Phases) -> Path:
     names = [effect.name for effect in config.effects]
     sampled = {name: (figures, outputs) for name, figures, outputs in read_samples(out / "samples")}
     order = [name for name in ORDER if name in sampled] + [name for name in sampled if name not in ORDER]
-    scores = evaluate_methods({name: sampled[name][1] for name in order}, names)
+    scores = evaluate_methods({name: sampled[name][1] for name in order})
     rows = [
         MethodRow.from_scores(
             name,
