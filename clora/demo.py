@@ -128,7 +128,7 @@ def run_demo(
     phases.run("distil", lambda: train(config, resume="latest", console=console))
     phases.run("joint-fm", lambda: train_joint(config, console))
     phases.run("sample", lambda: sample_all(config, scale, out, console))
-    phases.run("report", lambda: None)
+    phases.run("score", lambda: score(out))
     return report(config, out, phases)
 
 
@@ -257,22 +257,30 @@ def read_samples(folder: Path) -> Iterator[tuple[str, dict[str, Any], Outputs]]:
 ORDER = ("teacher-40x2", "teacher-8", "teacher+accel", "joint-fm+accel", "collection")
 
 
+def score(out: Path) -> None:
+    """Score every method against the known truth, among all effects of the world: `scores.json`."""
+    sampled = {name: (figures, outputs) for name, figures, outputs in read_samples(out / "samples")}
+    scores = evaluate_methods({name: outputs for name, (_, outputs) in sampled.items()})
+    rows = {
+        name: MethodRow.from_scores(
+            name,
+            scores[name],
+            nfe=int(figures["nfe"]),
+            num_loras=int(figures["num_loras"]),
+            seconds_per_image=float(figures["seconds"]),
+        ).model_dump()
+        for name, (figures, _) in sampled.items()
+    }
+    (out / "scores.json").write_text(json.dumps(rows, indent=1))
+
+
 def report(config: Config, out: Path, phases: Phases) -> Path:
-    """Score every method against the known truth and write report.json and report.html."""
+    """Write report.json and report.html from what the phases left behind."""
     names = [effect.name for effect in config.effects]
     sampled = {name: (figures, outputs) for name, figures, outputs in read_samples(out / "samples")}
     order = [name for name in ORDER if name in sampled] + [name for name in sampled if name not in ORDER]
-    scores = evaluate_methods({name: sampled[name][1] for name in order})
-    rows = [
-        MethodRow.from_scores(
-            name,
-            scores[name],
-            nfe=int(sampled[name][0]["nfe"]),
-            num_loras=int(sampled[name][0]["num_loras"]),
-            seconds_per_image=float(sampled[name][0]["seconds"]),
-        )
-        for name in order
-    ]
+    scored = json.loads((out / "scores.json").read_text())
+    rows = [MethodRow.model_validate(scored[name]) for name in order]
     whole = Report(
         title=f"clora demo: {len(names)} effects in one LoRA",
         methods=rows,
