@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
-from clora.tiny import effect_ops as ops
+from clora.tiny.effect_ops import overlays, settings, shapes, styles
 from clora.tiny.scenes import Array, Rendered
 
 Apply = Callable[[Rendered, np.random.Generator], Array]
@@ -50,7 +51,20 @@ _LAYOUT = "transform the layout"
 _WEATHER = "change the weather"
 _FUN = "add something fun"
 
-# Name (also the function in effect_ops; a star marks a random outcome), teacher and student prompt, criteria.
+# The module that draws each family.
+_DRAWN_BY: dict[str, ModuleType] = {
+    "colour": styles,
+    "line": styles,
+    "texture": styles,
+    "frame": settings,
+    "background": settings,
+    "subject": settings,
+    "geometry": shapes,
+    "layout": shapes,
+    "overlay": overlays,
+}
+
+# Name (also the function that draws it; a star marks a random outcome), teacher and student prompt, criteria.
 _Row = tuple[str, str, str, str]
 _TABLE: dict[str, tuple[_Row, ...]] = {
     "colour": (
@@ -236,7 +250,7 @@ def _build() -> dict[str, Effect]:
     for family, rows in _TABLE.items():
         for starred, prompt, student_prompt, criteria in rows:
             name = starred.removesuffix(" *")
-            apply: Apply = getattr(ops, name)
+            apply: Apply = getattr(_DRAWN_BY[family], name)
             effects[name] = Effect(name, family, prompt, student_prompt, criteria, name != starred, apply)
     return effects
 

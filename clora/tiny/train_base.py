@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from PIL import Image
+from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
 from clora.flow import add_noise, shift_sigma, velocity_target
 from clora.tiny.images import Bytes, EditPairs, edit_pairs
-from clora.tiny.train_vae import optimizers, set_lr, warm_cosine
+from clora.tiny.train_vae import encode_moments, optimizers, set_lr, to_frame_convs, warm_cosine
 
 TRANSFORMER_CONFIG = {
     "patch_size": 2,
@@ -43,29 +45,59 @@ TEXT_DROPOUT, REFERENCE_DROPOUT, BOTH_DROPOUT = 0.05, 0.025, 0.025
 
 
 @torch.inference_mode()
-def encode_pairs(backbone: QwenImageBackbone, pairs: EditPairs) -> dict[str, Tensor]:
-    """Everything frozen, encoded once: latents (N, T, C) and text (N, L, D) in fp16, lengths (N,).
+def encode_latents(backbone: QwenImageBackbone, images: Bytes) -> Tensor:
+    """Packed, normalised latents (N, T, C) in fp16 of uint8 images (N, H, W, 3), as `encode_images` gives them.
 
-    `empty_*` is the text of an empty instruction on the same image (classifier-free guidance's other side).
+    Through the single-frame form of the autoencoder, in a third of its time.
     """
-    out: dict[str, list[Tensor]] = {"source": [], "target": [], "text": [], "length": [], "empty": []}
-    length = max(len(t) for t in _texts(backbone, pairs.instructions[:2000], pairs.source[:2000])) + 4
-    for start in range(0, len(pairs.instructions), 250):
+    vae = deepcopy(backbone.vae)
+    to_frame_convs(vae)
+    shape = (1, -1, 1, 1, 1)
+    mean, std = (torch.tensor(vae.config[key]).view(shape) for key in ("latents_mean", "latents_std"))
+    out = []
+    for part in torch.from_numpy(images).split(64):
+        pixels = (part.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        latents = (encode_moments(vae, pixels)[0] - mean) / std
+        side = latents.shape[-1]
+        packed = backbone.pipeline._pack_latents(latents, len(part), latents.shape[1], side, side)
+        out.append(packed.half())
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def encode_texts(backbone: QwenImageBackbone, instructions: Sequence[str], images: Bytes) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, L, D) in fp16, padded right, and their lengths (N,): `encode_prompts`, in batches.
+
+    The stock pipeline shows every image to every prompt; here each prompt has its own (N, H, W, 3).
+    """
+    pipeline = backbone.pipeline
+    first = pipeline.prompt_template_encode_start_idx
+    picture = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
+    rows: list[Tensor] = []
+    for start in track(range(0, len(instructions), 250), description="Prompts"):
         part = slice(start, start + 250)
-        for name, images in (("source", pairs.source[part]), ("target", pairs.target[part])):
-            pictures = [Image.fromarray(image) for image in images]
-            out[name].append(backbone.encode_images(pictures, backbone.sizes.default_size)[0].half())
-        texts = _texts(backbone, pairs.instructions[part], pairs.source[part])
-        empty = _texts(backbone, [""] * len(texts), pairs.source[part])
-        out["text"].append(torch.stack([F.pad(t[:length], (0, 0, 0, length - len(t[:length]))) for t in texts]).half())
-        out["length"].append(torch.tensor([min(len(t), length) for t in texts]))
-        out["empty"].append(torch.stack(empty).half())
-        print(f"encoded {start + len(texts)} of {len(pairs.instructions)}", flush=True)
-    return {name: torch.cat(parts) for name, parts in out.items()}
+        inputs = pipeline.processor(
+            text=[pipeline.prompt_template_encode.format(picture + text) for text in instructions[part]],
+            images=[Image.fromarray(image) for image in images[part]],
+            padding=True,
+            return_tensors="pt",
+        )
+        hidden = pipeline.text_encoder(**inputs, output_hidden_states=True).hidden_states[-1]
+        for row, mask in zip(hidden, inputs["attention_mask"].bool(), strict=True):
+            rows.append(row[mask][first:].half())
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return padded, torch.tensor([len(row) for row in rows])
 
 
-def _texts(backbone: QwenImageBackbone, instructions: list[str], images: Bytes) -> list[Tensor]:
-    return backbone.encode_prompts(instructions, [[Image.fromarray(image)] for image in images])
+def encode_pairs(backbone: QwenImageBackbone, pairs: EditPairs) -> dict[str, Tensor]:
+    """Everything frozen, encoded once: latents `source`, `target` (N, T, C), `text` (N, L, D), `length` (N,).
+
+    `empty` is the text of an empty instruction on the same image (classifier-free guidance's other side).
+    """
+    text, length = encode_texts(backbone, pairs.instructions, pairs.source)
+    empty, _ = encode_texts(backbone, [""] * len(pairs.instructions), pairs.source)
+    source, target = encode_latents(backbone, pairs.source), encode_latents(backbone, pairs.target)
+    return {"source": source, "target": target, "text": text, "length": length, "empty": empty}
 
 
 def make_batch(cache: dict[str, Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
