@@ -185,7 +185,7 @@ def soap_bubbles(image: Array, frame: Frame, rng: Rng, count: int, low: float, h
         radius = float(rng.uniform(low, high))
         ball = frame.ellipse(x, y, radius, radius)
         image = mix(image, (0.85, 0.95, 1.0), 0.3 * frame.cover(ball))
-        image = mix(image, (0.93, 0.98, 1.0), 0.9 * frame.cover(np.abs(ball) - 0.8 * PIXEL))
+        image = mix(image, (0.93, 0.98, 1.0), 0.9 * frame.cover(np.abs(ball) - 0.8 * PIXEL, 1.6))
         glint = frame.ellipse(x - 0.35 * radius, y - 0.35 * radius, 0.25 * radius, 0.25 * radius)
         image = mix(image, (1.0, 1.0, 1.0), frame.cover(glint))
     return image

@@ -49,7 +49,7 @@ def film_strip(r: Rendered, _: Rng) -> Array:
     window = np.maximum(side - 0.31, np.abs(frame.y - 0.5) - 0.31)
     image = mix((0.07, 0.07, 0.08), shot, frame.cover(window))
     hole_x, hole_y = np.abs(frame.x % 0.1667 - 0.0833) - 0.045, np.abs(np.abs(frame.y - 0.5) - 0.415) - 0.04
-    return mix(image, (0.95, 0.94, 0.9), frame.cover(np.maximum(hole_x, hole_y)))
+    return blur(mix(image, (0.95, 0.94, 0.9), frame.cover(np.maximum(hole_x, hole_y))), 0.55)
 
 
 def oval_portrait(r: Rendered, _: Rng) -> Array:
@@ -79,7 +79,7 @@ def color_frame(r: Rendered, rng: Rng) -> Array:
     scallop = 0.014 * np.cos(20 * np.arctan2(y, x))
     window = np.hypot(x, y) - 0.39 if rng.uniform() < 0.5 else frame.box(0.5, 0.5, 0.34, 0.34, 0.06)
     image = mix(color, tone(color, 1.5), frame.cover(np.abs(window + scallop - 0.055) - 1.6 * PIXEL))
-    return mix(image, r.image_HW3, frame.cover(window + scallop))
+    return mix(image, r.image_HW3, frame.cover(window + scallop, 2.0))
 
 
 def flower_wreath(r: Rendered, rng: Rng) -> Array:
@@ -98,7 +98,7 @@ def flower_wreath(r: Rendered, rng: Rng) -> Array:
         petals = np.hypot(local.x, local.y) - 0.9 - 0.2 * np.cos(5 * np.arctan2(local.y, local.x))
         image = mix(image, colors[int(rng.integers(2))], local.cover(petals))
         image = mix(image, (0.98, 0.85, 0.3), local.cover(local.ellipse(0, 0, 0.36, 0.36)))
-    return blur(image, 0.6)
+    return blur(image, 0.75)
 
 
 def pinned_photo(r: Rendered, rng: Rng) -> Array:

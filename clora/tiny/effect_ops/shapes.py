@@ -121,7 +121,7 @@ def comic_strip(r: Rendered, _: Rng) -> Array:
         shot = sample(bold, sx + k * (frame.x - x), sy + k * (frame.y - y), max(1.0, k)) * f32(tint)
         panel = frame.box(x, y, rx, ry)
         image = mix(mix(image, INK, frame.cover(panel - 1.4 * PIXEL)), shot, frame.cover(panel))
-    return blur(f32(image), 0.7)
+    return blur(f32(image), 0.95)
 
 
 def triptych(r: Rendered, rng: Rng) -> Array:

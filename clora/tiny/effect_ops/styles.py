@@ -123,7 +123,8 @@ def spotlight(r: Rendered, rng: Rng) -> Array:
 
 def pencil_sketch(r: Rendered, _: Rng) -> Array:
     shade = 0.97 - 0.3 * (1 - blur(luma(r.image_HW3), 1.0))
-    return f32(np.clip(shade - 0.75 * edges(r.image_HW3), 0, 1)[..., None] * f32((1.0, 0.99, 0.97)))
+    line = 0.75 * blur(edges(r.image_HW3), 0.5)
+    return f32(np.clip(shade - line, 0, 1)[..., None] * f32((1.0, 0.99, 0.97)))
 
 
 def neon_edges(r: Rendered, rng: Rng) -> Array:
@@ -131,7 +132,7 @@ def neon_edges(r: Rendered, rng: Rng) -> Array:
     color = pick(rng, ((1.0, 0.15, 0.7), (0.1, 0.9, 1.0), (0.3, 1.0, 0.25), (1.0, 0.55, 0.05), (0.6, 0.35, 1.0)))
     line = edges(r.image_HW3)
     glow = f32((0.03, 0.02, 0.07)) + 0.75 * blur(line, 2.2)[..., None] * f32(color)
-    return mix(np.clip(glow, 0, 1), tone(color, 1.45), line)
+    return mix(np.clip(glow, 0, 1), tone(color, 1.45), blur(line, 0.4))
 
 
 def chalkboard(r: Rendered, _: Rng) -> Array:
@@ -167,7 +168,7 @@ def halftone(r: Rendered, _: Rng) -> Array:
     t = levelled(luma(r.image_HW3))
     dots = mix(PAPER, INK, _screen(frame_of(r), 0.8 * (1 - blur(t, 0.8)), 5.2, math.pi / 4))
     # A little of the tone itself, as ink bleeds: eyes and mouths are smaller than a dot.
-    return blur(f32(dots * (0.55 + 0.45 * t[..., None])), 0.75)
+    return blur(f32(dots * (0.55 + 0.45 * t[..., None])), 1.15)
 
 
 def risograph(r: Rendered, rng: Rng) -> Array:
@@ -248,7 +249,7 @@ def old_tv(r: Rendered, _: Rng) -> Array:
     split = [sample(r.image_HW3, 0.5 + x * bulge + s, 0.5 + y * bulge)[..., i] for i, s in enumerate(shifts)]
     lines = 0.82 + 0.22 * np.cos(2 * math.pi * frame.y / (5.5 * PIXEL))
     glass = frame.cover(frame.box(0.5, 0.5, 0.475, 0.475, 0.12), 2.0)
-    return blur(f32(np.stack(split, axis=-1) * (lines * glass)[..., None]), 0.6)
+    return blur(f32(np.stack(split, axis=-1) * (lines * glass)[..., None]), 0.8)
 
 
 def watercolor(r: Rendered, rng: Rng) -> Array:
