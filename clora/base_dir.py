@@ -21,8 +21,8 @@ class BaseSizes(BaseModel):
 
     vae_image_area, condition_image_area: pixels that a reference image is scaled to for the VAE and for the
     text encoder's eye. default_size: (height, width) of a result when no image says otherwise. preset: the
-    preset a configuration gets that names none. general, acceleration: paths inside the folder of data for
-    the general stream and of an acceleration LoRA, where a base brings its own.
+    preset a configuration gets that names none. general, acceleration, collection: paths inside the folder of
+    data for the general stream, of an acceleration LoRA and of a collection, where a base brings its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +33,7 @@ class BaseSizes(BaseModel):
     preset: str | None = None
     general: str | None = None
     acceleration: str | None = None
+    collection: str | None = None
 
 
 def resolve_base(base: str | Path) -> Path | str:
@@ -73,6 +74,11 @@ def general_data(base: str) -> Path | None:
 def acceleration_lora(base: str) -> Path | None:
     """The acceleration LoRA that a base brings along, if any."""
     return _brought_along(base, "acceleration")
+
+
+def collection_lora(base: str) -> Path | None:
+    """The collection of effects that a base brings along, if any."""
+    return _brought_along(base, "collection")
 
 
 def _brought_along(base: str, what: str) -> Path | None:

@@ -266,7 +266,9 @@ def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = None
 def edit(
     image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],
     output: Annotated[Path, typer.Option(help="File to write, or a folder for several results.")],
-    lora: Annotated[Path | None, typer.Option(help="Collection, or any LoRA file.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Collection, or any LoRA file; default: the base's own collection.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")] = None,
     effect: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Effect; two are applied one after the other.")
@@ -295,8 +297,7 @@ def edit(
 
     \b
     Example:
-      clora edit --base tiny --lora collection.safetensors --image in.png \\
-          --effect NAME --output out.png
+      clora edit --base tiny --image in.png --effect sepia --output out.png
       clora edit --lora collection.safetensors --image a.png --image b.png \\
           --effect NAME --effect SECOND --output results/
       clora edit --lora collection.safetensors --image in.png --grid --output grid.png

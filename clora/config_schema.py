@@ -72,7 +72,10 @@ class BaseConfig(Section):
     """The frozen model under every adapter. A plain string `base: NAME` means `base: {model: NAME}`."""
 
     model: Annotated[Text, doc("'tiny', a hub id such as OWNER/NAME, or a folder.")] = "tiny"
-    dtype: Annotated[Literal["bfloat16", "float32"], doc("Type the frozen weights are held in.")] = "bfloat16"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        doc("Type the frozen weights are held in; auto takes bfloat16 where the device has arithmetic for it."),
+    ] = "bfloat16"
     revision: Annotated[str | None, doc("Commit, branch or tag of a hub id; null takes the newest.")] = None
 
     @field_check("model")

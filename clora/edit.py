@@ -25,6 +25,7 @@ from torch import Tensor
 from clora.backbones.cond import Cond, Grid
 from clora.backbones.loading import linear_shapes
 from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
+from clora.base_dir import collection_lora
 from clora.catalogue import Catalogue, read_catalogue
 from clora.config import build_config
 from clora.data.images import load_image
@@ -303,6 +304,7 @@ def edit_files(request: EditRequest) -> list[Path]:
     Everything that can be wrong with it is found, and listed in `InputErrors`, before a model is loaded.
     """
     faults: list[str] = []
+    request = _attempt(faults, with_own_collection, request) or request
     images = [image for path in request.images if (image := _attempt(faults, load_image, path)) is not None]
     paths = _attempt(faults, result_paths, request)
     base = _attempt(faults, _base_of, request)
@@ -326,6 +328,14 @@ def edit_files(request: EditRequest) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=95)
     return paths
+
+
+def with_own_collection(request: EditRequest) -> EditRequest:
+    """The request, with the collection that its base brings along where it names effects but no LoRA."""
+    asks_for_effects = bool(request.effects) or (request.grid and request.prompt is None)
+    if request.lora is not None or request.base is None or not asks_for_effects:
+        return request
+    return replace(request, lora=collection_lora(request.base))
 
 
 def _attempt(faults: list[str], check: Callable[[Given], Found], given: Given) -> Found | None:

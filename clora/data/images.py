@@ -181,11 +181,6 @@ def cover_crop(image: Image.Image, size: Size) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
-def resize_to_bucket(image: Image.Image, buckets: Sequence[Size]) -> Image.Image:
-    """`cover_crop` to the bucket nearest in shape."""
-    return cover_crop(image, choose_bucket(image.size, buckets))
-
-
 def _rank(size: Size, ratio: float) -> tuple[float, int]:
     """Sorts sizes by distance in shape (log of the ratio of ratios), then by area, the largest first."""
     return round(abs(math.log(size[0] / size[1] / ratio)), 9), -size[0] * size[1]

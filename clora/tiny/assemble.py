@@ -32,6 +32,7 @@ SIDECAR = {
     "preset": "tiny",
     "general": "general",
     "acceleration": "acceleration.safetensors",
+    "collection": "collection.safetensors",
 }
 
 

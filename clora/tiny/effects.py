@@ -12,8 +12,9 @@ from types import ModuleType
 
 import numpy as np
 
+from clora.tiny.drawing import Array
 from clora.tiny.effect_ops import overlays, settings, shapes, styles
-from clora.tiny.scenes import Array, Rendered
+from clora.tiny.scenes import Rendered
 
 Apply = Callable[[Rendered, np.random.Generator], Array]
 

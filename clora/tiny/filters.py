@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from clora.tiny.scenes import Array, Frame, Rendered, Rgb, f32, mix
+from clora.tiny.drawing import Array, Frame, Rgb, f32, mix
+from clora.tiny.scenes import Rendered
 
 Rng = np.random.Generator
 PIXEL = 1.0 / 64.0  # the unit of widths: a pixel at the usual size

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clora.tiny.scenes import Array, f32
+from clora.tiny.drawing import Array, f32
 
 LUMA = f32((0.299, 0.587, 0.114))
 # The embedding: (pool, stride, weight) of each patch scale, and the weights of colour and place.

@@ -157,7 +157,7 @@ def train(cache: dict[str, Tensor], steps: int, batch_size: int, seed: int, work
     model.set_attention_backend("_native_math")
     compiled = torch.compile(model)
     start, saved_at = time.perf_counter() - seconds, time.perf_counter()
-    running = torch.zeros(())
+    running: Tensor | None = None
     while step < steps:
         set_lr(optimizer_list, base_lr, warm_cosine(step / steps))
         loss = flow_loss(compiled, make_batch(cache, batch_size, generator), generator)
@@ -167,7 +167,7 @@ def train(cache: dict[str, Tensor], steps: int, batch_size: int, seed: int, work
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
-        running = running.lerp(loss.detach(), 1 / min(step, 100))
+        running = loss.detach() if running is None else running.lerp(loss.detach(), 0.01)
         decay = min(0.999, step / (step + 10))
         with torch.no_grad():
             for name, value in model.named_parameters():
@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"))
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--pairs", type=int, default=40000)
     parser.add_argument("--seed", type=int, default=0)

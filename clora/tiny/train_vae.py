@@ -221,7 +221,7 @@ def latent_statistics(model: AutoencoderKLQwenImage, images: Tensor) -> tuple[li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--images", type=int, default=24000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", type=Path, help="go on from this autoencoder")

@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from clora.tiny.drawing import Array, f32
 from clora.tiny.effects import EFFECTS, Effect, apply_effect
 from clora.tiny.metrics import LUMA, cityblock, disturbed, embed, energy_distance, places, ssim_map, ssim_window
-from clora.tiny.scenes import Array, Rendered, f32, render, sample_scene
+from clora.tiny.scenes import Rendered, render, sample_scene
 
 SOURCE = "source"  # the class of the untouched source
 STALE_DRAWS = 64  # so many repeated outcomes in a row: an effect has no others

@@ -9,12 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.tiny_base import reconstruction
 from clora.backbones.loading import StillImageProcessor
 from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
 from clora.base_dir import acceleration_lora, default_preset, general_data, resolve_base
 from clora.data.pairs import read_pairs
+from clora.tiny.effects import EFFECTS, apply_effect
 from clora.tiny.images import to_uint8
 from clora.tiny.scenes import render, sample_scene
+from clora.tiny.train_base import encode_latents, encode_texts
 
 BASE = resolve_base("tiny")
 SCENES = [to_uint8(render(sample_scene(40_000_000_000 + seed)).image_HW3) for seed in range(16)]
@@ -42,10 +45,32 @@ def test_base_brings_along_what_its_sidecar_names() -> None:
 
 
 def test_vae_reconstructs_held_out_scenes(backbone: QwenImageBackbone) -> None:
-    latents, grid = backbone.encode_images([Image.fromarray(scene) for scene in SCENES], (64, 64))
-    decoded = backbone.decode(latents, grid).permute(0, 2, 3, 1).numpy()
-    mse = ((decoded - np.stack(SCENES) / 255.0) ** 2).mean(axis=(1, 2, 3))
-    assert (-10 * np.log10(mse)).mean() >= 33
+    assert reconstruction(backbone, SCENES) >= 33
+
+
+@pytest.mark.slow
+def test_vae_reconstructs_every_effect(backbone: QwenImageBackbone) -> None:
+    rendered = [render(sample_scene(40_000_000_000 + seed)) for seed in range(12)]
+    psnr = {}
+    for name, effect in EFFECTS.items():
+        outcomes = [apply_effect(effect, scene, np.random.default_rng(k)) for k, scene in enumerate(rendered)]
+        psnr[name] = reconstruction(backbone, [to_uint8(image) for image in outcomes])
+    assert {name: value for name, value in psnr.items() if value < 28} == {}
+
+
+def test_encode_latents_is_the_backbones_encoding(backbone: QwenImageBackbone) -> None:
+    expected, _ = backbone.encode_images([Image.fromarray(scene) for scene in SCENES], (64, 64))
+    torch.testing.assert_close(encode_latents(backbone, np.stack(SCENES)).float(), expected, rtol=1e-3, atol=2e-3)
+
+
+def test_encode_texts_is_the_backbones_encoding(backbone: QwenImageBackbone) -> None:
+    prompts = ["flip the image left to right", "tint the image red", ""]
+    padded, lengths = encode_texts(backbone, prompts, np.stack(SCENES[:3]))
+    expected = backbone.encode_prompts(prompts, [[Image.fromarray(scene)] for scene in SCENES[:3]])
+    assert lengths.tolist() == [len(one) for one in expected]
+    for row, length, one in zip(padded, lengths.tolist(), expected, strict=True):
+        torch.testing.assert_close(row[:length].float(), one, rtol=1e-3, atol=2e-3)
+        assert not row[length:].any()
 
 
 def test_latents_are_normalised(backbone: QwenImageBackbone) -> None:

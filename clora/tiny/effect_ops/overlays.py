@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from clora.tiny.drawing import Array, mix, tone
 from clora.tiny.filters import INK, PARTY, PIXEL, Rng, frame_of, head_frame, pick, saturate, scattered, soap_bubbles
-from clora.tiny.scenes import Array, Rendered, mix, tone
+from clora.tiny.scenes import Rendered
 
 # ---------------------------------------------------------------- overlays
 

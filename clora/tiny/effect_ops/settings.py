@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from clora.tiny.backgrounds import Background, render_background
+from clora.tiny.drawing import Array, Rgb, f32, hsv, mix, tone
 from clora.tiny.filters import (
     PARTY,
     PIXEL,
@@ -27,7 +29,7 @@ from clora.tiny.filters import (
     soap_bubbles,
     vignette,
 )
-from clora.tiny.scenes import Array, Background, Rendered, Rgb, f32, hsv, mix, render_background, tone
+from clora.tiny.scenes import Rendered
 
 # ---------------------------------------------------------------- frames
 

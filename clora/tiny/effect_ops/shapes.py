@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from clora.tiny.drawing import Array, Rgb, f32, mix
 from clora.tiny.filters import (
     INK,
     PARTY,
@@ -21,7 +22,7 @@ from clora.tiny.filters import (
     saturate,
     smooth,
 )
-from clora.tiny.scenes import Array, Rendered, Rgb, f32, mix
+from clora.tiny.scenes import Rendered
 
 # ---------------------------------------------------------------- geometry
 

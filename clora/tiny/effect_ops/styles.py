@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from clora.tiny.drawing import Array, Frame, Rgb, f32, mix, tone
 from clora.tiny.filters import (
     INK,
     PAPER,
@@ -31,7 +32,7 @@ from clora.tiny.filters import (
     smooth,
     vignette,
 )
-from clora.tiny.scenes import Array, Frame, Rendered, Rgb, f32, mix, tone
+from clora.tiny.scenes import Rendered
 
 # ---------------------------------------------------------------- colour
 
