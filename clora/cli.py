@@ -132,7 +132,10 @@ def _options(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write into.")],
     effects: Annotated[int, typer.Option(min=1, help="How many effects of the tiny world.")] = 12,
-    size: Annotated[Literal["full", "smoke"], typer.Option(help="smoke: seconds, to see that it runs.")] = "full",
+    size: Annotated[
+        Literal["full", "long", "smoke"],
+        typer.Option(help="long: more training at more rank; smoke: seconds, to see that it runs."),
+    ] = "full",
     seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0,
 ) -> None:
     """Teach, distil and compare effects of the tiny world.

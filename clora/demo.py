@@ -47,7 +47,7 @@ from clora.train import open_bank, train
 from clora.validate import validate_config
 from clora.workspace import Workspace, in_batches, open_workspace
 
-Size = Literal["full", "smoke"]
+Size = Literal["full", "long", "smoke"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,20 @@ class Scale:
 
 
 SCALES: dict[Size, Scale] = {
-    "full": Scale(pairs=20, eval_sources=6, overrides=()),
+    "full": Scale(pairs=40, eval_sources=6, overrides=()),
+    # For collections that are kept; the one shipped with the base is `clora demo --effects 50 --size long`.
+    "long": Scale(
+        pairs=40,
+        eval_sources=4,
+        overrides=(
+            "student.rank=48",
+            "student.alpha=48",
+            "targets.max_sources=14",
+            "train.max_train_steps=1120",
+            "train.coarse_steps=1000",
+            "train.anchor_batch_size=16",
+        ),
+    ),
     "smoke": Scale(
         pairs=4,
         eval_sources=2,
