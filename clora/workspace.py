@@ -70,8 +70,7 @@ def open_workspace(config: Config, console: Console, *, general: bool = True, ke
     dtype = base_dtype(config.base.dtype, device)
     backbone = load_backbone(config.base.model, device, dtype, revision=config.base.revision)
     if device.type == "cpu" and dtype == torch.bfloat16:
-        # The fused kernel of CPUs is slow backward in bf16: plain products take 0.7 of its time (bench.tiny_step).
-        backbone.transformer.set_attention_backend("_native_math")
+        backbone.use_plain_attention()  # 0.7 of the fused kernel's time, forward and backward (bench.tiny_step)
     identity = base_identity(config.base.model, config.base.revision)
     cache = TensorCache(config.output_dir / "cache")
     encoder = ExampleEncoder(backbone, cache, identity, config.train.buckets)

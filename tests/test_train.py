@@ -20,7 +20,7 @@ from clora.loop import read_log
 from clora.lora_files import read_lora
 from clora.teach import teach
 from clora.train import make_caches, open_bank, train
-from clora.workspace import open_workspace
+from clora.workspace import base_dtype, open_workspace
 
 NAMES = ("warm", "cold")
 
@@ -175,6 +175,16 @@ def test_open_bank_names_every_missing_teacher(random_base: Path, dataset: Path,
     with pytest.raises(InputErrors) as caught:
         open_bank(workspace)
     assert len(caught.value.faults) == 2 and all("clora teach" in fault for fault in caught.value.faults)
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_base_dtype_auto_is_what_the_processor_has(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert base_dtype("auto", torch.device("cpu")) == expected
+    assert base_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert base_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 def test_open_workspace_lists_every_faulty_image(random_base: Path, dataset: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
@@ -75,6 +76,13 @@ class QwenImageBackbone:
             self.transformer.enable_gradient_checkpointing()
         else:
             self.transformer.enable_gradient_checkpointing(checkpoint_fn(self.adapters))
+
+    def use_plain_attention(self) -> None:
+        """Attention by plain matrix products: on a CPU in bf16 the fused kernel's backward pass is slow."""
+        verbosity = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()  # it announces that choosing a backend is experimental
+        self.transformer.set_attention_backend("_native_math")
+        diffusers_logging.set_verbosity(verbosity)
 
     def free_encoders(self, vae: bool = False) -> None:
         """Drop the text encoder (and the VAE if asked); needed no more once prompts and images are cached."""

@@ -256,6 +256,21 @@ def test_velocity_fp32_latents_on_a_bf16_base(base: Path) -> None:
     assert found.dtype == torch.float32 and torch.equal(found, half.float())
 
 
+def test_use_plain_attention_computes_the_same(base: Path) -> None:
+    """In fp32 the two ways of attention differ by rounding alone, gradients and padded prompts included."""
+    found = []
+    for plain in (False, True):
+        backbone = load_backbone(base, dtype=torch.float32, components=["transformer"])
+        if plain:
+            backbone.use_plain_attention()
+        cond = random_cond(backbone, [5, 3])
+        x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        velocity = backbone.velocity(x, torch.tensor([0.7, 0.2]), cond)
+        (gradient,) = torch.autograd.grad(velocity.square().sum(), x)
+        found.append((velocity.detach(), gradient))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_set_gradient_checkpointing_same_gradients(base: Path) -> None:
     gradients = []
     for enabled in (False, True):

@@ -43,7 +43,7 @@ def confetti(r: Rendered, rng: Rng) -> Array:
     image, frame = r.image_HW3, frame_of(r)
     for x, y in scattered(rng, 40):
         local = frame.local(x, y, 1.0, float(rng.uniform(0, math.pi)))
-        image = mix(image, pick(rng, PARTY), frame.cover(local.box(0, 0, 0.046, 0.03), 2.3))
+        image = mix(image, pick(rng, PARTY), frame.cover(local.box(0, 0, 0.048, 0.032), 2.8))
     return image
 
 

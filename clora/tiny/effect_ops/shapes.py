@@ -60,7 +60,7 @@ def fisheye(r: Rendered, _: Rng) -> Array:
 
 def tile_2x2(r: Rendered, _: Rng) -> Array:
     frame = frame_of(r)
-    return sample(r.image_HW3, (2 * frame.x) % 1, (2 * frame.y) % 1, 2.0)
+    return sample(r.image_HW3, (2 * frame.x) % 1, (2 * frame.y) % 1, 2.8)
 
 
 def kaleidoscope(r: Rendered, _: Rng) -> Array:
@@ -105,7 +105,7 @@ def pop_art(r: Rendered, rng: Rng) -> Array:
     image = np.zeros_like(r.image_HW3)
     for i, palette in enumerate(palettes):
         image += (quarter == i)[..., None] * gradient_map(small, _POP[palette])
-    return blur(f32(image), 0.5)
+    return blur(f32(image), 0.65)
 
 
 def comic_strip(r: Rendered, _: Rng) -> Array:

@@ -71,7 +71,7 @@ def thermal(r: Rendered, _: Rng) -> Array:
         (1.0, 0.65, 0.0),
         (1.0, 1.0, 0.7),
     ]
-    return gradient_map(contrast(luma(r.image_HW3)), stops)
+    return blur(gradient_map(contrast(luma(r.image_HW3)), stops), 0.45)
 
 
 def posterise(r: Rendered, _: Rng) -> Array:
@@ -133,12 +133,12 @@ def neon_edges(r: Rendered, rng: Rng) -> Array:
     color = pick(rng, ((1.0, 0.15, 0.7), (0.1, 0.9, 1.0), (0.3, 1.0, 0.25), (1.0, 0.55, 0.05), (0.6, 0.35, 1.0)))
     line = edges(r.image_HW3)
     glow = f32((0.03, 0.02, 0.07)) + 0.75 * blur(line, 2.2)[..., None] * f32(color)
-    return mix(np.clip(glow, 0, 1), tone(color, 1.45), blur(line, 0.4))
+    return mix(np.clip(glow, 0, 1), tone(color, 1.45), blur(line, 0.55))
 
 
 def chalkboard(r: Rendered, _: Rng) -> Array:
     board = f32((0.13, 0.27, 0.21)) + 0.16 * blur(luma(r.image_HW3), 1.0)[..., None]
-    return mix(board, (0.95, 0.95, 0.88), 0.9 * edges(r.image_HW3))
+    return mix(board, (0.95, 0.95, 0.88), 0.9 * blur(edges(r.image_HW3), 0.5))
 
 
 def blueprint(r: Rendered, _: Rng) -> Array:
@@ -150,7 +150,7 @@ def blueprint(r: Rendered, _: Rng) -> Array:
 
 def comic_ink(r: Rendered, _: Rng) -> Array:
     flat = posterised(saturate(np.clip(r.image_HW3 * 0.8 + 0.25, 0, 1), 1.4), 3)
-    return mix(flat, INK, np.clip(1.3 * edges(r.image_HW3, 0.8), 0, 1))
+    return blur(mix(flat, INK, np.clip(1.3 * edges(r.image_HW3, 0.8), 0, 1)), 0.45)
 
 
 # ---------------------------------------------------------------- textures
@@ -182,7 +182,7 @@ def risograph(r: Rendered, rng: Rng) -> Array:
     frame, dark = frame_of(r), 1 - luma(r.image_HW3)
     slipped = sample(dark[..., None], frame.x - dx * PIXEL, frame.y - dy * PIXEL)[..., 0]
     plate = mix(PAPER, first, 0.9 * smooth(dark, 0.2, 0.55))
-    return f32(plate * mix((1.0, 1.0, 1.0), second, 0.9 * smooth(slipped, 0.42, 0.62)))
+    return blur(f32(plate * mix((1.0, 1.0, 1.0), second, 0.9 * smooth(slipped, 0.42, 0.62))), 0.4)
 
 
 def _grid_ids(frame: Frame, across: int) -> Any:
