@@ -26,7 +26,7 @@ $(STAMP): $(LOCK) pyproject.toml CMakeLists.txt $(CXX_FILES) csrc/build_backend.
 	touch $@
 
 demo: setup
-	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/clora demo --out runs/demo
+	env -u OMP_NUM_THREADS -u OMP_WAIT_POLICY $(BIN)/clora demo --out runs/demo
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -68,6 +68,7 @@ SCALES: dict[Size, Scale] = {
         overrides=(
             "student.rank=48",
             "student.alpha=48",
+            "teach.max_train_steps=230",
             "targets.max_sources=14",
             "train.max_train_steps=1120",
             "train.coarse_steps=1000",
