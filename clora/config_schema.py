@@ -36,6 +36,7 @@ def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
 
 
 UserPath = Annotated[Path, AfterValidator(_beside_the_file)]
+Acceleration = Annotated[Literal["base"] | UserPath | None, Field(union_mode="left_to_right")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -119,6 +120,9 @@ class LoraConfig(Section):
     alpha: Annotated[Positive, doc("The update is scaled by alpha / rank.")] = 128
     targets: Annotated[list[Text], doc("Module-name suffixes it covers.", min_length=1)] = [*DEFAULT_TARGETS]
     init_from: Annotated[UserPath | None, doc("LoRA file to start from; null: a fresh adapter.")] = None
+    acceleration: Annotated[
+        Acceleration, doc("Few-step LoRA joined to the student after the coarse steps; 'base': the base's own.")
+    ] = None
 
 
 class TeachConfig(Section):
@@ -171,8 +175,9 @@ class ObjectiveConfig(Section):
 
     @section_check(mode="after")
     def _ordered(self) -> ObjectiveConfig:
-        if self.dmd_sigma_min >= self.dmd_sigma_max:
-            raise ValueError(f"dmd_sigma_min ({self.dmd_sigma_min}) must be below dmd_sigma_max ({self.dmd_sigma_max})")
+        for name in ("dmd_sigma_min", "tau_min"):
+            if (least := getattr(self, name)) >= self.dmd_sigma_max:
+                raise ValueError(f"{name} ({least}) must be below dmd_sigma_max ({self.dmd_sigma_max})")
         return self
 
 

@@ -22,16 +22,21 @@ from clora.errors import InputError
 from clora.loop import Group, apply_gradients, check_finite, lr_factor
 from clora.objective import DistillBatch, Networks, critic_loss, ta_fm_loss, total_loss
 from clora.routing import Stream, draw_effects, draw_stream, step_generator
+from clora.slots import Slot
 from clora.teachers import TeacherBank
 
-STUDENT, CRITIC = "student", "critic"
+# The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one.
+STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
 Role = Literal["coarse", "student", "anchor", "critic"]
 LossOf = Callable[[int, int], tuple[Tensor, dict[str, Tensor], DistillBatch]]
 
 
 @dataclass
 class Distiller:
-    """Everything one step needs. `effects` maps each name to its examples; `general` may be empty at p_switch 1."""
+    """Everything one step needs. `effects` maps each name to its examples; `general` may be empty at p_switch 1.
+
+    `accelerated`: the backbone has an `ACCELERATION` slot, trained with the student from the first full step on.
+    """
 
     config: Config
     backbone: QwenImageBackbone
@@ -40,6 +45,7 @@ class Distiller:
     general: list[Example]
     student: Group
     critic: Group
+    accelerated: bool = False
     _names: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,11 +53,17 @@ class Distiller:
         if not self._names and not self.general:
             raise InputError("nothing to distil: give effects, general data, or both")
 
-    def networks(self) -> Networks:
-        """Student, critic and teachers as velocities; the teacher reads each sample's effect from its cond."""
+    @property
+    def coarse_steps(self) -> int:
+        """Steps of TA-FM alone; none without effects."""
+        return self.config.train.coarse_steps if self._names else 0
+
+    def networks(self, step: int) -> Networks:
+        """Student, critic and teachers of `step` as velocities; the teacher reads a sample's effect from its cond."""
+        whole: Slot = (STUDENT, ACCELERATION) if self.accelerated and step >= self.coarse_steps else STUDENT
 
         def student(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-            return self.backbone.velocity(x_sigma, sigma, cond, [STUDENT])
+            return self.backbone.velocity(x_sigma, sigma, cond, [whole])
 
         def critic(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
             return self.backbone.velocity(x_sigma, sigma, cond, [CRITIC])
@@ -133,13 +145,13 @@ class Distiller:
         def loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
             batch = self.batch(step, "effect", "coarse", part, parts)
             rng = step_generator(self.config.seed, step, f"coarse/{part}", self.backbone.device)
-            return *ta_fm_loss(self.networks(), batch, self.config, rng), batch
+            return *ta_fm_loss(self.networks(step), batch, self.config, rng), batch
 
         return self._update(self.student, loss_of, step)
 
     def full_step(self, step: int) -> dict[str, Tensor]:
         """`critic_updates` updates of the critic, then one of the student on the total loss (Eq. 9)."""
-        stream, nets, updates = self.stream(step), self.networks(), self.config.train.critic_updates
+        stream, nets, updates = self.stream(step), self.networks(step), self.config.train.critic_updates
         figures: dict[str, Tensor] = {}
         for k in range(updates):
 
@@ -161,17 +173,16 @@ class Distiller:
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One step of training, coarse or full. The critic starts where the coarse stage left the student."""
-        coarse_steps = self.config.train.coarse_steps if self._names else 0
-        if step < coarse_steps:
+        if step < self.coarse_steps:
             return self.coarse_step(step)
-        if step == coarse_steps > 0:
+        if step == self.coarse_steps > 0:
             self._start_critic()
         return self.full_step(step)
 
     def _start_critic(self) -> None:
         with torch.no_grad():
             for key, value in self.critic.parameters.items():
-                value.copy_(self.student.parameters[key])
+                value.copy_(self.student.parameters[key.replace(CRITIC, STUDENT, 1)])
 
     def _update(self, group: Group, loss_of: LossOf, step: int) -> dict[str, Tensor]:
         """One update of `group` over `gradient_accumulation_steps` batches; the figures are those of the last."""

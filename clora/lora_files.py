@@ -59,6 +59,17 @@ class LoraModule:
         return self.B.double() @ self.A.double() * self.scale
 
 
+def join_modules(first: Mapping[str, LoraModule], second: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
+    """One LoRA with the updates of both, exactly: ranks add up, and scales go into B (alpha = rank)."""
+    joined = {}
+    for name in {**first, **second}:
+        parts = [lora[name] for lora in (first, second) if name in lora]
+        A = torch.cat([part.A for part in parts])
+        B = torch.cat([part.B * part.scale for part in parts], dim=1)
+        joined[name] = LoraModule(A, B, float(len(A)))
+    return joined
+
+
 @dataclass(frozen=True, eq=False)
 class LoraFile:
     """A LoRA read in full, in CPU memory and in the file's own dtypes.

@@ -60,7 +60,7 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
     workspace.adapters.add_stack(
         "teach", slots, settings.rank, settings.alpha, trainable=True, init="lora", generator=generator
     )
-    group = trainable_group(workspace.adapters, "teach", config, settings.learning_rate)
+    group = trainable_group(workspace.adapters, ["teach"], config, settings.learning_rate)
     group.per_slot = True
     rows = [slot for slot in slots for _ in range(settings.batch_size)]
 
@@ -97,7 +97,7 @@ def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> d
     workspace.adapters.add_stack(
         JOINT, [JOINT], student.rank, student.alpha, trainable=True, init="lora", generator=generator
     )
-    group = trainable_group(workspace.adapters, JOINT, config, settings.learning_rate, ema=True)
+    group = trainable_group(workspace.adapters, [JOINT], config, settings.learning_rate, ema=True)
 
     def one_step(step: int) -> dict[str, Tensor]:
         rng = step_generator(config.seed, step, "joint/examples", "cpu")

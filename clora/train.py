@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from clora.base_dir import acceleration_lora
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.config import Config
 from clora.data.examples import Example, collate
-from clora.distill import CRITIC, STUDENT, Distiller
-from clora.errors import raise_faults
+from clora.distill import ACCELERATION, CRITIC, STUDENT, Distiller
+from clora.errors import InputError, raise_faults
 from clora.evaluate.report import grid_image
 from clora.flow import few_step_sigmas
 from clora.loop import LoopConfig, Tracker, run_loop
-from clora.lora_files import read_lora, write_lora
+from clora.lora_files import join_modules, read_lora, write_lora
 from clora.sample import few_step_sample
 from clora.targets import make_targets
 from clora.teachers import TeacherBank
@@ -99,7 +100,7 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
 
     def on_step(step: int, tracker: Tracker) -> None:
         if config.train.sample_steps and step % config.train.sample_steps == 0:
-            tracker.image("samples", sample_grid(workspace, distiller), step)
+            tracker.image("samples", sample_grid(workspace, distiller, step), step)
 
     loop = LoopConfig(
         title="train",
@@ -129,6 +130,13 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
         modules = read_lora(student.init_from, adapters.module_shapes).modules
         for name in (STUDENT, CRITIC):
             adapters.init_slot(name, modules, generator)
+    accelerated = (path := acceleration_of(config)) is not None
+    if path is not None:
+        modules = read_lora(path, adapters.module_shapes).modules
+        rank = max(module.rank for module in modules.values())
+        adapters.add_stack(ACCELERATION, [ACCELERATION], rank, rank, trainable=True, init="zeros")
+        adapters.load_slot(ACCELERATION, modules)
+    stacks = [STUDENT, ACCELERATION] if accelerated else [STUDENT]
     train_config = config.train
     return Distiller(
         config,
@@ -136,15 +144,31 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
         bank,
         workspace.effects,
         workspace.general,
-        student=trainable_group(adapters, STUDENT, config, train_config.learning_rate, ema=True),
-        critic=trainable_group(adapters, CRITIC, config, train_config.critic_learning_rate),
+        student=trainable_group(adapters, stacks, config, train_config.learning_rate, ema=True),
+        critic=trainable_group(adapters, [CRITIC], config, train_config.critic_learning_rate),
+        accelerated=accelerated,
     )
 
 
+def acceleration_of(config: Config) -> Path | None:
+    """The acceleration LoRA that joins the student, as `student.acceleration` says; none without effects."""
+    named = config.student.acceleration
+    if named is None or not config.effects:
+        return None
+    path = acceleration_lora(config.base.model) if named == "base" else named
+    if path is None:
+        raise InputError(
+            f"student.acceleration: base {config.base.model} brings no acceleration LoRA; give a file, or null"
+        )
+    return path
+
+
 def write_student(workspace: Workspace) -> Path:
-    """Write the student's slot with its catalogue; without effects a plain LoRA, the acceleration LoRA."""
-    config = workspace.config
-    modules = slot_to_cpu(workspace.adapters, STUDENT)
+    """Write the student's slots, summed, with the catalogue; without effects a plain LoRA, the acceleration LoRA."""
+    config, adapters = workspace.config, workspace.adapters
+    modules = slot_to_cpu(adapters, STUDENT)
+    if ACCELERATION in adapters.slot_names:
+        modules = join_modules(modules, slot_to_cpu(adapters, ACCELERATION))
     if not config.effects:
         path = config.output_dir / "acceleration.safetensors"
         write_lora(path, modules, {"clora.role": "acceleration"})
@@ -166,13 +190,13 @@ def write_student(workspace: Workspace) -> Path:
 
 
 @torch.no_grad()
-def sample_grid(workspace: Workspace, distiller: Distiller, most: int = 8) -> Image.Image:
-    """Source, teacher's image and student's image of the first example of up to `most` effects, as one picture."""
+def sample_grid(workspace: Workspace, distiller: Distiller, step: int, most: int = 8) -> Image.Image:
+    """Source, teacher's and student's image, after `step` updates, of the first example of up to `most` effects."""
     config, backbone = workspace.config, workspace.backbone
     pools = list(workspace.effects.values()) or [workspace.general]
     picked = [pool[0] for pool in pools[:most] if pool[0].sizes == pools[0][0].sizes]
     sigmas = few_step_sigmas(config.schedule.num_steps, config.schedule.shift)
-    nets = distiller.networks()
+    nets = distiller.networks(step - 1)
     shape = (picked[0].num_tokens, backbone.token_channels)
     role = "student" if config.objective.aop else "teacher"
     with averaged_weights(distiller.student):

@@ -25,6 +25,7 @@ from clora.data.pairs import Pair, read_pairs
 from clora.errors import InputError, InputErrors
 from clora.lora_files import check_lora
 from clora.prompts import effect_prompts
+from clora.train import acceleration_of
 
 # Source and target of other shapes are cropped differently, which the model learns as a shift.
 MAX_SHAPE_DIFFERENCE = 0.02
@@ -130,6 +131,12 @@ def _check_loras(config: Config, shapes: Mapping[str, tuple[int, int]] | None, r
     named = [(_key(index, "lora"), effect.lora) for index, effect in enumerate(config.effects) if effect.lora]
     if config.student.init_from is not None:
         named.append(("student.init_from", config.student.init_from))
+    if config.student.acceleration != "base" or shapes is not None:  # of an absent base nothing can be said
+        try:
+            if (acceleration := acceleration_of(config)) is not None:
+                named.append(("student.acceleration", acceleration))
+        except InputError as error:
+            report.faults.append(str(error))
     report.faults += _missing("LoRA file", [item for item in named if not os.path.exists(item[1])], config)
     users: dict[Path, list[str]] = defaultdict(list)
     for key, path in named:

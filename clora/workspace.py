@@ -174,11 +174,13 @@ def base_identity(base: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def trainable_group(adapters: Adapters, stack: str, config: Config, learning_rate: float, ema: bool = False) -> Group:
-    """The stack's parameters with AdamW as `train` says; with `ema` the average is kept too."""
+def trainable_group(
+    adapters: Adapters, stacks: Sequence[str], config: Config, learning_rate: float, ema: bool = False
+) -> Group:
+    """The stacks' parameters, as `STACK.MODULE.A`, with AdamW as `train` says; with `ema` the average is kept too."""
     train = config.train
     return Group(
-        adapters.named_parameters(stack),
+        {f"{stack}.{name}": value for stack in stacks for name, value in adapters.named_parameters(stack).items()},
         learning_rate=learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         weight_decay=train.adam_weight_decay,

@@ -189,7 +189,7 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     text = (
         "base: ./model\noutput_dir: ../out\ndata_roots: [shared, /abs]\n"
         "effects: [{name: a, prompt: p, lora: l/a.safetensors, pairs: pairs}]\n"
-        "general: {pairs: g.jsonl}\nstudent: {init_from: s.safetensors}\n"
+        "general: {pairs: g.jsonl}\nstudent: {init_from: s.safetensors, acceleration: fast.safetensors}\n"
     )
     path = write(tmp_path, text, "conf/config.yaml")
     monkeypatch.chdir(tmp_path)
@@ -203,6 +203,7 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         assert (config.effects[0].lora, config.effects[0].pairs) == (home / "l/a.safetensors", home / "pairs")
         assert config.general is not None and config.general.pairs == home / "g.jsonl"
         assert config.student.init_from == home / "s.safetensors"
+        assert config.student.acceleration == home / "fast.safetensors"
         assert config.teacher_path(EffectConfig(name="b", prompt="p")) == tmp_path / "out/teachers/b.safetensors"
 
 

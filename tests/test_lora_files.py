@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clora.errors import InputError, InputErrors
-from clora.lora_files import LoraModule, check_lora, convert_lora, inspect_lora, read_lora, write_lora
+from clora.lora_files import LoraModule, check_lora, convert_lora, inspect_lora, join_modules, read_lora, write_lora
 from clora.lora_keys import BLOCK_LINEARS, TOP_LINEARS, flat_name, flat_resolver
 from clora.safetensors_io import read_header, read_tensors, write_tensors
 from tests.random_base import random_transformer
@@ -454,3 +454,18 @@ def test_inspect_lora_lists_faults(tmp_path: Path) -> None:
     tensors[f"{TO_Q}.lora_A.weight"][0, 0] = float("nan")
     found = inspect_lora(save(tmp_path / "a.safetensors", tensors, {"clora.catalogue": "{"}))
     assert len(found["faults"]) == 3 and found["catalogue"] is None and found["num_modules"] == 1
+
+
+def test_join_modules_adds_up_the_updates_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def module(rank: int, alpha: float) -> LoraModule:
+        A, B = torch.randn(rank, 9, generator=generator), torch.randn(7, rank, generator=generator)
+        return LoraModule(A.double(), B.double(), alpha)
+
+    first, second = {"a": module(2, 1.0), "b": module(3, 3.0)}, {"a": module(1, 5.0), "c": module(2, 7.0)}
+    joined = join_modules(first, second)
+    expected = {"a": first["a"].delta() + second["a"].delta(), "b": first["b"].delta(), "c": second["c"].delta()}
+    assert {name: update.rank for name, update in joined.items()} == {"a": 3, "b": 3, "c": 2}
+    for name, delta in expected.items():
+        torch.testing.assert_close(joined[name].delta(), delta, rtol=1e-12, atol=1e-12)

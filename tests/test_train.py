@@ -19,7 +19,7 @@ from clora.evaluate.run import evaluate_collection
 from clora.loop import read_log
 from clora.lora_files import read_lora
 from clora.teach import teach
-from clora.train import make_caches, open_bank, train
+from clora.train import acceleration_of, make_caches, open_bank, train
 from clora.workspace import base_dtype, open_workspace
 
 NAMES = ("warm", "cold")
@@ -64,7 +64,7 @@ def make_config(base: Path, dataset: Path, out: Path, *overrides: str, effects: 
         if effects
         else [],
         "general": {"pairs": str(dataset / "general")},
-        "student": {"rank": 4, "alpha": 4},
+        "student": {"rank": 4, "alpha": 4, "acceleration": None},
         "teach": {"max_train_steps": 4, "batch_size": 2, "rank": 2, "alpha": 2, "lr_warmup_steps": 0},
         "targets": {"num_steps": 2},
         "schedule": {"num_steps": 3},
@@ -111,7 +111,8 @@ def test_train_writes_a_collection_and_resumes_bitwise_equal(
     lora = [{"name": n, "lora": str(taught / "teachers" / f"{n}.safetensors")} for n in NAMES]
 
     def config(out: Path) -> Config:
-        made = make_config(random_base, dataset, out)
+        # Any LoRA may join the student after the coarse steps.
+        made = make_config(random_base, dataset, out, f"student.acceleration={lora[0]['lora']}")
         effects = [e.model_copy(update={"lora": Path(row["lora"])}) for e, row in zip(made.effects, lora, strict=True)]
         return made.model_copy(update={"effects": effects})
 
@@ -143,6 +144,38 @@ def test_train_writes_a_collection_and_resumes_bitwise_equal(
         for name in ("whole", "split")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_acceleration_joins_after_the_coarse_steps(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path
+) -> None:
+    """After coarse steps alone the file is their student plus the given LoRA; a full step then moves both."""
+    given = taught / "teachers" / "warm.safetensors"
+    deltas = []
+    for name, overrides in {
+        "alone": ("train.coarse_steps=2",),
+        "joined": ("train.coarse_steps=2", f"student.acceleration={given}"),
+        "moved": ("train.coarse_steps=1", f"student.acceleration={given}"),
+    }.items():
+        config = make_config(random_base, dataset, tmp_path / name, "train.max_train_steps=2", *overrides)
+        lora = {e.name: taught / "teachers" / f"{e.name}.safetensors" for e in config.effects}
+        effects = [effect.model_copy(update={"lora": lora[effect.name]}) for effect in config.effects]
+        modules = read_lora(train(config.model_copy(update={"effects": effects}))).modules
+        deltas.append({module: update.delta() for module, update in modules.items()})
+    alone, joined, moved = deltas
+    for module, update in read_lora(given).modules.items():
+        expected = alone[module] + update.delta()  # up to the file's bfloat16
+        assert float((joined[module] - expected).norm()) <= 0.01 * float(expected.norm())
+    assert max(float((joined[m] - moved[m]).norm()) for m in joined) > 1e-3
+
+
+def test_acceleration_of_a_base_that_brings_none_is_an_error(random_base: Path, dataset: Path, tmp_path: Path) -> None:
+    config = make_config(random_base, dataset, tmp_path / "run", "student.acceleration=base")
+    with pytest.raises(InputError, match=r"student\.acceleration: .* brings no acceleration LoRA"):
+        acceleration_of(config)
+    assert (
+        acceleration_of(make_config(random_base, dataset, tmp_path, "student.acceleration=base", effects=False)) is None
+    )
 
 
 def test_train_without_effects_makes_an_acceleration_lora(random_base: Path, dataset: Path, tmp_path: Path) -> None:

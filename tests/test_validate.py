@@ -128,10 +128,11 @@ def test_bad_lora_files_are_named_with_their_keys(home: Path) -> None:
 
 
 def test_one_lora_for_two_effects_and_a_missing_start_are_told(home: Path) -> None:
-    found = report(home, "effects.1.lora=loras/clay.safetensors", "student.init_from=start.safetensors")
+    absent = ("student.init_from=start.safetensors", "student.acceleration=fast.safetensors")
+    found = report(home, "effects.1.lora=loras/clay.safetensors", *absent)
     assert found.warnings == ["loras/clay.safetensors is the LoRA of effects.0.lora and effects.1.lora; is that meant?"]
     assert found.faults == [
-        "student.init_from: LoRA file start.safetensors is missing; put it there or correct the path"
+        "2 LoRA files missing, first: start.safetensors (student.init_from); put them there or correct the paths"
     ]
 
 
