@@ -19,7 +19,7 @@ from clora.baselines import Method, sample_method
 from clora.config import load_config
 from clora.demo import encode_held_out
 from clora.evaluate.exact import MethodScores, Pair, evaluate_methods
-from clora.evaluate.report import Pixels, grid_image
+from clora.evaluate.pictures import Pixels, grid_image
 from clora.tiny.dataset import EVAL_SCENES
 from clora.tiny.effects import EFFECTS, apply_effect
 from clora.tiny.scenes import render, sample_scene

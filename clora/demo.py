@@ -28,8 +28,8 @@ from clora.data.examples import Example
 from clora.data.pairs import Pair
 from clora.errors import InputErrors
 from clora.evaluate.exact import Outputs, evaluate_methods
-from clora.evaluate.report import Curve, Grid, MethodRow, PhaseRow, Pixels, Report, write_report
-from clora.loop import read_log
+from clora.evaluate.pictures import Grid, Pixels, grid_image
+from clora.evaluate.report import Curve, MethodRow, PhaseRow, Report, write_report
 from clora.lora_files import read_lora
 from clora.prompts import effect_prompts
 from clora.teach import JOINT as JOINT_FOLDER
@@ -43,6 +43,7 @@ from clora.tiny.dataset import (
 )
 from clora.tiny.effects import EFFECTS, apply_effect
 from clora.tiny.scenes import render, sample_scene
+from clora.tracker import read_log
 from clora.train import open_bank, train
 from clora.validate import validate_config
 from clora.workspace import Workspace, in_batches, open_workspace
@@ -289,7 +290,7 @@ def score(out: Path) -> None:
 
 
 def report(config: Config, out: Path, phases: Phases) -> Path:
-    """Write report.json and report.html from what the phases left behind."""
+    """Write report.json, report.html and its grid of pictures, grid.png, from what the phases left behind."""
     names = [effect.name for effect in config.effects]
     sampled = {name: (figures, outputs) for name, figures, outputs in read_samples(out / "samples")}
     order = [name for name in ORDER if name in sampled] + [name for name in sampled if name not in ORDER]
@@ -310,7 +311,9 @@ def report(config: Config, out: Path, phases: Phases) -> Path:
             "version": __version__,
         },
     )
-    return write_report(out, whole, [grid_of(names, order, sampled)])
+    grid = grid_of(names, order, sampled)
+    grid_image(grid.rows, grid.columns, grid.row_labels).save(out / "grid.png")
+    return write_report(out, whole, [grid])
 
 
 def curves_of(folder: Path, title: str) -> list[Curve]:

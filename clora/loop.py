@@ -7,7 +7,6 @@ step. A job's state is its parameters, optimizers, average and step number; all 
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 import torch
@@ -40,8 +38,7 @@ from clora.checkpoint import (
     save_checkpoint,
 )
 from clora.errors import InputError
-
-Figures = Mapping[str, float | Tensor]
+from clora.tracker import Figures, Tracker
 
 
 class NonFiniteError(ArithmeticError):
@@ -255,7 +252,7 @@ def run_loop(
         }
         return save_checkpoint(config.folder, step, job_tensors(groups), state, config.checkpoints_total_limit)
 
-    with _signals() as received, Tracker(config, step) as tracker, _progress(console) as progress:
+    with _signals() as received, _tracker(config, step) as tracker, _progress(console) as progress:
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
         while step < config.max_steps and (config.max_seconds is None or seconds < config.max_seconds):
             started = time.perf_counter()
@@ -273,6 +270,10 @@ def run_loop(
                 save()
     save()
     return step
+
+
+def _tracker(config: LoopConfig, step: int) -> Tracker:
+    return Tracker(config.title, config.folder, config.report_to, config.log_every, config.max_steps, step)
 
 
 def memory_mb() -> float:
@@ -293,69 +294,3 @@ def _progress(console: Console) -> Progress:
         TextColumn(columns[1]),
         console=console,
     )
-
-
-class Tracker:
-    """Writes figures to `log.jsonl` every `log_every` steps (their means since the last line) and to a tracker."""
-
-    def __init__(self, config: LoopConfig, step: int) -> None:
-        self.config = config
-        self._sums: dict[str, list[float]] = {}
-        self._board: Any = None
-        config.folder.mkdir(parents=True, exist_ok=True)
-        self._path = config.folder / "log.jsonl"
-        _drop_rows_after(self._path, step)
-        if config.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(config.folder / "tensorboard"), purge_step=step)
-        elif config.report_to == "wandb":
-            import wandb
-
-            self._board = wandb.init(project="clora", name=config.title, dir=str(config.folder), mode="offline")
-
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            (self._board.close if self.config.report_to == "tensorboard" else self._board.finish)()
-
-    def log(self, step: int, seconds: float, figures: Figures) -> None:
-        """Take one step's figures in."""
-        for name, value in figures.items():
-            self._sums.setdefault(name, []).append(float(value))
-        if step % self.config.log_every and step != self.config.max_steps:
-            return
-        means = {name: sum(values) / len(values) for name, values in self._sums.items()}
-        self._sums.clear()
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **means}) + "\n")
-        if self.config.report_to == "tensorboard":
-            for name, value in means.items():
-                self._board.add_scalar(name, value, step)
-        elif self._board is not None:
-            self._board.log(means, step=step)
-
-    def image(self, name: str, image: Any, step: int) -> None:
-        """A PIL image, as `samples/NAME-STEP.png` and on the board."""
-        path = self.config.folder / "samples" / f"{name}-{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
-        if self.config.report_to == "tensorboard":
-            import numpy as np
-
-            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of a job's `log.jsonl`; empty when there is none."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Steps that will be done again are logged once."""
-    if path.exists():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows))

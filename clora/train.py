@@ -18,13 +18,14 @@ from clora.config import Config
 from clora.data.examples import Example, collate
 from clora.distill import ACCELERATION, CRITIC, STUDENT, Distiller
 from clora.errors import InputError, raise_faults
-from clora.evaluate.report import grid_image
+from clora.evaluate.pictures import grid_image
 from clora.flow import few_step_sigmas
-from clora.loop import LoopConfig, Tracker, run_loop
+from clora.loop import LoopConfig, run_loop
 from clora.lora_files import join_modules, read_lora, write_lora
 from clora.sample import few_step_sample
 from clora.targets import make_targets
 from clora.teachers import TeacherBank
+from clora.tracker import Tracker
 from clora.workspace import Workspace, averaged_weights, open_workspace, slot_to_cpu, trainable_group
 
 TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images

@@ -21,16 +21,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from clora import edit
 from clora.backbones.loading import StillImageProcessor, linear_shapes, pass_token_types
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
-from clora.edit import (
-    Editor,
-    EditRequest,
-    default_sampling,
-    edit_files,
-    edit_prompt,
-    load_editor,
-    result_paths,
-    with_own_collection,
-)
+from clora.edit import EditRequest, edit_files, result_paths, with_own_collection
+from clora.editor import Editor, default_sampling, edit_prompt, load_editor
 from clora.errors import InputError, InputErrors
 from clora.lora_files import LoraModule, convert_lora, write_lora
 from tests.random_base import AREA

@@ -11,9 +11,9 @@ from PIL import Image
 
 from clora.catalogue import read_catalogue
 from clora.config import build_config
-from clora.loop import read_log
 from clora.lora_files import read_lora
 from clora.teach import teach
+from clora.tracker import read_log
 from clora.train import train
 from tests.random_base import write_random_base
 

@@ -19,10 +19,10 @@ from clora.loop import (
     NonFiniteError,
     apply_gradients,
     lr_factor,
-    read_log,
     run_loop,
 )
 from clora.routing import step_generator
+from clora.tracker import read_log
 
 
 def make_group(**options: float) -> Group:

@@ -13,16 +13,14 @@ import pytest
 from PIL import Image
 
 from clora.evaluate.exact import Outputs, bootstrap_interval, evaluate_methods, evaluate_outputs
+from clora.evaluate.pictures import Grid, grid_image, png_data_uri
 from clora.evaluate.report import (
     Curve,
-    Grid,
     MethodRow,
     PhaseRow,
     Report,
     curves_svg,
-    grid_image,
     method_table,
-    png_data_uri,
     write_report,
 )
 from clora.tiny.metrics import disturbed

@@ -16,9 +16,9 @@ from clora.catalogue import read_catalogue
 from clora.config import Config, build_config
 from clora.errors import InputError, InputErrors
 from clora.evaluate.run import evaluate_collection
-from clora.loop import read_log
 from clora.lora_files import read_lora
 from clora.teach import teach
+from clora.tracker import read_log
 from clora.train import acceleration_of, make_caches, open_bank, train
 from clora.workspace import base_dtype, open_workspace
 

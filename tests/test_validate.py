@@ -132,7 +132,8 @@ def test_one_lora_for_two_effects_and_a_missing_start_are_told(home: Path) -> No
     found = report(home, "effects.1.lora=loras/clay.safetensors", *absent)
     assert found.warnings == ["loras/clay.safetensors is the LoRA of effects.0.lora and effects.1.lora; is that meant?"]
     assert found.faults == [
-        "2 LoRA files missing, first: start.safetensors (student.init_from); put them there or correct the paths"
+        "2 LoRA files missing under ./, first: start.safetensors (student.init_from);"
+        " put them there or correct the paths"
     ]
 
 

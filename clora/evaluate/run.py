@@ -22,7 +22,7 @@ from clora.data.examples import Example
 from clora.data.images import cover_crop, load_image
 from clora.data.pairs import read_pairs
 from clora.errors import InputError, raise_faults
-from clora.evaluate.report import grid_image
+from clora.evaluate.pictures import grid_image
 from clora.lora_files import read_lora
 from clora.tiny.metrics import hf_ratio, l1, psnr, ssim
 from clora.workspace import Workspace, in_batches, open_workspace
