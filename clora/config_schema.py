@@ -235,7 +235,7 @@ class EvalConfig(Section):
 
     num_samples: Annotated[Count, doc("Source images per effect.")] = 16
     seeds: Annotated[list[int], doc("Noise seeds; each source is edited once per seed.", min_length=1)] = [0]
-    num_steps: Annotated[list[Count], doc("Step counts compared.", min_length=1)] = [8]
+    num_steps: Annotated[list[Count], doc("Step counts compared, the first per effect.", min_length=1)] = [8]
     batch_size: Annotated[Count, doc("Images sampled at once.")] = 1
 
 

@@ -239,11 +239,14 @@ def test_open_workspace_lists_every_faulty_image(random_base: Path, dataset: Pat
 def test_evaluate_collection_scores_against_the_targets(
     random_base: Path, dataset: Path, taught: Path, tmp_path: Path
 ) -> None:
-    config = make_config(random_base, dataset, taught)
+    config = make_config(random_base, dataset, taught, "eval.num_steps=[3,1]")
     path = train(config)
     answer = evaluate_collection(config, path)
     assert set(answer["effects"]) == set(NAMES)
-    assert 0 < answer["mean"]["l1"] < 1 and Path(answer["grid"]).exists()
+    assert list(answer["mean"]) == ["3", "1"]
+    mean = np.mean([row["l1"] for row in answer["effects"].values()])
+    assert answer["mean"]["3"]["l1"] == pytest.approx(mean) and 0 < mean < 1
+    assert answer["mean"]["1"]["l1"] != answer["mean"]["3"]["l1"] and Path(answer["grid"]).exists()
     assert json.loads((taught / "eval" / "eval.json").read_text()) == answer
     with pytest.raises(InputError, match="hot: is not in"):
         renamed = [config.effects[0].model_copy(update={"name": "hot"})]

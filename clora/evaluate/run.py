@@ -7,6 +7,7 @@ truth there is. It fits effects with one valid outcome; for others read `unchang
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ Image = NDArray[np.float32]
 def evaluate_collection(config: Config, lora: Path, console: Console | None = None) -> dict[str, Any]:
     """Edit up to `eval.num_samples` sources of every effect once per seed and compare with their targets.
 
-    Returns `{"effects": {name: figures}, "mean": figures, "grid": path}` with figures l1, psnr (dB), ssim, hf_ratio
-    and `unchanged`, the share of outputs nearer to the source than to the target. The grid (source, target, output)
-    and `eval.json` are written to `output_dir/eval`. Raises `InputErrors` for effects the collection does not hold.
+    Returns `{"effects": {name: figures}, "mean": {steps: figures}, "grid": path}` with figures l1, psnr (dB), ssim,
+    hf_ratio and `unchanged`, the share of outputs nearer to the source than to the target; the means for each count
+    of `eval.num_steps`, the effects for the first. The schedule's shift is the catalogue's. The grid (source, target,
+    an output for each count) and `eval.json` are written to `output_dir/eval`. Raises `InputErrors` for effects the
+    collection does not hold.
     """
     console = console or Console(stderr=True)
     catalogue = read_catalogue(lora)
@@ -54,23 +57,30 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
     rank = max(module.rank for module in modules.values())
     workspace.adapters.add_stack(COLLECTION, [COLLECTION], rank, rank, trainable=False, init="zeros")
     workspace.adapters.load_slot(COLLECTION, modules)
-    schedule = catalogue.schedule
-    method = Method(COLLECTION, 1, schedule.num_steps, 1.0, True, "student", lambda effects: [COLLECTION])
-    figures: dict[str, dict[str, float]] = {}
+    shift = config.schedule.model_copy(update={"shift": catalogue.schedule.shift})
+    config = config.model_copy(update={"schedule": shift})
+    counts = list(dict.fromkeys(config.eval.num_steps))
+    figures: dict[int, dict[str, Figures]] = {steps: {} for steps in counts}
     rows: list[list[Image]] = []
     for name, pairs in track(held.items(), "evaluating", console=console, transient=True):
-        triples = _sample(workspace, config, method, pairs)
-        figures[name] = _figures(triples)
-        rows.append(list(triples[0]))
+        shown: list[Image] = []
+        for steps in counts:
+            method = Method(COLLECTION, 1, steps, 1.0, True, "student", lambda effects: [COLLECTION])
+            triples = _sample(workspace, config, method, pairs)
+            figures[steps][name] = _figures(triples)
+            shown = [*(shown or triples[0][:2]), triples[0][2]]
+        rows.append(shown)
     folder = config.output_dir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    grid_image(rows, ["source", "target", "output"], list(held)).save(folder / "grid.png")
-    mean = {key: float(np.mean([row[key] for row in figures.values()])) for key in FIGURES}
-    answer = {"effects": figures, "mean": mean, "grid": str(folder / "grid.png")}
+    columns = ["source", "target", *(f"{steps} steps" for steps in counts)]
+    grid_image(rows, columns, list(held)).save(folder / "grid.png")
+    mean = {str(steps): _mean(figures[steps].values()) for steps in counts}
+    answer = {"effects": figures[counts[0]], "mean": mean, "grid": str(folder / "grid.png")}
     (folder / "eval.json").write_text(json.dumps(answer, indent=1) + "\n")
     return answer
 
 
+Figures = dict[str, float]
 FIGURES = ("l1", "psnr", "ssim", "hf_ratio", "unchanged")
 
 
@@ -107,7 +117,11 @@ def _pixels(path: Path, size: tuple[int, int]) -> Image:
     return np.asarray(cover_crop(load_image(path), size), np.float32) / np.float32(255)
 
 
-def _figures(triples: list[tuple[Image, Image, Image]]) -> dict[str, float]:
+def _mean(rows: Collection[Figures]) -> Figures:
+    return {key: float(np.mean([row[key] for row in rows])) for key in FIGURES}
+
+
+def _figures(triples: list[tuple[Image, Image, Image]]) -> Figures:
     rows = [
         (
             l1(output, target),
