@@ -132,7 +132,7 @@ class Distiller:
             uncond=collate(examples, "negative", device) if guided else None,
             latent_shape=(examples[0].num_tokens, self.backbone.token_channels),
             batch_size=len(examples),
-            effects=[example.effect for example in examples],
+            samples=[f"{example.effect or 'base'} on {example.sources[-1].name}" for example in examples + anchors],
             step=step,
             y=y,
             anchor_y=_targets(anchors, step, seed, device) if anchors else None,
@@ -192,17 +192,13 @@ class Distiller:
         figures: dict[str, Tensor] = {}
         for part in range(parts):
             loss, figures, batch = loss_of(part, parts)
-            where = f"step {step} ({name}, {batch.stream} stream, effects {_named(batch.effects)})"
+            where = f"step {step} ({name}, {batch.stream} stream: {', '.join(sorted(batch.samples))})"
             check_finite(loss, where)
             (loss / parts).backward()
         total = train.max_train_steps * (1 if name == STUDENT else train.critic_updates)
         factor = lr_factor(group.updates, total, train.lr_warmup_steps, train.lr_scheduler)
         norm = apply_gradients(group, factor, where)
         return figures | {f"{name}_grad_norm": torch.tensor(norm)}
-
-
-def _named(effects: Sequence[str | None]) -> str:
-    return ", ".join(sorted({effect or "base" for effect in effects}))
 
 
 def _targets(examples: list[Example], step: int, seed: int, device: torch.device) -> Tensor:

@@ -136,7 +136,7 @@ def _clip_per_slot(group: Group) -> float:
 def check_finite(loss: Tensor, where: str) -> Tensor:
     """`loss` itself, or `NonFiniteError` naming `where`."""
     if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(f"loss is {float(loss)} at {where}; nothing was updated")
+        raise NonFiniteError(f"loss is {loss.item()} at {where}; nothing was updated")
     return loss
 
 

@@ -61,7 +61,7 @@ class DistillBatch:
     uncond: Any | None  # the teacher with the negative prompt; None when guidance is 1
     latent_shape: tuple[int, int]  # (T, C)
     batch_size: int
-    effects: Sequence[str | None]
+    samples: Sequence[str]  # what each is, for messages
     step: int
     y: Tensor | None = None  # (B, T, C), the teacher's images; None in the general stream
     # A batch of its own for TA-FM, usually larger (it costs one forward); y and student_cond when None.

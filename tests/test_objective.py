@@ -92,7 +92,7 @@ def make_batch(cond: WorldCond, **fields: Any) -> DistillBatch:
         uncond=unconditional(cond),
         latent_shape=(1, 2),
         batch_size=len(cond.effects),
-        effects=cond.effects,
+        samples=["a point"] * len(cond.effects),
         step=0,
         y=effect_mixture(cond).sample(rng(99)) if effect else None,
     )

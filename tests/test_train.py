@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import clora.loop as loop
+import clora.train
 from clora.catalogue import read_catalogue
 from clora.config import Config, build_config
 from clora.errors import InputError, InputErrors
@@ -176,6 +177,27 @@ def test_acceleration_of_a_base_that_brings_none_is_an_error(random_base: Path, 
     assert (
         acceleration_of(make_config(random_base, dataset, tmp_path, "student.acceleration=base", effects=False)) is None
     )
+
+
+def test_train_stops_at_a_loss_that_is_not_finite_and_names_the_samples(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An infinite target of one effect: the step, stream, effect and image are named, and nothing is written."""
+    config = make_config(random_base, dataset, taught, f"output_dir={tmp_path / 'run'}", "train.anchor_batch_size=6")
+    lora = {e.name: taught / "teachers" / f"{e.name}.safetensors" for e in config.effects}
+    effects = [effect.model_copy(update={"lora": lora[effect.name]}) for effect in config.effects]
+    targets_of = clora.train.targets_of
+
+    def poisoned(*arguments: Any) -> Any:
+        made = targets_of(*arguments)
+        for example in made["cold"]:
+            example.y[0].fill_(torch.inf)
+        return made
+
+    monkeypatch.setattr(clora.train, "targets_of", poisoned)
+    with pytest.raises(loop.NonFiniteError, match=r"step 0 \(student, effect stream: cold on \d\.png.*, warm on"):
+        train(config.model_copy(update={"effects": effects}))
+    assert not (tmp_path / "run" / "collection.safetensors").exists()
 
 
 def test_train_without_effects_makes_an_acceleration_lora(random_base: Path, dataset: Path, tmp_path: Path) -> None:
