@@ -339,3 +339,12 @@ def test_with_own_collection_serves_effects_asked_of_a_bare_base(tmp_path: Path)
     assert with_own_collection(replace(asked, lora=tmp_path / "mine.safetensors")).lora == tmp_path / "mine.safetensors"
     assert with_own_collection(replace(asked, effects=(), prompt="flip it")).lora is None
     assert with_own_collection(replace(asked, effects=(), grid=True)).lora == own
+
+
+def test_load_editor_of_a_base_that_is_nowhere_is_one_clear_error(tmp_path: Path) -> None:
+    write_lora(
+        tmp_path / "a.safetensors",
+        {"transformer_blocks.0.attn.to_q": LoraModule(torch.ones(1, 1), torch.ones(1, 1), 1.0)},
+    )
+    with pytest.raises(InputError, match="base owner/nowhere: cannot be loaded (?s:.*); check the name"):
+        load_editor("owner/nowhere", tmp_path / "a.safetensors")

@@ -97,7 +97,10 @@ def linear_shapes(base: str | Path, revision: str | None = None) -> dict[str, tu
     """Names and weight shapes (N, K) of a base's linear layers from its configuration alone, for
     `check_lora`."""
     model: Any = QwenImageTransformer2DModel
-    config = model.load_config(resolve_base(base), subfolder="transformer", revision=revision)
+    try:
+        config = model.load_config(resolve_base(base), subfolder="transformer", revision=revision)
+    except OSError as error:
+        raise InputError(f"base {base}: cannot be loaded ({error}); check the name, or download it first") from error
     with torch.device("meta"):
         linears = model.from_config(config).named_modules()
     return {
