@@ -209,7 +209,8 @@ class TrainConfig(Section):
     batch_size: Annotated[Count, doc("Samples per process and update.")] = 1
     anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
     gradient_accumulation_steps: Annotated[Count, doc("Batches per update.")] = 1
-    learning_rate: Annotated[Positive, doc("Peak learning rate of the student.")] = 1e-4
+    learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
+    coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
     critic_learning_rate: Annotated[Positive, doc("Peak learning rate of the critic.")] = 1e-4
     adam_beta1: Annotated[Decay, doc("Decay of AdamW's first moment.")] = 0.9
     adam_beta2: Annotated[Decay, doc("Decay of AdamW's second moment.")] = 0.999

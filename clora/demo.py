@@ -179,7 +179,8 @@ def train_joint(config: Config, console: Console) -> None:
     coarse = next(row for row in reversed(log) if row["step"] <= config.train.coarse_steps)
     steps = round(log[-1]["seconds"] / (coarse["seconds"] / coarse["step"]))
     workspace = open_workspace(config, console, general=False)
-    same = {"max_train_steps": steps, "learning_rate": config.train.learning_rate}
+    train = config.train
+    same = {"max_train_steps": steps, "learning_rate": train.coarse_learning_rate or train.learning_rate}
     workspace.config = config.model_copy(update={"teach": config.teach.model_copy(update=same)})
     teach_joint(workspace, "latest", console)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from clora.backbones.cond import Cond, cat_conds
 from clora.backbones.qwen_image import QwenImageBackbone
 from clora.config import Config
+from clora.config_schema import TrainConfig
 from clora.data.examples import Example, collate
 from clora.errors import InputError
 from clora.loop import Group, apply_gradients, check_finite, lr_factor
@@ -186,8 +187,8 @@ class Distiller:
 
     def _update(self, group: Group, loss_of: LossOf, step: int) -> dict[str, Tensor]:
         """One update of `group` over `gradient_accumulation_steps` batches; the figures are those of the last."""
-        train, name = self.config.train, STUDENT if group is self.student else CRITIC
-        parts = train.gradient_accumulation_steps
+        name = STUDENT if group is self.student else CRITIC
+        parts = self.config.train.gradient_accumulation_steps
         where = ""
         figures: dict[str, Tensor] = {}
         for part in range(parts):
@@ -195,10 +196,23 @@ class Distiller:
             where = f"step {step} ({name}, {batch.stream} stream: {', '.join(sorted(batch.samples))})"
             check_finite(loss, where)
             (loss / parts).backward()
-        total = train.max_train_steps * (1 if name == STUDENT else train.critic_updates)
-        factor = lr_factor(group.updates, total, train.lr_warmup_steps, train.lr_scheduler)
+        train, coarse = self.config.train, self.coarse_steps
+        if group is self.student:
+            factor = student_lr_factor(train, coarse, step)
+        else:
+            updates = (train.max_train_steps - coarse) * train.critic_updates
+            factor = lr_factor(group.updates, updates, train.lr_warmup_steps, train.lr_scheduler)
         norm = apply_gradients(group, factor, where)
         return figures | {f"{name}_grad_norm": torch.tensor(norm)}
+
+
+def student_lr_factor(train: TrainConfig, coarse_steps: int, step: int) -> float:
+    """The student's learning rate at `step` over `train.learning_rate`: each stage warms up and decays on its own."""
+    shape = (train.lr_warmup_steps, train.lr_scheduler)
+    if step >= coarse_steps:
+        return lr_factor(step - coarse_steps, train.max_train_steps - coarse_steps, *shape)
+    peak = train.coarse_learning_rate or train.learning_rate
+    return peak / train.learning_rate * lr_factor(step, min(coarse_steps, train.max_train_steps), *shape)
 
 
 def _targets(examples: list[Example], step: int, seed: int, device: torch.device) -> Tensor:

@@ -162,12 +162,16 @@ def _encode_all(encoder: ExampleEncoder, jobs: Sequence[Job], console: Console) 
 
 
 def base_identity(base: str, revision: str | None) -> str:
-    """A hash that changes with the base's encoders: names, sizes, configurations and the heads of weight files."""
+    """A hash that changes with the base's models: names, sizes, configurations and the heads of weight files.
+
+    General data and LoRAs that the base brings along (weight files outside its parts' folders) change nothing.
+    """
     resolved = resolve_base(base)
     if not isinstance(resolved, Path):
         return f"{resolved}@{revision or 'main'}"
     digest = hashlib.sha256()
-    for path in sorted(p for p in resolved.rglob("*") if p.is_file() and "general" not in p.parts):
+    models = (p for p in resolved.rglob("*") if p.is_file() and "general" not in p.parts)
+    for path in sorted(p for p in models if p.parent != resolved or p.suffix != ".safetensors"):
         digest.update(f"{path.relative_to(resolved)} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(1 << 20))

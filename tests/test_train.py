@@ -15,6 +15,8 @@ import clora.loop as loop
 import clora.train
 from clora.catalogue import read_catalogue
 from clora.config import Config, build_config
+from clora.config_schema import TrainConfig
+from clora.distill import student_lr_factor
 from clora.errors import InputError, InputErrors
 from clora.evaluate.run import evaluate_collection
 from clora.lora_files import read_lora
@@ -177,6 +179,17 @@ def test_acceleration_of_a_base_that_brings_none_is_an_error(random_base: Path, 
     assert (
         acceleration_of(make_config(random_base, dataset, tmp_path, "student.acceleration=base", effects=False)) is None
     )
+
+
+def test_student_lr_factor_has_a_schedule_for_each_stage() -> None:
+    """Cosine without warm-up: 1 at the start, 1/2 in the middle of each stage; the coarse one at its own rate."""
+    train = TrainConfig(
+        max_train_steps=30, learning_rate=1e-3, coarse_learning_rate=8e-3, lr_scheduler="cosine", lr_warmup_steps=0
+    )
+    factors = [student_lr_factor(train, 10, step) for step in (0, 5, 10, 20)]
+    assert factors == pytest.approx([8.0, 4.0, 1.0, 0.5])
+    same = train.model_copy(update={"coarse_learning_rate": None, "lr_warmup_steps": 2})
+    assert [student_lr_factor(same, 10, step) for step in (0, 1, 2, 10, 11, 12)] == [0.5, 1, 1, 0.5, 1, 1]
 
 
 def test_train_stops_at_a_loss_that_is_not_finite_and_names_the_samples(

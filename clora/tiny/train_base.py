@@ -2,7 +2,7 @@
 
 Needs `vae/`, `tokenizer/`, `processor/` and `text_encoder/` under `--base` (`train_vae`, `text`). Latents and text
 embeddings are made once, then the velocity objective (Eq. 2) runs from memory; `--work` holds the cache and a
-checkpoint every five minutes, from which the same command goes on.
+checkpoint every five minutes, from which the same command goes on: after an interruption, or with more `--steps`.
 
 Shape legend: B batch, T 64 tokens, C 64 channels a token, L text tokens, D 96.
 """
@@ -179,7 +179,7 @@ def train(cache: dict[str, Tensor], steps: int, batch_size: int, seed: int, work
             with (work / "curve.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-        if time.perf_counter() - saved_at > 300:
+        if time.perf_counter() - saved_at > 300 or step == steps:
             saved_at = time.perf_counter()
             state = {
                 "model": model.state_dict(),
@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"))
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=11500)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--pairs", type=int, default=40000)
     parser.add_argument("--seed", type=int, default=0)
