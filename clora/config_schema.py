@@ -49,6 +49,7 @@ Guidance = Annotated[float, Field(ge=1)]
 EffectName = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Url = Annotated[str, Field(pattern=r"^https?://")]
 LrScheduler = Literal["constant", "cosine", "linear"]
+TargetSource = Literal["teachers", "pairs"]
 SaveDtype = Literal["bfloat16", "float16", "float32"]
 TsSigma = Literal["continuous", "schedule"]
 TaFmSigma = Literal["uniform", "shifted", "above_dmd"]
@@ -141,12 +142,15 @@ class TeachConfig(Section):
 
 
 class TargetsConfig(Section):
-    """How the teachers make the target images y of Eq. 6 and 7."""
+    """The target images y of Eq. 6 and 7."""
 
+    source: Annotated[TargetSource, doc("'teachers' make them; 'pairs': the pairs' own target images.")] = "teachers"
     num_steps: Annotated[Count, doc("Euler steps of the teacher.")] = 40
     guidance: Annotated[Guidance, doc("Classifier-free guidance scale; 1 = none.")] = 4.0
     per_source: Annotated[Count, doc("Target images per source image, each from its own noise.")] = 1
-    max_sources: Annotated[Count | None, doc("Source images per effect; null takes all.")] = None
+    max_sources: Annotated[
+        Count | None, doc("Pairs per effect that `clora train` takes; null: all. `teach` takes all.")
+    ] = None
 
 
 class ObjectiveConfig(Section):

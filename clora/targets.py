@@ -1,4 +1,6 @@
-"""Target images y, made by the teachers: their own prompt, many steps, guidance (Sec. 4.3), and cached by content."""
+"""Target images y (Sec. 4.3): made by the teachers with their own prompt, many steps and guidance, cached by content;
+or the pairs' own.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from clora.backbones.cond import Cond, cat_conds
 from clora.backbones.qwen_image import QwenImageBackbone
 from clora.data.cache import cache_key
 from clora.data.examples import Example, collate
+from clora.errors import raise_faults
 from clora.flow import Velocity
 from clora.losses import guided_velocity
 from clora.routing import step_generator
@@ -38,6 +41,19 @@ def guided_teacher_velocity(backbone: QwenImageBackbone, slots_for: Slots, guida
         return guided_velocity(v_cond, v_uncond, guidance, "norm" if rescale == "norm" else "none")
 
     return velocity
+
+
+def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """The examples with their pairs' targets as y. Raises `InputErrors` naming every effect that lacks some."""
+    lacking = {name: sum(e.x0 is None for e in examples) for name, examples in effects.items()}
+    raise_faults(
+        [
+            f"effect {name}: {count} of its pairs have no target; add them, or set targets.source=teachers"
+            for name, count in lacking.items()
+            if count
+        ]
+    )
+    return {name: [replace(e, y=(e.x0,)) for e in examples if e.x0 is not None] for name, examples in effects.items()}
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from clora.flow import few_step_sigmas
 from clora.loop import LoopConfig, run_loop
 from clora.lora_files import join_modules, read_lora, write_lora
 from clora.sample import few_step_sample
-from clora.targets import make_targets
+from clora.targets import make_targets, targets_from_pairs
 from clora.teachers import TeacherBank
 from clora.tracker import Tracker
 from clora.workspace import Workspace, averaged_weights, open_workspace, slot_to_cpu, trainable_group
@@ -38,7 +38,7 @@ def train(config: Config, resume: str | None = None, console: Console | None = N
     `loop.NonFiniteError` and `loop.Interrupted` as `loop.run_loop` does.
     """
     console = console or Console(stderr=True)
-    workspace = open_workspace(config, console)
+    workspace = open_workspace(config, console, max_pairs=config.targets.max_sources)
     bank = open_bank(workspace)
     if bank is not None:
         workspace.effects = targets_of(workspace, bank, console)
@@ -48,7 +48,7 @@ def train(config: Config, resume: str | None = None, console: Console | None = N
 def make_caches(config: Config, console: Console | None = None) -> dict[str, int]:
     """Encode everything and make the targets, without training; returns how many examples there are of each."""
     console = console or Console(stderr=True)
-    workspace = open_workspace(config, console)
+    workspace = open_workspace(config, console, max_pairs=config.targets.max_sources)
     bank = open_bank(workspace)
     if bank is not None:
         workspace.effects = targets_of(workspace, bank, console)
@@ -87,7 +87,9 @@ def file_hashes(files: dict[str, Path]) -> dict[str, str]:
 
 
 def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dict[str, list[Example]]:
-    """The effects' examples with the teachers' images; a batch never needs more teachers than there are slots."""
+    """The effects' examples with their y; a batch never needs more teachers than there are slots."""
+    if workspace.config.targets.source == "pairs":
+        return targets_from_pairs(workspace.effects)
     hashes = file_hashes(teacher_files(workspace.config))
     batch = bank.capacity if workspace.config.effects else 1
     return make_targets(workspace, bank.slots_for, hashes, console, max(1, min(TARGET_BATCH, batch)))

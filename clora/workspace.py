@@ -59,8 +59,16 @@ def base_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def open_workspace(config: Config, console: Console, *, general: bool = True, keep_encoders: bool = False) -> Workspace:
-    """Load the base, read and encode the effects' pairs and, with `general`, the general stream's.
+def open_workspace(
+    config: Config,
+    console: Console,
+    *,
+    general: bool = True,
+    keep_encoders: bool = False,
+    max_pairs: int | None = None,
+) -> Workspace:
+    """Load the base, read and encode the effects' pairs (the first `max_pairs` of each) and, with `general`, the
+    general stream's.
 
     With `keep_encoders` the text encoder stays, to encode more; call `backbone.free_encoders()` afterwards.
 
@@ -75,7 +83,7 @@ def open_workspace(config: Config, console: Console, *, general: bool = True, ke
     cache = TensorCache(config.output_dir / "cache")
     encoder = ExampleEncoder(backbone, cache, identity, config.train.buckets)
     prompts = {prompt.name: prompt for prompt in effect_prompts(config)} if config.effects else {}
-    jobs = _effect_jobs(config, prompts)
+    jobs = _effect_jobs(config, prompts, max_pairs)
     if general:
         jobs += _general_jobs(config)
     examples = _encode_all(encoder, jobs, console)
@@ -99,12 +107,12 @@ def open_workspace(config: Config, console: Console, *, general: bool = True, ke
 Job = tuple[Pair, str | None, dict[str, str]]
 
 
-def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt]) -> list[Job]:
+def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt], max_pairs: int | None) -> list[Job]:
     jobs: list[Job] = []
     faults: list[str] = []
     for effect in config.effects:
         try:
-            pairs = effect_pairs(config, effect)
+            pairs = effect_pairs(config, effect)[:max_pairs]
         except InputErrors as errors:
             faults += errors.faults
             continue
@@ -122,11 +130,10 @@ def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt]) -> list[Job]:
 
 
 def effect_pairs(config: Config, effect: EffectConfig) -> list[Pair]:
-    """The pairs of one effect, at most `targets.max_sources`. An effect with its own LoRA needs no targets."""
+    """The pairs of one effect. An effect with its own LoRA needs no targets."""
     if effect.pairs is None:
         raise InputError(f"effect {effect.name}: has no pairs; give 'pairs', a folder or metadata file")
-    pairs = read_pairs(effect.pairs, config.data_roots, require_target=effect.lora is None, effect=effect.name)
-    return pairs[: config.targets.max_sources]
+    return read_pairs(effect.pairs, config.data_roots, require_target=effect.lora is None, effect=effect.name)
 
 
 def _general_jobs(config: Config) -> list[Job]:
