@@ -134,7 +134,7 @@ def demo(
     effects: Annotated[int, typer.Option(min=1, help="How many effects of the tiny world.")] = 12,
     size: Annotated[
         Literal["full", "long", "smoke"],
-        typer.Option(help="long: more training at more rank; smoke: seconds, to see that it runs."),
+        typer.Option(help="long: more training; smoke: seconds, to see that it runs."),
     ] = "full",
     seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0,
 ) -> None:

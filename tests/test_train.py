@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import clora.loop as loop
 import clora.train
@@ -20,6 +22,7 @@ from clora.distill import student_lr_factor
 from clora.errors import InputError, InputErrors
 from clora.evaluate.run import evaluate_collection
 from clora.lora_files import read_lora
+from clora.targets import targets_from_pairs
 from clora.teach import teach
 from clora.tracker import read_log
 from clora.train import acceleration_of, make_caches, open_bank, train
@@ -236,9 +239,32 @@ def test_make_caches_encodes_nothing_twice(
     make_caches(config)
 
 
-def test_open_bank_names_every_missing_teacher(random_base: Path, dataset: Path, tmp_path: Path) -> None:
-    from rich.console import Console
+def test_max_sources_limits_training_and_not_teaching(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path
+) -> None:
+    config = make_config(random_base, dataset, taught, "targets.max_sources=2")
+    assert make_caches(config) == {"warm": 2, "cold": 2, "general": 3}
+    teach_workspace = open_workspace(config, Console(stderr=True), general=False)  # as `teach` opens it
+    assert [len(examples) for examples in teach_workspace.effects.values()] == [3, 3]
 
+
+def test_targets_from_pairs_are_the_pairs_own_targets(
+    random_base: Path, dataset: Path, taught: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clora.targets.ode_sample", None)  # no teacher is asked
+    assert make_caches(make_config(random_base, dataset, taught, "targets.source=pairs"))["warm"] == 3
+    workspace = open_workspace(make_config(random_base, dataset, taught), Console(stderr=True), general=False)
+    filled = targets_from_pairs(workspace.effects)
+    for example in (e for examples in filled.values() for e in examples):
+        (y,) = example.y
+        assert example.x0 is not None and torch.equal(y, example.x0)
+    assert not torch.equal(filled["warm"][0].y[0], filled["cold"][0].y[0])
+    lacking = {**filled, "cold": [replace(e, x0=None) for e in filled["cold"]]}
+    with pytest.raises(InputErrors, match="effect cold: 3 of its pairs have no target"):
+        targets_from_pairs(lacking)
+
+
+def test_open_bank_names_every_missing_teacher(random_base: Path, dataset: Path, tmp_path: Path) -> None:
     workspace = open_workspace(make_config(random_base, dataset, tmp_path / "run"), Console(stderr=True), general=False)
     with pytest.raises(InputErrors) as caught:
         open_bank(workspace)
@@ -257,8 +283,6 @@ def test_base_dtype_auto_is_what_the_processor_has(
 
 def test_open_workspace_lists_every_faulty_image(random_base: Path, dataset: Path, tmp_path: Path) -> None:
     import shutil
-
-    from rich.console import Console
 
     broken = tmp_path / "data"
     shutil.copytree(dataset, broken)
