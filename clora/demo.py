@@ -68,9 +68,8 @@ SCALES: dict[Size, Scale] = {
         eval_sources=4,
         overrides=(
             "teach.max_train_steps=230",
-            "targets.max_sources=14",
-            "train.max_train_steps=1440",
-            "train.coarse_steps=1400",
+            "train.max_train_steps=1230",
+            "train.coarse_steps=1200",
             "train.anchor_batch_size=16",
         ),
     ),
