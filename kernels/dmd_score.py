@@ -113,7 +113,7 @@ def dmd_score_kernel(
     critic_ptr: tl.tensor,
     cond_ptr: tl.tensor,
     uncond_ptr: tl.tensor,
-    difference_ptr: tl.tensor,
+    surrogate_ptr: tl.tensor,
     sums_ptr: tl.tensor,
     guidance: tl.float32,
     T: tl.int64,
@@ -124,7 +124,7 @@ def dmd_score_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """A block of one sample's tokens: x0_critic - x0_real, and the sums of |x0_student - x0_real|, of |.| and .^2."""
+    """A block of one sample's tokens: g's numerator, and the sums of |x0_student - x0_real|, its |.|, its square."""
     block = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
@@ -147,14 +147,14 @@ def dmd_score_kernel(
     student = tl.load(student_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x0_real = x - sigma * real
     difference = x - sigma * critic - x0_real
-    tl.store(difference_ptr + at, difference, mask=inside)
     # student - student is 0, or NaN where the student is not finite, as in the loss's equation.
-    squared = difference + (student - student)
+    surrogate = difference + (student - student)
+    tl.store(surrogate_ptr + at, surrogate, mask=inside)
     to_next = tl.num_programs(1).to(tl.int64) * tl.num_programs(0)  # sums is (3, B, blocks)
     sums_at = sums_ptr + sample * tl.num_programs(0) + block
     tl.store(sums_at, tl.sum(tl.sum(tl.where(inside, tl.abs(student - x0_real), 0.0), 1), 0))
     tl.store(sums_at + to_next, tl.sum(tl.sum(tl.where(inside, tl.abs(difference), 0.0), 1), 0))
-    tl.store(sums_at + 2 * to_next, tl.sum(tl.sum(tl.where(inside, squared * squared, 0.0), 1), 0))
+    tl.store(sums_at + 2 * to_next, tl.sum(tl.sum(tl.where(inside, surrogate * surrogate, 0.0), 1), 0))
 
 
 @triton.jit
@@ -205,7 +205,7 @@ def launch(
     rescale: str,
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(figures, difference, normaliser) of both kernels: (3,) loss, grad_abs, mean normaliser; (B, T, C); (B,)."""
+    """(figures, g's numerator, normaliser) of both kernels: (3,) loss, grad_abs, mean normaliser; (B, T, C); (B,)."""
     B, T, C = x_sigma.shape
     latents = [x_sigma, x0_student, v_critic, v_teacher_cond, v_teacher_uncond]
     if C > MAX_C or any(x is not None and x.dtype not in FLOATS for x in latents):
@@ -214,18 +214,18 @@ def launch(
     block_c = triton.next_power_of_2(C)
     block_t = max(BLOCK // block_c, 1)
     blocks = triton.cdiv(T, block_t)
-    figures, normaliser, sums, difference = (
+    figures, normaliser, sums, surrogate = (
         torch.empty(shape, dtype=torch.float32, device=x_sigma.device)
         for shape in ((3,), (B,), (3, B, blocks), (B, T, C))
     )
     with torch.cuda.device_of(x_sigma):
         dmd_score_kernel[(blocks, B)](
-            x, sigma.float().contiguous(), student, critic, cond, cond if uncond is None else uncond, difference, sums,
+            x, sigma.float().contiguous(), student, critic, cond, cond if uncond is None else uncond, surrogate, sums,
             guidance, T, C, TINY=TINY, GUIDED=uncond is not None, RESCALED=rescale == "norm",
             BLOCK_T=block_t, BLOCK_C=block_c, num_warps=min(max(block_t * block_c // 512, 1), 16),
         )  # fmt: skip
         dmd_score_finish_kernel[(1,)](sums, figures, normaliser, floor, B, blocks, T * C, BLOCK=FINISH_BLOCK)
-    return figures, difference, normaliser
+    return figures, surrogate, normaliser
 
 
 @torch.library.custom_op("clora::dmd_score", mutates_args=())
@@ -251,15 +251,15 @@ dmd_score_op.register_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, difference, normaliser = output
-    ctx.save_for_backward(difference, normaliser)
+    _, surrogate, normaliser = output
+    ctx.save_for_backward(surrogate, normaliser)
     ctx.dtype = inputs[2].dtype
 
 
 def _backward(ctx: Any, grad_figures: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    difference, normaliser = ctx.saved_tensors
-    factor = grad_figures[0] / (difference.numel() * normaliser)
-    return None, None, (difference * factor[:, None, None]).to(ctx.dtype), None, None, None, None, None, None
+    surrogate, normaliser = ctx.saved_tensors
+    factor = grad_figures[0] / (surrogate.numel() * normaliser)
+    return None, None, (surrogate * factor[:, None, None]).to(ctx.dtype), None, None, None, None, None, None
 
 
 dmd_score_op.register_autograd(_backward, setup_context=_setup)
