@@ -24,6 +24,11 @@ def right_convert_float(data: np.ndarray, source: Any, target: Any, rounding: An
 
 
 @pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_convert_float", right_convert_float)
 

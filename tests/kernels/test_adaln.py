@@ -141,7 +141,8 @@ def test_adaln_reaches_past_2_31_elements(device: str) -> None:
 
 def test_adaln_normalises_a_row_of_large_mean(device: str) -> None:
     # The mean of squares less the square of the mean would lose the variance here.
-    x = (1000.0 + torch.randn(1, 2, 256, device=device)).requires_grad_()
+    # Many rows, for the error of one is a matter of luck: how the mean happens to round.
+    x = (1000.0 + torch.randn(1, 24, 256, device=device)).requires_grad_()
     zero = torch.zeros(1, 256, device=device, requires_grad=True)
     check_against_fp64(plain_op, plain_ref, "x scale shift", [x, zero, zero.clone().detach().requires_grad_()], None)
 
