@@ -13,6 +13,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Where there is no GPU the Triton kernels run in Triton's interpreter. It is chosen when triton is first imported, by
+# whichever library does so, hence here and not in tests/kernels; nothing else uses Triton on a CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 
 # A machine's load must not decide whether a property test passes, nor must chance.

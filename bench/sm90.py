@@ -1,0 +1,165 @@
+"""What the Triton kernels become on an H100 or H200, compiled without one: `python -m bench.sm90 [--json]`.
+
+Every op is launched on tensors of the sizes it meets that hold no data, and each kernel that would run is compiled
+for sm_90 instead. The bundled ptxas then counts its registers, spilled bytes and shared memory. One row a kernel and
+case, in each dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from clora.kernels import adaln, dmd_score, renoise
+
+MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Sm90Driver:
+    """The little that a launch asks of the GPU's driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compile_instead_of_launching() -> Iterator[list[tuple[str, Any]]]:
+    """Within it every launch compiles its kernel for sm_90; the list gets (kernel's name, compiled kernel)."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels are not compiled: unset it")
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", Sm90Driver()),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        yield compiled
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launch_adaln(dtype: torch.dtype, D: int, gated: bool, indexed: bool) -> None:
+    """Forward and backward for 8192 tokens."""
+    B, L = 1, 8192
+    x, r = empty(B, L, D, dtype=dtype), empty(B, L, D, dtype=dtype)
+    y = empty(B, L, D, dtype=dtype) if gated else None
+    parameters = empty(2 * B if indexed else B, 3 * D, dtype=dtype)
+    scale, shift, gate = parameters.chunk(3, -1)
+    index = empty(B, L, dtype=torch.int64) if indexed else None
+    adaln.launch_forward(x, y, gate if gated else None, scale, shift, index)
+    adaln.launch_backward(r if gated else None, r, x, y, gate if gated else None, scale, index)
+
+
+def launch_renoise(dtype: torch.dtype, drawn: bool) -> None:
+    """Forward and backward for the latents of a 1024x1024 image."""
+    x, sigma, seeds = empty(1, 4096, 64, dtype=dtype), empty(1), empty(1, dtype=torch.int64)
+    renoise.launch_forward(x, x, sigma, sigma, None if drawn else x, seeds if drawn else None, 3)
+    grad = empty(1, 4096, 64)
+    renoise.launch_backward(grad, grad, sigma, sigma, (dtype, dtype))
+
+
+def launch_dmd_score(dtype: torch.dtype, C: int, guided: bool) -> None:
+    x, sigma = empty(2, 4096, C, dtype=dtype), empty(2)
+    dmd_score.launch(x, sigma, x, x, x, x if guided else None, 4.0 if guided else 1.0, "norm", 1e-3)
+
+
+CASES: dict[str, dict[str, Callable[[torch.dtype], None]]] = {
+    "adaln": {
+        "D=3072": partial(launch_adaln, D=3072, gated=False, indexed=False),
+        "D=8192 index": partial(launch_adaln, D=8192, gated=False, indexed=True),
+    },
+    "gated_residual_adaln": {
+        "D=3072": partial(launch_adaln, D=3072, gated=True, indexed=False),
+        "D=3072 index": partial(launch_adaln, D=3072, gated=True, indexed=True),
+        "D=8192 index": partial(launch_adaln, D=8192, gated=True, indexed=True),
+    },
+    "renoise": {"eps": partial(launch_renoise, drawn=False), "seeds": partial(launch_renoise, drawn=True)},
+    "dmd_score": {
+        "C=64": partial(launch_dmd_score, C=64, guided=False),
+        "C=64 guided": partial(launch_dmd_score, C=64, guided=True),
+        "C=4096 guided": partial(launch_dmd_score, C=4096, guided=True),
+    },
+}
+
+
+def resources(ptx: str) -> dict[str, int]:
+    """Registers a thread, spilled bytes and stack bytes, as the bundled ptxas reports them for sm_90a."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/out"]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+        "stack": r"(\d+) bytes stack frame",
+    }
+    found = {name: re.search(pattern, report) for name, pattern in patterns.items()}
+    if None in found.values():
+        raise RuntimeError(f"ptxas reported no resources: {report}")
+    return {name: int(match.group(1)) for name, match in found.items() if match}
+
+
+def measure() -> list[dict[str, Any]]:
+    """One row for each op, case, dtype and kernel."""
+    rows = []
+    for op, cases in CASES.items():
+        for case, launch in cases.items():
+            for dtype_name, dtype in DTYPES.items():
+                with compile_instead_of_launching() as compiled:
+                    launch(dtype)
+                for kernel_name, kernel in compiled:
+                    row = {"op": op, "case": case, "dtype": dtype_name, "kernel": kernel_name}
+                    figures = {**resources(kernel.asm["ptx"]), "shared_bytes": kernel.metadata.shared}
+                    rows.append({**row, **figures, "warps": kernel.metadata.num_warps})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
+    options = parser.parse_args()
+    rows = measure()
+    if options.json:
+        about = {"bench": "sm90", "torch": torch.__version__, "triton": triton.__version__}
+        # A row a line: the file is read by people, and in diffs.
+        print(json.dumps(about)[:-1] + ', "rows": [\n ' + ",\n ".join(map(json.dumps, rows)) + "\n]}")
+        return
+    for row in rows:
+        what = "{op:21s} {case:14s} {dtype} {kernel:25s}".format(**row)
+        print(
+            what + " {registers:4d} registers, {spill_stores:3d} bytes spilled, {shared_bytes:5d} shared".format(**row)
+        )
+
+
+if __name__ == "__main__":
+    main()

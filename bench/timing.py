@@ -1,0 +1,136 @@
+"""What the benches of the Triton ops share: the gate of correctness, timing in turns, the copy ceiling, the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP_ROUNDS = 3
+FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2 cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: the same work by the op and by its reference."""
+
+    name: str
+    gate: Callable[[], None]  # raises AssertionError where the op is wrong
+    variants: dict[str, Callable[[], object]]  # "ours", "compiled" and "eager"
+    bytes: int  # that must be read and written, each tensor once
+    flops: int
+
+
+def check_accuracy(name: str, ours: Tensor, same_dtype: Tensor, exact: Tensor, floor: float = 1.0) -> None:
+    """Raise AssertionError unless the greatest error of `ours` is at most twice that of `same_dtype`.
+
+    `same_dtype` is the reference's result in the dtypes of `ours`, `exact` its result in fp64. To this are
+    added `floor` units in the last place of the greatest value, for references that happen to be exact.
+    """
+    if ours.dtype != same_dtype.dtype or ours.shape != exact.shape:
+        raise AssertionError(f"{name} is {ours.dtype} {tuple(ours.shape)}, not {same_dtype.dtype} {exact.shape}")
+    if ours.numel() == 0:
+        return
+    error, reference_error = ((result.double() - exact).abs().max().item() for result in (ours, same_dtype))
+    bound = 2 * reference_error + floor * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    if not error <= bound:
+        raise AssertionError(f"{name}: error {error:.3g}, above {bound:.3g}; the reference's is {reference_error:.3g}")
+
+
+def time_in_turns(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, dict[str, float]]:
+    """Median, 20th and 80th percentile of each run's microseconds; the runs take turns round by round.
+
+    On a GPU its own clock is read, and the cache is overwritten before each run.
+    """
+    flush = torch.empty(FLUSH_BYTES if device == "cuda" else 0, dtype=torch.int8, device=device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds + WARM_UP_ROUNDS):
+        for name, run in runs.items():
+            flush.zero_()
+            elapsed = _gpu_microseconds(run) if device == "cuda" else _cpu_microseconds(run)
+            if index >= WARM_UP_ROUNDS:
+                times[name].append(elapsed)
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _gpu_microseconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def _cpu_microseconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(values, n=5)
+    return {
+        "median_us": round(statistics.median(values), 2),
+        "p20_us": round(fifths[0], 2),
+        "p80_us": round(fifths[3], 2),
+    }
+
+
+def copy_gb_per_s(rounds: int) -> float:
+    """Bytes read and written in a second by torch's copy of 1 GiB on the GPU, in 10^9."""
+    source = torch.zeros(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    median_us = time_in_turns({"copy": lambda: target.copy_(source)}, rounds, "cuda")["copy"]["median_us"]
+    return 2 * source.numel() / median_us / 1e3
+
+
+def measure(bench: str, cases: Sequence[Case], rounds: int) -> dict[str, Any]:
+    """The bench's document. Without a GPU the kernels cannot run: then bytes, FLOPs and the eager reference alone."""
+    on_gpu = torch.cuda.is_available()
+    document: dict[str, Any] = {
+        "bench": bench,
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, eager reference only",
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "rows": [],
+    }
+    if on_gpu:
+        document["copy_gb_per_s"] = round(copy_gb_per_s(rounds), 1)
+    for case in cases:
+        variants = case.variants if on_gpu else {"eager": case.variants["eager"]}
+        if on_gpu:
+            case.gate()
+        times = time_in_turns(variants, rounds, "cuda" if on_gpu else "cpu")
+        row = {"case": case.name, "bytes": case.bytes, "flops": case.flops, **times}
+        if on_gpu:
+            ours = times["ours"]["median_us"]
+            row["ours_gb_per_s"] = round(case.bytes / ours / 1e3, 1)
+            row["share_of_copy"] = round(case.bytes / ours / 1e3 / document["copy_gb_per_s"], 3)
+            row["compiled_over_ours"] = round(times["compiled"]["median_us"] / ours, 2)
+            row["eager_over_ours"] = round(times["eager"]["median_us"] / ours, 2)
+        document["rows"].append(row)
+    return document
+
+
+def report(document: dict[str, Any], as_json: bool) -> None:
+    """Print the document, or a table of it."""
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    copy = f"; copy {document['copy_gb_per_s']} GB/s" if "copy_gb_per_s" in document else ""
+    print(f"{document['bench']} on {document['device']}{copy}; microseconds: median (20 to 80 %)")
+    for row in document["rows"]:
+        times = {name: figure for name, figure in row.items() if isinstance(figure, dict)}
+        cells = [f"{name} {t['median_us']} ({t['p20_us']} to {t['p80_us']})" for name, t in times.items()]
+        share = [f"{row['share_of_copy']:.0%} of copy"] if "share_of_copy" in row else []
+        print(
+            "  ".join([f"{row['case']:34s} {row['bytes'] / 1e6:.1f} MB {row['flops'] / 1e6:.1f} MFLOP", *cells, *share])
+        )

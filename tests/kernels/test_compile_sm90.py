@@ -1,0 +1,58 @@
+"""Every kernel compiled for an H100 or H200, which needs none, and what it takes of it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.sm90 import CASES, DTYPES, MAX_SHARED_BYTES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """`bench.sm90.measure()` in a process of its own, for here the kernels are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.sm90", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    return found
+
+
+def kernels_in_sources() -> set[str]:
+    """The names of all `@triton.jit` functions that are launched, that is, whose names end in `_kernel`."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "kernels").glob("*.py")]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {node.name for node in functions if any("triton.jit" in ast.unparse(d) for d in node.decorator_list)}
+
+
+def test_sm90_compiles_every_kernel_in_every_dtype(rows: list[dict[str, Any]]) -> None:
+    launched = {name for name in kernels_in_sources() if name.endswith("_kernel")}
+    assert kernels_in_sources() - launched == {"philox_bits"}  # called by a kernel
+    assert {(row["kernel"], row["dtype"]) for row in rows} == {(k, dtype) for k in launched for dtype in DTYPES}
+    assert {(row["op"], row["case"]) for row in rows} == {(op, case) for op, cases in CASES.items() for case in cases}
+
+
+def test_sm90_kernels_do_not_spill(rows: list[dict[str, Any]]) -> None:
+    # A stack frame alone is no spill: the cosine of the drawn noise keeps a table there for angles that never come.
+    assert [row for row in rows if row["spill_stores"] or row["spill_loads"]] == []
+
+
+def test_sm90_kernels_fit_into_shared_memory(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if not 0 <= row["shared_bytes"] < MAX_SHARED_BYTES] == []
+
+
+def test_sm90_results_name_every_row(rows: list[dict[str, Any]]) -> None:
+    """The file of results was made from these ops, cases and kernels: `python -m bench.sm90 --json`."""
+    kept = json.loads((ROOT / "bench" / "results" / "sm90.json").read_text(encoding="utf-8"))["rows"]
+    names = ("op", "case", "dtype", "kernel")
+    assert [[row[name] for name in names] for row in kept] == [[row[name] for name in names] for row in rows]
