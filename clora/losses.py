@@ -18,6 +18,8 @@ Figures = dict[str, Tensor]
 GuidanceRescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 
+LEAST_NORM = 1e-12  # a token whose guided velocity is zero stays zero
+
 
 def flow_matching_loss(velocity_pred: Tensor, x0: Tensor, eps: Tensor) -> tuple[Tensor, Figures]:
     """Mean squared error of the velocity (Eq. 2; Eq. 6 when the network is the student and x0 is y).
@@ -56,7 +58,7 @@ def guided_velocity(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: 
         return guided
     norm_cond = torch.linalg.vector_norm(v_cond, dim=-1, keepdim=True)
     norm_guided = torch.linalg.vector_norm(guided, dim=-1, keepdim=True)
-    scale: Tensor = norm_cond / norm_guided.clamp_min(torch.finfo(guided.dtype).tiny)
+    scale: Tensor = norm_cond / norm_guided.clamp_min(LEAST_NORM)
     return guided * scale
 
 

@@ -225,8 +225,10 @@ def test_guided_velocity_norm_equals_diffusers() -> None:
 
 
 def test_guided_velocity_norm_of_zero_velocity_is_finite() -> None:
-    zero = torch.zeros(SHAPE)
+    """Also where cond is large and guidance cancels it: no inf times 0."""
+    zero, large = torch.zeros(SHAPE), torch.full(SHAPE, 100.0)
     assert guided_velocity(zero, zero, 4.0, "norm").abs().max() == 0
+    assert guided_velocity(large, 2 * large, 2.0, "norm").abs().max() == 0
 
 
 @pytest.mark.parametrize("rescale", ["none", "norm"])
