@@ -140,7 +140,7 @@ def demo(
 ) -> None:
     """Teach, distil and compare effects of the tiny world.
 
-    Writes report.html and report.json; interrupted, a second call goes on where it was.
+    Writes report.html, report.json and grid.png; interrupted, a second call goes on where it was.
 
     \b
     Example:
