@@ -43,7 +43,7 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: setup
-	@for name in $$(grep -lF -e '--json' bench/*.py | xargs -n1 basename -s .py); do \
+	@for name in $$(grep -lF -e '[--json]' bench/*.py | xargs -n1 basename -s .py); do \
 	  echo "== python -m bench.$$name"; $(BIN)/python -m "bench.$$name" || exit 1; done
 
 clean:

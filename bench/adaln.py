@@ -7,14 +7,13 @@ share is that of torch's copy of 1 GiB. Without a GPU the kernels cannot run, an
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch._functorch.config
 from torch import Tensor
 
-from bench.timing import Case, check_accuracy, measure, report
+from bench.timing import Case, check_accuracy, run
 from clora.kernels.adaln import adaln, adaln_ref, gated_residual_adaln, gated_residual_adaln_ref
 
 # Floating-point operations an element, counted in the equations: mean 1, variance 3, norm 1, modulation 3, gate 2.
@@ -92,24 +91,16 @@ def make_cases(name: str, shape: tuple[int, int, int], dtype: torch.dtype, index
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
-    parser.add_argument("--rounds", type=int, default=50)
-    options = parser.parse_args()
-    torch.manual_seed(0)
+def all_cases(device: str) -> list[Case]:
     torch._functorch.config.donated_buffer = False  # else a compiled backward runs only once a forward
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (1, 8192, 3072) if device == "cuda" else (1, 256, 384)
-    torch.set_num_threads(1)
-    cases = [
+    return [
         case
         for name in OPS
         for indexed in (False, True)
         for case in make_cases(name, shape, torch.bfloat16, indexed, device)
     ]
-    report(measure("adaln", cases, options.rounds), options.json)
 
 
 if __name__ == "__main__":
-    main()
+    run("adaln", __doc__, all_cases)

@@ -7,13 +7,12 @@ is that of torch's copy of 1 GiB. Without a GPU the kernels cannot run, and the 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bench.timing import Case, check_accuracy, measure, report
+from bench.timing import Case, check_accuracy, run
 from clora.kernels.dmd_score import dmd_score, dmd_score_ref
 
 # An element: guidance 3, two norms 4, rescaling 1, two x0 4, difference 1, distance 3, |.| 2, square 3.
@@ -74,18 +73,10 @@ def make_cases(shape: tuple[int, int, int], device: str) -> list[Case]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
-    parser.add_argument("--rounds", type=int, default=50)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def all_cases(device: str) -> list[Case]:
     shapes = [(1, 4096, 64), (8, 4096, 64)] if device == "cuda" else [(1, 256, 64)]
-    cases = [case for shape in shapes for case in make_cases(shape, device)]
-    report(measure("dmd_score", cases, options.rounds), options.json)
+    return [case for shape in shapes for case in make_cases(shape, device)]
 
 
 if __name__ == "__main__":
-    main()
+    run("dmd_score", __doc__, all_cases)

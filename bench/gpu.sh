@@ -37,7 +37,7 @@ fi
 mkdir -p bench/results
 benches=("$@")
 if ((${#benches[@]} == 0)); then
-  mapfile -t benches < <(grep -lF -e '--json' bench/*.py | xargs -r -n1 basename -s .py | sort)
+  mapfile -t benches < <(grep -lF -e '[--json]' bench/*.py | xargs -r -n1 basename -s .py | sort)
 fi
 for name in "${benches[@]}"; do
   echo "== python -m bench.$name --json > bench/results/$name.json"

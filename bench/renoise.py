@@ -8,13 +8,12 @@ kernels cannot run, and the eager reference is timed alone.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bench.timing import Case, check_accuracy, measure, report
+from bench.timing import Case, check_accuracy, run
 from clora.kernels.renoise import noise_ref, renoise, renoise_ref
 
 FLOPS = 5  # an element: sigma v, the difference, two products, their sum
@@ -56,18 +55,10 @@ def make_case(shape: tuple[int, int, int], drawn: bool, device: str) -> Case:
     return Case(what, gate, ways, numel * (read + 8), numel * (FLOPS + (DRAWN_FLOPS if drawn else 0)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
-    parser.add_argument("--rounds", type=int, default=50)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def all_cases(device: str) -> list[Case]:
     shapes = [(1, 4096, 64), (8, 4096, 64)] if device == "cuda" else [(1, 256, 64)]
-    cases = [make_case(shape, drawn, device) for shape in shapes for drawn in (False, True)]
-    report(measure("renoise", cases, options.rounds), options.json)
+    return [make_case(shape, drawn, device) for shape in shapes for drawn in (False, True)]
 
 
 if __name__ == "__main__":
-    main()
+    run("renoise", __doc__, all_cases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -118,6 +119,18 @@ def measure(bench: str, cases: Sequence[Case], rounds: int) -> dict[str, Any]:
             row["eager_over_ours"] = round(times["eager"]["median_us"] / ours, 2)
         document["rows"].append(row)
     return document
+
+
+def run(bench: str, description: str, make_cases: Callable[[str], list[Case]]) -> None:
+    """A bench's command line: measure the cases of `make_cases(device)` and print them."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
+    parser.add_argument("--rounds", type=int, default=50)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    cases = make_cases("cuda" if torch.cuda.is_available() else "cpu")
+    report(measure(bench, cases, options.rounds), options.json)
 
 
 def report(document: dict[str, Any], as_json: bool) -> None:
