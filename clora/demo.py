@@ -225,10 +225,7 @@ def load_methods(workspace: Workspace, out: Path) -> list[Method]:
     if accelerate is not None:
         files[ACCELERATION] = accelerate
     for slot, path in files.items():
-        modules = read_lora(path, adapters.module_shapes).modules
-        rank = max(module.rank for module in modules.values())
-        adapters.add_stack(slot, [slot], rank, rank, trainable=False, init="zeros")
-        adapters.load_slot(slot, modules)
+        adapters.add_lora(slot, read_lora(path, adapters.module_shapes).modules)
     bank = open_bank(workspace)
     assert bank is not None
     return methods(workspace.config, bank, joint=True, acceleration=accelerate is not None)

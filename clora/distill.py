@@ -220,7 +220,7 @@ def _targets(examples: list[Example], step: int, seed: int, device: torch.device
     rng = step_generator(seed, step, "targets", "cpu")
     chosen = []
     for example in examples:
-        if example.y is None:
+        if not example.y:
             raise InputError(
                 f"effect {example.effect}: no target images; run `clora cache` or let `clora train` make them"
             )

@@ -253,9 +253,7 @@ def load_editor(
 
 def _add_lora(backbone: QwenImageBackbone, file: LoraFile) -> None:
     adapters = backbone.add_adapters(list(file.modules))
-    rank = max(module.rank for module in file.modules.values())
-    adapters.add_stack(SLOT, [SLOT], rank, rank, trainable=False, init="zeros", dtype=backbone.dtype)
-    adapters.load_slot(SLOT, file.modules)
+    adapters.add_lora(SLOT, file.modules, dtype=backbone.dtype)
 
 
 def grid_columns(

@@ -95,6 +95,19 @@ class Adapters:
         self._slots |= {slot: (name, index) for index, slot in enumerate(slots)}
         self._plans.clear()
 
+    def add_lora(
+        self,
+        slot: str,
+        modules: Mapping[str, LoraModule],
+        trainable: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """A stack of one slot, both named `slot`, that is exactly this LoRA at its largest rank; raises as
+        `load_slot` does."""
+        rank = max(module.rank for module in modules.values())
+        self.add_stack(slot, [slot], rank, rank, trainable=trainable, init="zeros", dtype=dtype)
+        self.load_slot(slot, modules)
+
     def remove_stack(self, name: str) -> None:
         """Remove a stack with all its slots and parameters."""
         if name not in self._stacks:

@@ -133,13 +133,10 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
         modules = read_lora(student.init_from, adapters.module_shapes).modules
         for name in (STUDENT, CRITIC):
             adapters.init_slot(name, modules, generator)
-    accelerated = (path := acceleration_of(config)) is not None
-    if path is not None:
-        modules = read_lora(path, adapters.module_shapes).modules
-        rank = max(module.rank for module in modules.values())
-        adapters.add_stack(ACCELERATION, [ACCELERATION], rank, rank, trainable=True, init="zeros")
-        adapters.load_slot(ACCELERATION, modules)
-    stacks = [STUDENT, ACCELERATION] if accelerated else [STUDENT]
+    stacks = [STUDENT]
+    if (path := acceleration_of(config)) is not None:
+        adapters.add_lora(ACCELERATION, read_lora(path, adapters.module_shapes).modules, trainable=True)
+        stacks.append(ACCELERATION)
     train_config = config.train
     return Distiller(
         config,
@@ -149,7 +146,7 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
         workspace.general,
         student=trainable_group(adapters, stacks, config, train_config.learning_rate, ema=True),
         critic=trainable_group(adapters, [CRITIC], config, train_config.critic_learning_rate),
-        accelerated=accelerated,
+        accelerated=path is not None,
     )
 
 

@@ -455,3 +455,17 @@ def test_slot_linear_compiles_without_breaks(rows: Any) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
     with adapters.use([None]):  # the compiled code notices another choice
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_add_lora_is_the_lora_at_its_largest_rank() -> None:
+    """Mixed ranks, a linear that it lacks, and a trainable slot."""
+    model, adapters = toy()
+    modules = lora(0, ["first"], rank=3) | lora(1, ["last"], rank=1)
+    adapters.add_lora("whole", modules, trainable=True)
+    adapters.add_lora("part", lora(2, ["last"]))
+    for name, module in modules.items():
+        torch.testing.assert_close(adapters.delta("whole", name), module.delta(), rtol=1e-6, atol=1e-6)
+    assert adapters.delta("part", "first").abs().max() == 0
+    assert {p.shape[1] for n, p in adapters.named_parameters("whole").items() if n.endswith(".A")} == {3}
+    assert all(p.requires_grad for p in adapters.parameters("whole"))
+    assert not any(p.requires_grad for p in adapters.parameters("part"))
