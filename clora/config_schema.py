@@ -39,6 +39,7 @@ UserPath = Annotated[Path, AfterValidator(_beside_the_file)]
 Acceleration = Annotated[Literal["base"] | UserPath | None, Field(union_mode="left_to_right")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+StepCounts = Annotated[list[Count], Field(min_length=1)]
 Natural = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Positive = Annotated[float, Field(gt=0)]
@@ -240,7 +241,7 @@ class EvalConfig(Section):
 
     num_samples: Annotated[Count, doc("Source images per effect.")] = 16
     seeds: Annotated[list[int], doc("Noise seeds; each source is edited once per seed.", min_length=1)] = [0]
-    num_steps: Annotated[list[Count], doc("Step counts compared, the first per effect.", min_length=1)] = [8]
+    num_steps: Annotated[StepCounts | None, doc("Step counts compared; null: the collection's own.")] = None
     batch_size: Annotated[Count, doc("Images sampled at once.")] = 1
 
 

@@ -36,9 +36,9 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
 
     Returns `{"effects": {name: figures}, "mean": {steps: figures}, "grid": path}` with figures l1, psnr (dB), ssim,
     hf_ratio and `unchanged`, the share of outputs nearer to the source than to the target; the means for each count
-    of `eval.num_steps`, the effects for the first. The schedule's shift is the catalogue's. The grid (source, target,
-    an output for each count) and `eval.json` are written to `output_dir/eval`. Raises `InputErrors` for effects the
-    collection does not hold.
+    of `eval.num_steps`, the effects for the first. The catalogue gives the shift, and the count where none is set.
+    The grid (source, target, an output for each count) and `eval.json` are written to `output_dir/eval`. Raises
+    `InputErrors` for effects the collection does not hold.
     """
     console = console or Console(stderr=True)
     catalogue = read_catalogue(lora)
@@ -53,13 +53,10 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
     workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
     held = {e.name: _encode(workspace, config, e, known[e.name].prompt) for e in config.effects}
     workspace.backbone.free_encoders()
-    modules = read_lora(lora, workspace.adapters.module_shapes).modules
-    rank = max(module.rank for module in modules.values())
-    workspace.adapters.add_stack(COLLECTION, [COLLECTION], rank, rank, trainable=False, init="zeros")
-    workspace.adapters.load_slot(COLLECTION, modules)
+    workspace.adapters.add_lora(COLLECTION, read_lora(lora, workspace.adapters.module_shapes).modules)
     shift = config.schedule.model_copy(update={"shift": catalogue.schedule.shift})
     config = config.model_copy(update={"schedule": shift})
-    counts = list(dict.fromkeys(config.eval.num_steps))
+    counts = list(dict.fromkeys(config.eval.num_steps or [catalogue.schedule.num_steps]))
     figures: dict[int, dict[str, Figures]] = {steps: {} for steps in counts}
     rows: list[list[Image]] = []
     for name, pairs in track(held.items(), "evaluating", console=console, transient=True):
