@@ -45,9 +45,9 @@ def _mixed_image(seed: int, size: int) -> Bytes:
     return to_uint8(texture_over(rendered.image_HW3, rng))
 
 
-def _edit_pair(seed: int, size: int) -> tuple[Bytes, Bytes, str]:
+def _edit_pair(seed: int, size: int, open_share: float) -> tuple[Bytes, Bytes, str]:
     rendered = render(sample_scene(seed), size)
-    text, edited = generic_edit(rendered, np.random.default_rng((seed, 2)))
+    text, edited = generic_edit(rendered, np.random.default_rng((seed, 2)), open_share)
     return to_uint8(rendered.image_HW3), to_uint8(edited), text
 
 
@@ -58,10 +58,10 @@ def mixed_images(count: int, seed: int, size: int = SIZE) -> Bytes:
         return np.stack(list(pool.map(partial(_mixed_image, size=size), seeds, chunksize=256)))
 
 
-def edit_pairs(count: int, seed: int, size: int = SIZE) -> EditPairs:
-    """`count` generic editing pairs, deterministic in `seed`."""
+def edit_pairs(count: int, seed: int, size: int = SIZE, open_share: float = 0.0) -> EditPairs:
+    """`count` generic editing pairs, deterministic in `seed`; a share `open_share` names no choices."""
     seeds = range(seed * 1_000_003 + 500_000_000, seed * 1_000_003 + 500_000_000 + count)
     with ProcessPoolExecutor() as pool:
-        rows = list(pool.map(_edit_pair, seeds, repeat(size), chunksize=256))
+        rows = list(pool.map(_edit_pair, seeds, repeat(size), repeat(open_share), chunksize=256))
     source, target, instructions = zip(*rows, strict=True)
     return EditPairs(np.stack(source), np.stack(target), list(instructions))

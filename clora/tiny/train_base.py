@@ -2,7 +2,8 @@
 
 Needs `vae/`, `tokenizer/`, `processor/` and `text_encoder/` under `--base` (`train_vae`, `text`). Latents and text
 embeddings are made once, then the velocity objective (Eq. 2) runs from memory; `--work` holds the cache and a
-checkpoint every five minutes, from which the same command goes on: after an interruption, or with more `--steps`.
+checkpoint every five minutes, from which the same command goes on: after an interruption, with more `--steps`, or
+with another `--open-share` of instructions that name no choices.
 
 Shape legend: B batch, T 64 tokens, C 64 channels a token, L text tokens, D 96.
 """
@@ -215,15 +216,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=11500)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--pairs", type=int, default=40000)
+    parser.add_argument("--open-share", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    cached = arguments.work / "cache.safetensors"
+    cached = arguments.work / f"cache_open_{arguments.open_share:g}.safetensors"
     if not cached.exists():
         # The backbone reads the transformer's configuration, though only its encoders are needed here.
         QwenImageTransformer2DModel(**TRANSFORMER_CONFIG).save_config(arguments.base / "transformer")
         backbone = load_backbone(str(arguments.base), torch.device("cpu"), torch.float32, ("vae", "text_encoder"))
-        save_file(encode_pairs(backbone, edit_pairs(arguments.pairs, arguments.seed)), cached)
+        pairs = edit_pairs(arguments.pairs, arguments.seed, open_share=arguments.open_share)
+        save_file(encode_pairs(backbone, pairs), cached)
     model = train(load_file(cached), arguments.steps, arguments.batch_size, arguments.seed, arguments.work)
     model.half().save_pretrained(arguments.base / "transformer")
 

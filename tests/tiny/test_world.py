@@ -12,7 +12,7 @@ from PIL import Image
 
 from clora.tiny.dataset import effect_names, write_effect_pairs, write_general
 from clora.tiny.effects import EFFECTS, apply_effect
-from clora.tiny.generic import EDITS, blur, generic_edit, sample_bilinear
+from clora.tiny.generic import COLOURS, EDITS, PLACES, blur, generic_edit, leave_open, sample_bilinear
 from clora.tiny.scenes import render, sample_scene
 
 RENDERED = [render(sample_scene(seed)) for seed in range(6)]
@@ -94,7 +94,24 @@ def test_generic_edits_are_no_effects() -> None:
     """No instruction of the base's training is a prompt of an effect."""
     prompts = {e.prompt for e in EFFECTS.values()} | {e.student_prompt for e in EFFECTS.values()}
     drawn = {generic_edit(RENDERED[0], np.random.default_rng(seed))[0] for seed in range(400)}
+    drawn |= {leave_open(text) for text in drawn}
     assert len(drawn) > 150 and not drawn & prompts
+
+
+def test_generic_edit_with_open_choices_shows_the_same_image_and_names_nothing() -> None:
+    named = {*COLOURS, *PLACES, "left", "right", "up", "down", "horizontal", "vertical", "diagonal", "slanted"}
+    for seed in range(300):
+        text, image = generic_edit(RENDERED[0], np.random.default_rng(seed))
+        opened, same = generic_edit(RENDERED[0], np.random.default_rng(seed), open_share=1.0)
+        np.testing.assert_array_equal(same, image)
+        assert opened == leave_open(text) and not named & set(opened.split()), opened
+    outcomes = {image[0, 0].tobytes() for image in _outcomes("tint the image any color")}
+    assert len(outcomes) > 4
+
+
+def _outcomes(instruction: str) -> list[np.ndarray]:
+    draws = (generic_edit(RENDERED[0], np.random.default_rng(seed), open_share=1.0) for seed in range(600))
+    return [image for text, image in draws if text == instruction]
 
 
 def test_sample_bilinear_reads_pixel_centres_exactly() -> None:
