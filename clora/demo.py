@@ -67,9 +67,9 @@ SCALES: dict[Size, Scale] = {
         pairs=40,
         eval_sources=4,
         overrides=(
-            "teach.max_train_steps=230",
-            "train.max_train_steps=1230",
-            "train.coarse_steps=1200",
+            "teach.max_train_steps=400",
+            "train.max_train_steps=1630",
+            "train.coarse_steps=1600",
             "train.anchor_batch_size=16",
         ),
     ),
