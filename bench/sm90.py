@@ -1,8 +1,8 @@
 """What the Triton kernels become on an H100 or H200, compiled without one: `python -m bench.sm90 [--json]`.
 
 Every op is launched on tensors of the sizes it meets that hold no data, and each kernel that would run is compiled
-for sm_90 instead. The bundled ptxas then counts its registers, spilled bytes and shared memory. One row a kernel and
-case, in each dtype.
+for sm_90 instead. The bundled ptxas then counts its registers, spilled bytes and shared memory; "wgmma" says whether
+the kernel multiplies matrices on the tensor cores. One row a kernel and case, in each dtype.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from clora.kernels import adaln, dmd_score, renoise
+from clora.kernels import adaln, dmd_score, lora_linear, qk_norm_rope, renoise
 
 MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,6 +91,26 @@ def launch_dmd_score(dtype: torch.dtype, C: int, guided: bool) -> None:
     dmd_score.launch(x, sigma, x, x, x, x if guided else None, 4.0 if guided else 1.0, "norm", 1e-3)
 
 
+def launch_lora_linear(dtype: torch.dtype, K: int, N: int, epilogue: str) -> None:
+    """Forward and backward for 8192 tokens, three slots and rank 128."""
+    L, S, rank = 8192, 3, 128
+    x, weight, bias = empty(1, L, K, dtype=dtype), empty(N, K, dtype=dtype), empty(N, dtype=dtype)
+    A, B, scale, slot = empty(S, rank, K, dtype=dtype), empty(S, N, rank, dtype=dtype), empty(S), empty(1).long()
+    y, down, h = lora_linear.launch_forward(x, weight, bias, A, B, scale, slot, epilogue, keep_h=True)
+    lora_linear.launch_backward(y, x, weight, A, B, scale, slot, down, h, epilogue, (True, True, True))
+
+
+def launch_qk_norm_rope(dtype: torch.dtype, H: int, D: int) -> None:
+    """Forward and backward for 8192 tokens of the image and 512 of the text, whose projections are parts of one row."""
+    B, L_img, L_txt = 1, 8192, 512
+    q_img, k_img, v_img = empty(B, L_img, 3 * H * D, dtype=dtype).chunk(3, -1)
+    q_txt, k_txt, v_txt = empty(B, L_txt, 3 * H * D, dtype=dtype).chunk(3, -1)
+    cos = empty(L_txt + L_img, D // 2)
+    frozen = (*empty(4, D, dtype=dtype), cos, cos)
+    out_q, out_k, _ = qk_norm_rope.launch_forward(q_img, k_img, v_img, q_txt, k_txt, v_txt, *frozen)
+    qk_norm_rope.launch_backward(out_q, out_k, q_img, k_img, q_txt, k_txt, *frozen)
+
+
 CASES: dict[str, dict[str, Callable[[torch.dtype], None]]] = {
     "adaln": {
         "D=3072": partial(launch_adaln, D=3072, gated=False, indexed=False),
@@ -106,6 +126,16 @@ CASES: dict[str, dict[str, Callable[[torch.dtype], None]]] = {
         "C=64": partial(launch_dmd_score, C=64, guided=False),
         "C=64 guided": partial(launch_dmd_score, C=64, guided=True),
         "C=4096 guided": partial(launch_dmd_score, C=4096, guided=True),
+    },
+    "lora_linear": {
+        "3072x3072": partial(launch_lora_linear, K=3072, N=3072, epilogue="none"),
+        "3072x12288 gelu": partial(launch_lora_linear, K=3072, N=12288, epilogue="gelu_tanh"),
+        "12288x3072": partial(launch_lora_linear, K=12288, N=3072, epilogue="none"),
+    },
+    "qk_norm_rope": {
+        "24x128": partial(launch_qk_norm_rope, H=24, D=128),
+        "4x256": partial(launch_qk_norm_rope, H=4, D=256),
+        "24x48": partial(launch_qk_norm_rope, H=24, D=48),
     },
 }
 
@@ -140,7 +170,10 @@ def measure() -> list[dict[str, Any]]:
                 for kernel_name, kernel in compiled:
                     row = {"op": op, "case": case, "dtype": dtype_name, "kernel": kernel_name}
                     figures = {**resources(kernel.asm["ptx"]), "shared_bytes": kernel.metadata.shared}
-                    rows.append({**row, **figures, "warps": kernel.metadata.num_warps})
+                    figures["wgmma"] = "wgmma.mma_async" in kernel.asm["ptx"]
+                    row |= {**figures, "warps": kernel.metadata.num_warps}
+                    if row not in rows:  # one launch for the text and one for the image give the same kernel
+                        rows.append(row)
     return rows
 
 
@@ -155,7 +188,7 @@ def main() -> None:
         print(json.dumps(about)[:-1] + ', "rows": [\n ' + ",\n ".join(map(json.dumps, rows)) + "\n]}")
         return
     for row in rows:
-        what = "{op:21s} {case:14s} {dtype} {kernel:25s}".format(**row)
+        what = "{op:21s} {case:15s} {dtype} {kernel:28s}".format(**row)
         print(
             what + " {registers:4d} registers, {spill_stores:3d} bytes spilled, {shared_bytes:5d} shared".format(**row)
         )

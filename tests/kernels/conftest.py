@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
+
+# torch asks for it where it is to be deterministic (`poisoned`), before the first product on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import pytest
@@ -23,14 +27,26 @@ def right_convert_float(data: np.ndarray, source: Any, target: Any, rounding: An
     return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
 
 
+def fp32_values(operand: interpreter.TensorHandle) -> np.ndarray:
+    if operand.dtype.scalar == tl.bfloat16:  # held as its bits
+        return (operand.data.astype(np.uint32) << 16).view(np.float32)
+    return operand.data.astype(np.float32)
+
+
+def right_dot(_: Any, a: Any, b: Any, acc: Any, *__: object) -> interpreter.TensorHandle:
+    """A product summed in fp32, as a GPU does: Triton multiplies the raw bits of bf16."""
+    return interpreter.TensorHandle(np.matmul(fp32_values(a), fp32_values(b)) + acc.data, acc.dtype.scalar)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_convert_float", right_convert_float)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", right_dot)
 
 
 @pytest.fixture(autouse=True)

@@ -28,16 +28,18 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def kernels_in_sources() -> set[str]:
-    """The names of all `@triton.jit` functions that are launched, that is, whose names end in `_kernel`."""
+def kernels_in_sources() -> dict[str, str]:
+    """The bodies of all `@triton.jit` functions by name; those that are launched have names that end in `_kernel`."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "kernels").glob("*.py")]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return {node.name for node in functions if any("triton.jit" in ast.unparse(d) for d in node.decorator_list)}
+    jitted = [node for node in functions if any("triton.jit" in ast.unparse(d) for d in node.decorator_list)]
+    return {node.name: ast.unparse(node) for node in jitted}
 
 
 def test_sm90_compiles_every_kernel_in_every_dtype(rows: list[dict[str, Any]]) -> None:
     launched = {name for name in kernels_in_sources() if name.endswith("_kernel")}
-    assert kernels_in_sources() - launched == {"philox_bits"}  # called by a kernel
+    called = {"philox_bits", "rms_norm_gradient", "rotate_pairs"}  # by kernels
+    assert kernels_in_sources().keys() - launched == called
     assert {(row["kernel"], row["dtype"]) for row in rows} == {(k, dtype) for k in launched for dtype in DTYPES}
     assert {(row["op"], row["case"]) for row in rows} == {(op, case) for op, cases in CASES.items() for case in cases}
 
@@ -49,6 +51,15 @@ def test_sm90_kernels_do_not_spill(rows: list[dict[str, Any]]) -> None:
 
 def test_sm90_kernels_fit_into_shared_memory(rows: list[dict[str, Any]]) -> None:
     assert [row for row in rows if not 0 <= row["shared_bytes"] < MAX_SHARED_BYTES] == []
+
+
+def test_sm90_kernels_multiply_matrices_on_the_tensor_cores(rows: list[dict[str, Any]]) -> None:
+    """But for fp32, whose products are exact to fp32, as torch's are, and which no tensor core does."""
+    products = {name for name, body in kernels_in_sources().items() if "tl.dot(" in body}
+    assert products >= {"down_kernel", "up_kernel", "gradient_kernel"}
+    multiplied = {(row["kernel"], row["dtype"]) for row in rows if row["wgmma"]}
+    assert multiplied == {(kernel, dtype) for kernel in products for dtype in ("bf16", "fp16")}
+    assert [row for row in rows if row["kernel"] in products and row["wgmma"] != (row["dtype"] != "fp32")] == []
 
 
 def test_sm90_results_name_every_row(rows: list[dict[str, Any]]) -> None:
