@@ -1,0 +1,120 @@
+"""How much the two schedules of `bench.train_cycle` compute: forwards and backwards of the transformer, by hooks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from bench.cycle_models import Size, authors_cycle, make_authors, make_data, make_ours, narrow, steps_of
+from clora.flow import few_step_sigmas
+from clora.routing import Stream
+
+CRITIC_UPDATES = 5
+REHEARSALS = 40  # cycles of each stream
+STREAMS: tuple[Stream, ...] = ("effect", "general")
+Schedule = Literal["ours", "authors"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Samples that went forward through the transformer, and gradients of samples that came back."""
+
+    forwards: float
+    backwards: float
+
+
+@contextmanager
+def counted(*models: Any) -> Iterator[list[tuple[str, int]]]:
+    """Within it every forward and backward of the transformers is noted in order, with its samples."""
+    events: list[tuple[str, int]] = []
+
+    def saw_backward(grad: Tensor) -> None:
+        events.append(("backward", len(grad)))
+
+    def saw_forward(model: Any, args: Any, output: tuple[Tensor]) -> None:
+        events.append(("forward", len(output[0])))
+        if output[0].requires_grad:
+            output[0].register_hook(saw_backward)
+
+    handles = [model.register_forward_hook(saw_forward) for model in models]
+    try:
+        yield events
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def updates_of(events: list[tuple[str, int]]) -> list[Work]:
+    """The events cut into updates: one begins with the first forward after a backward."""
+    updates: list[Work] = []
+    last = "backward"
+    for kind, samples in events:
+        if kind == "forward" and last == "backward":
+            updates.append(Work(0, 0))
+        work, last = updates[-1], kind
+        updates[-1] = replace(work, **{f"{kind}s": getattr(work, f"{kind}s") + samples})
+    return updates
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Mean work of each kind of update by schedule, and the steps of each stream, cycles of average length first."""
+
+    counts: dict[Schedule, dict[str, Work]]
+    steps: dict[Stream, list[int]]
+
+    def cycle(self, schedule: Schedule, stream: Stream) -> Work:
+        """The mean work of a cycle."""
+        critic, student = (self.counts[schedule][kind] for kind in ("critic", f"{stream}_generator"))
+        forwards = CRITIC_UPDATES * critic.forwards + student.forwards
+        return Work(forwards, CRITIC_UPDATES * critic.backwards + student.backwards)
+
+
+def rehearse(size: Size, device: str, rehearsals: int = REHEARSALS) -> Rehearsal:
+    """Count the updates of both schedules on a narrow transformer that reads the same data."""
+    data = make_data(narrow(size), CRITIC_UPDATES)
+    ours, authors = make_ours(data, device), make_authors(data, device)
+    seen: dict[Schedule, dict[str, set[Work]]] = {"ours": {}, "authors": {}}
+    lengths: dict[Stream, dict[int, float]] = {stream: {} for stream in STREAMS}
+    num_exits = len(few_step_sigmas(data.config.schedule.num_steps))
+    for stream in STREAMS:
+        for done, step in enumerate(steps_of(ours, stream)):
+            kinds = {kind: len(work) for kind, work in seen["ours"].items()}
+            if done >= rehearsals and all(kinds[kind] == num_exits for kind in ("critic", f"{stream}_generator")):
+                break
+            with counted(ours.backbone.transformer) as events:
+                ours.full_step(step)
+            lengths[stream][step] = sum(work.forwards for work in _note(seen["ours"], stream, events))
+            if done == 0:  # theirs does the same work at every step
+                with counted(authors.student, authors.critic, authors.real) as events:
+                    authors_cycle(authors, ours, step)()
+                _note(seen["authors"], stream, events)
+    counts: dict[Schedule, dict[str, Work]] = {
+        schedule: {kind: _mean(work) for kind, work in kinds.items()} for schedule, kinds in seen.items()
+    }
+    rehearsal = Rehearsal(counts, {})
+    for stream, of_step in lengths.items():
+        mean = rehearsal.cycle("ours", stream).forwards
+        rehearsal.steps[stream] = sorted(of_step, key=lambda step: abs(of_step[step] - mean))
+    return rehearsal
+
+
+def _note(seen: dict[str, set[Work]], stream: Stream, events: list[tuple[str, int]]) -> list[Work]:
+    updates = updates_of(events)
+    assert len(updates) == CRITIC_UPDATES + 1
+    for index, work in enumerate(updates):
+        seen.setdefault("critic" if index < CRITIC_UPDATES else f"{stream}_generator", set()).add(work)
+    return updates
+
+
+def _mean(work: set[Work]) -> Work:
+    """Over exit steps: each gives another number of forwards, and all are equally likely."""
+    return Work(
+        statistics.fmean(one.forwards for one in work),
+        statistics.fmean(one.backwards for one in work),
+    )

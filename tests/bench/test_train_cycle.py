@@ -1,0 +1,183 @@
+"""The authors' schedule of `bench/`: its cost by hooks, and that it computes what clora computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.authors_schedule import AuthorsSchedule, CriticDraws, GeneratorDraws, Noise, RolloutDraws, draw_generator
+from bench.cycle_counts import Work, rehearse, updates_of
+from bench.cycle_models import SIZES, make_authors, make_data, make_ours, narrow, steps_of
+from bench.train_cycle import flops, matmul_ceiling, row, time_cycles
+from clora.distill import Distiller
+from clora.flow import few_step_sigmas, shift_sigma
+from clora.objective import DistillBatch, critic_loss, total_loss
+from clora.routing import Stream
+
+SMALL = replace(narrow(SIZES["tiny"]), grid=(2, 2), text_tokens=3)
+TWO_LAYERS = replace(SMALL, transformer={**SMALL.transformer, "num_layers": 2})
+
+
+def test_both_schedules_do_the_work_that_is_claimed() -> None:
+    rehearsal = rehearse(SMALL, "cpu", rehearsals=1)
+    assert rehearsal.counts == {
+        "ours": {
+            "effect_generator": Work(12.5, 3),
+            "general_generator": Work(7.5, 1),
+            "critic": Work(5.5, 1),
+        },
+        "authors": {
+            "effect_generator": Work(16, 3),
+            "general_generator": Work(16, 3),
+            "critic": Work(9, 1),
+        },
+    }
+    assert rehearsal.cycle("ours", "effect") == Work(40, 8) and rehearsal.cycle("ours", "general") == Work(35, 6)
+    assert rehearsal.cycle("authors", "effect") == rehearsal.cycle("authors", "general") == Work(61, 8)
+
+
+def test_updates_of_begins_an_update_after_the_backwards_of_the_last() -> None:
+    events = [("forward", 1), ("forward", 2), ("backward", 1), ("backward", 1), ("forward", 1), ("backward", 1)]
+    assert updates_of(events) == [Work(3, 2), Work(1, 1)]
+
+
+# Where the schedules coincide the losses agree: same weights, same noise.
+
+
+@pytest.fixture
+def both() -> tuple[Distiller, AuthorsSchedule]:
+    data = make_data(TWO_LAYERS, critic_updates=1)
+    ours, authors = make_ours(data, "cpu"), make_authors(data, "cpu")
+    authors.sigmas = tuple(few_step_sigmas().tolist())  # ours are not cut to thousandths
+    return ours, authors
+
+
+def first_steps(ours: Distiller, stream: Stream) -> list[int]:
+    steps = steps_of(ours, stream)
+    return [next(steps) for _ in range(3)]
+
+
+class Replay:
+    """The draws of clora's objective once more, in its order."""
+
+    def __init__(self, batch: DistillBatch, seed: int) -> None:
+        self.shape = (batch.batch_size, *batch.latent_shape)
+        self.rng = torch.Generator().manual_seed(seed)
+
+    def uniform(self) -> Tensor:
+        return torch.rand(self.shape[0], generator=self.rng)
+
+    def normal(self) -> Tensor:
+        return torch.randn(self.shape, generator=self.rng)
+
+    def noise(self, sigma: Tensor) -> Noise:
+        return Noise(sigma, self.normal())
+
+    def rollout(self) -> RolloutDraws:
+        step = int(torch.randint(8, (), generator=self.rng))
+        needed = [self.normal() for _ in range(step + 1)]
+        # What the steps after the exit make of their noise is used by nobody.
+        return RolloutDraws(step, (*needed, *(torch.zeros(self.shape) for _ in range(7 - step))))
+
+    def effect(self) -> GeneratorDraws:
+        sigma = shift_sigma(self.uniform(), 3.0)
+        ta_fm = self.noise(shift_sigma(sigma + (1 - sigma) * self.uniform(), 3.0))
+        chosen = torch.randint(5, (self.shape[0],), generator=self.rng)
+        y = self.noise(few_step_sigmas()[3:][chosen])
+        ts = self.noise(shift_sigma(0.5 + 0.5 * self.uniform(), 3.0))
+        return GeneratorDraws(rollout=self.rollout(), bs=self.noise(sigma), y=y, ts=ts, ta_fm=ta_fm)
+
+    def general(self) -> GeneratorDraws:
+        rollout = self.rollout()
+        bs = self.noise(shift_sigma(self.uniform(), 3.0))
+        return GeneratorDraws(rollout=rollout, bs=bs, y=bs, ts=bs, ta_fm=bs)
+
+    def critic(self) -> CriticDraws:
+        return CriticDraws(self.rollout(), self.noise(shift_sigma(self.uniform(), 3.0)))
+
+
+def assert_same_gradients(group: dict[str, torch.nn.Parameter], model: torch.nn.Module) -> None:
+    """clora's stacked adapter of one slot against PEFT's."""
+    for name, parameter in group.items():
+        module, _, part = name.split(".", 1)[1].rpartition(".")
+        theirs = getattr(model.get_submodule(module), f"lora_{part}")["default"].weight.grad
+        assert (parameter.grad is None) == (theirs is None)
+        if parameter.grad is None:  # the last block's text ends nowhere
+            continue
+        torch.testing.assert_close(parameter.grad[0], theirs, rtol=1e-3, atol=1e-6)
+    assert any(parameter.grad.abs().max() > 1e-4 for parameter in group.values() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("stream", ["effect", "general"])
+def test_generator_losses_agree(both: tuple[Distiller, AuthorsSchedule], stream: Stream) -> None:
+    ours, authors = both
+    effects = set()
+    for step in first_steps(ours, stream):
+        batch = ours.batch(step, stream, "student")
+        effects.add(batch.teacher_cond.effects[0])
+        loss, figures = total_loss(ours.networks(step), batch, ours.config, torch.Generator().manual_seed(step))
+        draws = getattr(Replay(batch, step), stream)()
+        their_loss, terms = authors.generator_loss(batch, draws)
+        torch.testing.assert_close(loss, their_loss, rtol=1e-4, atol=1e-6)
+        for name in ("dmd_bs", "dmd_ts", "ta_fm") if stream == "effect" else ("dmd_bs",):
+            torch.testing.assert_close(figures[f"{name}_loss"], terms[name].detach(), rtol=1e-4, atol=1e-6)
+        loss.backward()
+        their_loss.backward()
+        assert_same_gradients(ours.student.parameters, authors.student)
+        ours.student.optimizer.zero_grad()
+        authors.student.zero_grad()
+    assert len(effects) == (2 if stream == "effect" else 1)  # the teacher was switched
+
+
+def test_critic_losses_agree(both: tuple[Distiller, AuthorsSchedule]) -> None:
+    ours, authors = both
+    for step in first_steps(ours, "effect"):
+        batch = ours.batch(step, "effect", "critic")
+        loss, _ = critic_loss(ours.networks(step), batch, ours.config, torch.Generator().manual_seed(step))
+        their_loss = authors.critic_loss(batch, Replay(batch, step).critic())
+        torch.testing.assert_close(loss, their_loss, rtol=1e-4, atol=1e-6)
+        loss.backward()
+        their_loss.backward()
+        assert_same_gradients(ours.critic.parameters, authors.critic)
+        ours.critic.optimizer.zero_grad()
+        authors.critic.zero_grad()
+
+
+def test_generator_update_moves_the_students_adapter_alone(both: tuple[Distiller, AuthorsSchedule]) -> None:
+    ours, authors = both
+    models = {"student": authors.student, "critic": authors.critic}
+    before = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
+    batch = ours.batch(first_steps(ours, "effect")[0], "effect", "student")
+    shape = (batch.batch_size, *batch.latent_shape)
+    authors.generator_update(batch, draw_generator(shape, torch.Generator().manual_seed(0)))
+    moved = {
+        f"{name}.{key}"
+        for name, model in models.items()
+        for key, value in model.state_dict().items()
+        if not torch.equal(value, before[name][key])
+    }
+    assert moved and all(name.startswith("student.") and ".lora_" in name for name in moved)
+
+
+# Figures.
+
+
+def test_flops_of_the_real_transformer_at_1024_pixels() -> None:
+    # 118.3 TFLOP in linear layers and 55.9 in attention, for 8192 image and 512 text tokens.
+    assert flops(SIZES["full-width-60"]).forwards == pytest.approx(174.2e12, rel=1e-3)
+
+
+def test_row_counts_the_work_of_a_schedule_against_the_ceiling() -> None:
+    got = row(SMALL, Work(10, 2), [1.0, 2.0, 3.0], flops_of=Work(3e12, 5e12), ceiling=40e12)
+    assert got["median_s"] == 2.0 and got["model_tflop"] == 40.0 and got["utilisation"] == 0.5
+    assert got["tokens_per_s"] == 6 * SMALL.sequence / 2
+
+
+def test_time_cycles_times_every_schedule_and_stream() -> None:
+    steps: dict[Stream, list[int]] = {"effect": [1, 1, 1], "general": [20, 20, 20]}
+    seconds = time_cycles(SMALL, ["ours", "authors"], steps, rounds=2, device="cpu")
+    assert all(len(times) == 2 and min(times) > 0 for of in seconds.values() for times in of.values())
+    assert matmul_ceiling(SMALL, "cpu") > 0
