@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from diffusers.utils import logging as diffusers_logging
 from transformers import Qwen2Config, Qwen2Model
 
 from bench.authors_schedule import AuthorsSchedule, draw_critic, draw_generator
@@ -23,11 +22,11 @@ from clora.distill import CRITIC, STUDENT, Distiller
 from clora.lora_files import LoraFile, LoraModule
 from clora.routing import Stream, step_generator
 from clora.teachers import TeacherBank
+from clora.tiny.train_base import TRANSFORMER_CONFIG
 from clora.workspace import trainable_group
 
 EFFECTS = ("first", "second")
 CHANNELS = 64
-PLAIN_ATTENTION = "_native_math"
 Lora = dict[str, LoraModule]
 
 
@@ -60,9 +59,8 @@ class Size:
 
 
 _HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
-_TINY = {"num_layers": 5, "attention_head_dim": 32, "num_attention_heads": 4, "joint_attention_dim": 96}
 SIZES = {
-    "tiny": Size({**_TINY, "axes_dims_rope": (8, 12, 12)}, (8, 8), 24, 32, torch.float32, rounds=5),
+    "tiny": Size(TRANSFORMER_CONFIG, (8, 8), 24, 32, torch.float32, rounds=5),
     "full-width-2": Size({"num_layers": 2}, (4, 4), 16, 128, torch.bfloat16, rounds=2),
     # 1024 x 1024 pixels. The real encoder has 28 layers beside the transformer's 60, hence 9 beside 20.
     "full-width-20": Size({"num_layers": 20}, (64, 64), 512, 128, torch.bfloat16, rounds=5, encoder_layers=9),
@@ -96,11 +94,14 @@ def random_transformer(size: Size, device: str) -> Any:
     finally:
         torch.set_default_dtype(before)
     if device == "cpu" and size.dtype == torch.bfloat16:  # as a training job on a CPU sets it
-        verbosity = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()
-        transformer.set_attention_backend(PLAIN_ATTENTION)
-        diffusers_logging.set_verbosity(verbosity)
+        as_backbone(transformer, size, device).use_plain_attention()
     return transformer
+
+
+def as_backbone(transformer: Any, size: Size, device: str) -> QwenImageBackbone:
+    """A backbone of this transformer alone."""
+    pipeline = SimpleNamespace(transformer=transformer)
+    return QwenImageBackbone("random", pipeline, BaseSizes.model_validate({}), torch.device(device), size.dtype)
 
 
 def random_lora(size: Size, targets: tuple[str, ...], seed: int, dtype: torch.dtype) -> Lora:
@@ -165,8 +166,7 @@ def make_data(size: Size, critic_updates: int) -> Data:
 def make_ours(data: Data, device: str) -> Distiller:
     """clora's own step: one base, three adapters on it."""
     size, config = data.size, data.config
-    pipeline = SimpleNamespace(transformer=random_transformer(size, device))
-    backbone = QwenImageBackbone("random", pipeline, BaseSizes.model_validate({}), torch.device(device), size.dtype)
+    backbone = as_backbone(random_transformer(size, device), size, device)
     adapters = backbone.add_adapters(config.student.targets)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     files = {name: LoraFile(Path(name), lora, "diffusers", {}, "") for name, lora in data.teachers.items()}
