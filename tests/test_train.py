@@ -307,6 +307,11 @@ def test_evaluate_collection_scores_against_the_targets(
     assert answer["mean"]["3"]["l1"] == pytest.approx(mean) and 0 < mean < 1
     assert answer["mean"]["1"]["l1"] != answer["mean"]["3"]["l1"] and Path(answer["grid"]).exists()
     assert json.loads((taught / "eval" / "eval.json").read_text()) == answer
+    unset = {
+        "eval": config.eval.model_copy(update={"num_steps": None}),
+        "schedule": config.schedule.model_copy(update={"num_steps": 5}),  # the collection's own are 3
+    }
+    assert list(evaluate_collection(config.model_copy(update=unset), path)["mean"]) == ["3"]
     with pytest.raises(InputError, match="hot: is not in"):
         renamed = [config.effects[0].model_copy(update={"name": "hot"})]
         evaluate_collection(config.model_copy(update={"effects": renamed}), path)
