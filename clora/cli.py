@@ -249,20 +249,63 @@ def teach(
 
 
 @command("train")
-def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print memory and communication; train nothing.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="Of --plan: number of GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=1, help="Of --plan: GB of one GPU; an H200 has 141.")] = 141,
+    as_json: Annotated[bool, typer.Option("--json", help="Of --plan: print JSON, for programs.")] = False,
+) -> None:
     """Distil all effects and few-step sampling into one LoRA.
 
     Prints the file; without effects it is the acceleration LoRA.
+    With --plan the exit code is 0 where the run fits, else 1.
 
     \b
     Example:
       clora train config.yaml
       clora train config.yaml train.max_train_steps=2000 --resume latest
+      clora train config.yaml --plan --gpus 8 --memory 80
       torchrun --nproc_per_node 8 -m clora train config.yaml
     """
+    if plan:
+        _print_plan(_load(config, overrides), gpus, memory, as_json)
+        return
     from clora.train import train as run
 
     typer.echo(run(_load(config, overrides), resume))
+
+
+def _print_plan(config: Config, gpus: int, memory: float, as_json: bool) -> None:
+    """Print the plan of a training run; the exit code is 1 where it does not fit."""
+    from clora.plan import GB, plan_training
+
+    found = plan_training(config, gpus, memory)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        phases = found.to_json()["phases"]
+        parts = list(dict.fromkeys([*phases["encoding"], *phases["student update"]]))
+        parts.remove("total")
+        rows = [
+            {
+                "GB on each GPU": part,
+                **{name: f"{phase[part] / GB:.2f}" for name, phase in phases.items() if part in phase},
+            }
+            for part in [*parts, "total"]
+        ]
+        _print_table(rows)
+        sent = found.communication
+        if gpus > 1:
+            _print_table([
+                {"GB sent by each GPU": part, **{f"{name} update": f"{sent[name][part] / GB:.2f}" for name in sent}}
+                for part in sent["student"]
+            ])  # fmt: skip
+        typer.echo(found.verdict)
+    if not found.fits:
+        raise typer.Exit(FAILED)
 
 
 @command("edit")
