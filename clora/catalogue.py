@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -59,9 +59,10 @@ class CatalogueSchedule(_Record):
 
 class Catalogue(_Record):
     """Everything a user of the file must know. `sampler`: consistency re-noises to each next sigma, euler
-    does not."""
+    does not. `version` counts the file's own editions: 1 as distilled, one more for each `clora extend`."""
 
     format_version: Literal[1] = 1
+    version: Annotated[int, Field(ge=1)] = 1
     base: str = Field(min_length=1)
     schedule: CatalogueSchedule
     sampler: Literal["consistency", "euler"] = "consistency"

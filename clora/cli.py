@@ -308,6 +308,35 @@ def _print_plan(config: Config, gpus: int, memory: float, as_json: bool) -> None
         raise typer.Exit(FAILED)
 
 
+@command("extend")
+def extend(
+    collection: Annotated[Path, typer.Argument(metavar="COLLECTION", help="Collection to start from.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    as_json: Json = False,
+) -> None:
+    """Add effects to a collection, in about a hundred updates.
+
+    The configuration names the new effects; the old ones are rehearsed from the collection itself.
+
+    \b
+    Example:
+      clora extend collection.safetensors new.yaml
+      clora extend collection.safetensors new.yaml extend.max_train_steps=200 --resume latest
+    """
+    from clora.catalogue import read_catalogue
+    from clora.extend import extend as run
+
+    path = run(collection, _load(config, overrides), resume)
+    if as_json:
+        catalogue = read_catalogue(path)
+        names = [entry.name for entry in catalogue.effects]
+        _print_json({"output": str(path), "version": catalogue.version, "effects": names})
+    else:
+        typer.echo(path)
+
+
 @command("edit")
 def edit(
     image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],

@@ -236,6 +236,19 @@ class TrainConfig(Section):
     buckets: Annotated[BucketConfig, doc("Sizes of training images.")] = BucketConfig()
 
 
+class ExtendConfig(Section):
+    """`clora extend`: effects for an existing collection (Table 5), in place of `train`'s keys of these names."""
+
+    max_train_steps: Annotated[Count, doc("Student updates in all, the coarse ones included.")] = 100
+    coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone.")] = 50
+    learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
+    coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
+    lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 10
+    anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
+    rehearsal_share: Annotated[Decay, doc("Share of the effects' samples that rehearse old effects.")] = 0.5
+    rehearsal_sources: Annotated[Count, doc("Images that each old effect is rehearsed on.")] = 8
+
+
 class EvalConfig(Section):
     """`clora eval`."""
 
@@ -274,6 +287,7 @@ class Config(Section):
     objective: Annotated[ObjectiveConfig, doc("The losses.")] = ObjectiveConfig()
     schedule: Annotated[ScheduleConfig, doc("The few-step schedule.")] = ScheduleConfig()
     train: Annotated[TrainConfig, doc("The training run.")] = TrainConfig()
+    extend: Annotated[ExtendConfig, doc("Effects added to a collection.")] = ExtendConfig()
     eval: Annotated[EvalConfig, doc("The evaluation.")] = EvalConfig()
     prompts: Annotated[PromptsConfig, doc("Triggers and student prompts.")] = PromptsConfig()
     _folder: Path = PrivateAttr(default_factory=Path.cwd)

@@ -6,6 +6,7 @@ Without effects the same job trains the acceleration LoRA: distribution matching
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from clora.evaluate.pictures import grid_image
 from clora.flow import few_step_sigmas
 from clora.loop import LoopConfig, run_loop
 from clora.lora_files import join_modules, read_lora, write_lora
+from clora.prompts import EffectPrompt
 from clora.sample import few_step_sample
 from clora.targets import make_targets, targets_from_pairs
 from clora.teachers import TeacherBank
@@ -97,8 +99,17 @@ def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dic
 
 def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, console: Console) -> Path:
     """Run the distillation on an open workspace whose targets are made; writes and returns the student's file."""
-    config = workspace.config
     distiller = make_distiller(workspace, bank)
+    run_distillation(workspace, distiller, "train", resume, console)
+    with averaged_weights(distiller.student):
+        return write_student(workspace)
+
+
+def run_distillation(
+    workspace: Workspace, distiller: Distiller, title: str, resume: str | None, console: Console
+) -> None:
+    """All steps of `config.train`; checkpoints and log lie under `output_dir/title`."""
+    config = workspace.config
     groups = {STUDENT: distiller.student, CRITIC: distiller.critic}
 
     def on_step(step: int, tracker: Tracker) -> None:
@@ -106,9 +117,9 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
             tracker.image("samples", sample_grid(workspace, distiller, step), step)
 
     loop = LoopConfig(
-        title="train",
+        title=title,
         max_steps=config.train.max_train_steps,
-        folder=config.output_dir / "train",
+        folder=config.output_dir / title,
         checkpointing_steps=config.train.checkpointing_steps,
         fingerprint=config.fingerprint(),
         checkpoints_total_limit=config.train.checkpoints_total_limit,
@@ -118,12 +129,10 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
         resume=resume,
     )
     run_loop(loop, groups, distiller.step, on_step, console)
-    with averaged_weights(distiller.student):
-        return write_student(workspace)
 
 
-def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
-    """Add the student's and the critic's slots and wire one step's parts together."""
+def make_distiller(workspace: Workspace, bank: TeacherBank | None, deal: Sequence[str] = ()) -> Distiller:
+    """Add the student's and the critic's slots and wire one step's parts together; `deal` as in `Distiller`."""
     config = workspace.config
     adapters, student = workspace.adapters, config.student
     generator = torch.Generator().manual_seed(config.seed)
@@ -147,6 +156,7 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
         student=trainable_group(adapters, stacks, config, train_config.learning_rate, ema=True),
         critic=trainable_group(adapters, [CRITIC], config, train_config.critic_learning_rate),
         accelerated=path is not None,
+        deal=deal,
     )
 
 
@@ -173,20 +183,25 @@ def write_student(workspace: Workspace) -> Path:
         path = config.output_dir / "acceleration.safetensors"
         write_lora(path, modules, {"clora.role": "acceleration"})
         return path
-    hashes = file_hashes(teacher_files(config))
-    entries = [
-        CatalogueEntry(
-            name=name,
-            trigger=prompt.trigger if config.objective.aop else "",
-            student_prompt=prompt.text if config.objective.aop else prompt.teacher_prompt,
-            teacher_sha256=hashes[name],
-        )
-        for name, prompt in workspace.prompts.items()
-    ]
     schedule = CatalogueSchedule(num_steps=config.schedule.num_steps, shift=config.schedule.shift)
+    entries = catalogue_entries(config, list(workspace.prompts.values()))
     path = config.output_dir / "collection.safetensors"
     write_collection(path, modules, Catalogue(base=config.base.model, schedule=schedule, effects=entries))
     return path
+
+
+def catalogue_entries(config: Config, prompts: Sequence[EffectPrompt]) -> list[CatalogueEntry]:
+    """What a collection says of the effects of `config`, in the order of `prompts`, which are theirs."""
+    hashes = file_hashes(teacher_files(config))
+    return [
+        CatalogueEntry(
+            name=prompt.name,
+            trigger=prompt.trigger if config.objective.aop else "",
+            student_prompt=prompt.text if config.objective.aop else prompt.teacher_prompt,
+            teacher_sha256=hashes[prompt.name],
+        )
+        for prompt in prompts
+    ]
 
 
 @torch.no_grad()
