@@ -248,6 +248,35 @@ def teach(
         typer.echo(path)
 
 
+@command("plan-groups")
+def plan_groups(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    max_effects: Annotated[int, typer.Option(min=1, help="Effects in one collection, at most.")] = 100,
+    output: Annotated[Path | None, typer.Option(help="Folder to write into; default: groups in output_dir.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Split many effects into several collections, similar ones apart.
+
+    Writes a configuration for each group, and groups.json, which `clora edit --lora` takes.
+
+    \b
+    Example:
+      clora plan-groups config.yaml --max-effects 60
+    """
+    from clora import groups
+
+    loaded = _load(config, overrides)
+    plan = groups.plan_groups(loaded, max_effects)
+    path = groups.write_groups(loaded, plan, output or loaded.output_dir / "groups")
+    rows = plan.to_json()
+    if as_json:
+        _print_json({"output": str(path), "groups": rows})
+    else:
+        _print_table([row | {"effects": len(row["effects"])} for row in rows])
+        typer.echo(path)
+
+
 @command("train")
 def train(
     config: ConfigFile,
@@ -342,7 +371,8 @@ def edit(
     image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],
     output: Annotated[Path, typer.Option(help="File to write, or a folder for several results.")],
     lora: Annotated[
-        Path | None, typer.Option(help="Collection, or any LoRA file; default: the base's own collection.")
+        Path | None,
+        typer.Option(help="Collection, groups.json, or any LoRA file; default: the base's own collection."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")] = None,
     effect: Annotated[

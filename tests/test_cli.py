@@ -24,7 +24,20 @@ from clora.errors import InputErrors
 from clora.loop import Interrupted, NonFiniteError
 from clora.lora_files import LoraModule, read_lora, write_lora
 
-COMMANDS = ["demo", "validate", "prompts", "cache", "teach", "train", "extend", "edit", "eval", "inspect", "convert"]
+COMMANDS = [
+    "demo",
+    "validate",
+    "prompts",
+    "cache",
+    "teach",
+    "plan-groups",
+    "train",
+    "extend",
+    "edit",
+    "eval",
+    "inspect",
+    "convert",
+]
 
 
 def call(*arguments: Any) -> Any:
