@@ -302,6 +302,8 @@ def train(
     if plan:
         _print_plan(_load(config, overrides), gpus, memory, as_json)
         return
+    if as_json:
+        raise InputError("--json: belongs to --plan; add it, or leave --json out")
     from clora.train import train as run
 
     typer.echo(run(_load(config, overrides), resume))

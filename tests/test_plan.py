@@ -303,7 +303,7 @@ def test_plan_training_reads_the_configuration(qwen_base: Path, tmp_path: Path) 
     assert plan.settings == replace(wanted, text_encoder_parameters=plan.settings.text_encoder_parameters)
     assert plan.settings.text_encoder_parameters / 1e9 == pytest.approx(8.29, abs=0.01)  # as published
     assert plan.settings.vae_parameters / 1e6 == pytest.approx(127, abs=1)
-    assert plan.fits and plan.verdict.startswith("fits 1 GPU of 141 GB: needs ")
+    assert plan.fits and plan.verdict.startswith("fits 1 GPU of 141 GB: needs 103.0 GB")  # docs/ARCHITECTURE.md
     alone = plan_training(config_of(qwen_base, tmp_path), 1, 80)
     assert not alone.fits and alone.mends and "does not fit 1 GPU of 80 GB" in alone.verdict
     eight = plan_training(config_of(qwen_base, tmp_path), 8, 80)
@@ -332,3 +332,5 @@ def test_train_plan_prints_json_and_exits_by_verdict(qwen_base: Path, tmp_path: 
     assert not json.loads(failing.stdout)["fits"]
     assert "all-reduce" in table.stdout and table.stdout.splitlines()[-1].startswith("fits 8 GPUs of 141 GB")
     assert not (tmp_path / "out").exists()
+    without_plan = CliRunner().invoke(cli.app, ["train", str(path), "--json"])
+    assert without_plan.exit_code == 2 and "--json: belongs to --plan" in without_plan.stderr
