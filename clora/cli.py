@@ -91,7 +91,8 @@ def command(name: str) -> Callable[[Callable[Arguments, None]], Callable[Argumen
 def _failure(error: Exception) -> int:
     """Report what is not the input's fault in one line, the whole of it with --debug; returns the exit
     code."""
-    from clora.loop import Interrupted, NonFiniteError
+    from clora.loop import Interrupted
+    from clora.optimizer import NonFiniteError
 
     if _debug.get():
         traceback.print_exception(error)

@@ -16,9 +16,10 @@ from clora.config import Config
 from clora.data.examples import Example, collate
 from clora.errors import InputError
 from clora.flow import add_noise, shift_sigma
-from clora.loop import Group, LoopConfig, apply_gradients, check_finite, lr_factor, run_loop
+from clora.loop import LoopConfig, lr_factor, run_loop
 from clora.lora_files import write_lora
 from clora.losses import flow_matching_loss
+from clora.optimizer import Group, apply_gradients, check_finite
 from clora.routing import draw_effects, step_generator
 from clora.workspace import (
     DTYPES,

@@ -23,9 +23,9 @@ from clora.data.cache import TensorCache
 from clora.data.examples import Example, ExampleEncoder
 from clora.data.pairs import Pair, read_pairs
 from clora.errors import InputError, InputErrors, raise_faults
-from clora.loop import Group
 from clora.lora import Adapters
 from clora.lora_files import LoraModule
+from clora.optimizer import Group
 from clora.prompts import EffectPrompt, effect_prompts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

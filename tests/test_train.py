@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-import clora.loop as loop
+import clora.optimizer as optimizer
 import clora.train
 from clora.catalogue import read_catalogue
 from clora.config import Config, build_config
@@ -130,7 +130,7 @@ def test_train_writes_a_collection_and_resumes_bitwise_equal(
     assert (tmp_path / "whole" / "train" / "samples" / "samples-000003.png").exists()
 
     # Killed after the fourth step without a chance to save: the checkpoint of step 4 is the newest.
-    apply, calls = loop.apply_gradients, iter(range(1000))
+    apply, calls = optimizer.apply_gradients, iter(range(1000))
 
     def die(*arguments: Any) -> float:
         if next(calls) == 2 + 2 * 3 + 1:
@@ -211,7 +211,7 @@ def test_train_stops_at_a_loss_that_is_not_finite_and_names_the_samples(
         return made
 
     monkeypatch.setattr(clora.train, "targets_of", poisoned)
-    with pytest.raises(loop.NonFiniteError, match=r"step 0 \(student, effect stream: cold on \d\.png.*, warm on"):
+    with pytest.raises(optimizer.NonFiniteError, match=r"step 0 \(student, effect stream: cold on \d\.png.*, warm on"):
         train(config.model_copy(update={"effects": effects}))
     assert not (tmp_path / "run" / "collection.safetensors").exists()
 

@@ -116,7 +116,7 @@ def test_generator_losses_agree(both: tuple[Distiller, AuthorsSchedule], stream:
     ours, authors = both
     effects = set()
     for step in first_steps(ours, stream):
-        batch = ours.batch(step, stream, "student")
+        batch, _ = ours.batch(step, stream, "student")
         effects.add(batch.teacher_cond.effects[0])
         loss, figures = total_loss(ours.networks(step), batch, ours.config, torch.Generator().manual_seed(step))
         draws = getattr(Replay(batch, step), stream)()
@@ -135,7 +135,7 @@ def test_generator_losses_agree(both: tuple[Distiller, AuthorsSchedule], stream:
 def test_critic_losses_agree(both: tuple[Distiller, AuthorsSchedule]) -> None:
     ours, authors = both
     for step in first_steps(ours, "effect"):
-        batch = ours.batch(step, "effect", "critic")
+        batch, _ = ours.batch(step, "effect", "critic")
         loss, _ = critic_loss(ours.networks(step), batch, ours.config, torch.Generator().manual_seed(step))
         their_loss = authors.critic_loss(batch, Replay(batch, step).critic())
         torch.testing.assert_close(loss, their_loss, rtol=1e-4, atol=1e-6)
@@ -150,7 +150,7 @@ def test_generator_update_moves_the_students_adapter_alone(both: tuple[Distiller
     ours, authors = both
     models = {"student": authors.student, "critic": authors.critic}
     before = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
-    batch = ours.batch(first_steps(ours, "effect")[0], "effect", "student")
+    batch, _ = ours.batch(first_steps(ours, "effect")[0], "effect", "student")
     shape = (batch.batch_size, *batch.latent_shape)
     authors.generator_update(batch, draw_generator(shape, torch.Generator().manual_seed(0)))
     moved = {
