@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import threading
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from clora import distributed
 from clora.errors import InputError
-from clora.safetensors_io import write_tensors
+from clora.safetensors_io import sync_folder, write_tensors, write_text
 
 FORMAT_VERSION = 2
 _MANIFEST, _PREFIX, _POINTER, _WRITING = "manifest.json", "checkpoint-", "latest", ".writing-"
@@ -164,11 +163,11 @@ class CheckpointWriter:
             if not errors:
                 listed = {s["name"]: {"sha256": s["sha256"], "parts": s["parts"]} for s in shards}
                 manifest = {"format_version": FORMAT_VERSION, "step": step, "shards": listed, "state": state}
-                _write_text(temporary / _MANIFEST, _with_checksum(manifest))
-                _sync(temporary)
+                write_text(temporary / _MANIFEST, _with_checksum(manifest))
+                sync_folder(temporary)
                 _replace_folder(temporary, final)
-                _sync(self._folder)
-                _write_text(self._folder / _POINTER, final.name)
+                sync_folder(self._folder)
+                write_text(self._folder / _POINTER, final.name)
                 self._remove_old(step)
         except OSError as error:
             errors.append(f"{error.filename or final}: {error.strerror or error}")
@@ -277,26 +276,3 @@ def _replace_folder(temporary: Path, final: Path) -> None:
         final.rename(aside)
     temporary.rename(final)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and sync it and its name."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        _sync(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

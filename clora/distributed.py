@@ -15,8 +15,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 _POLL_SECONDS = 0.05
@@ -150,6 +152,22 @@ def from_main(text: str | None) -> str | None:
     return box[0]
 
 
+def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Split the frozen weights of a module over the processes (FSDP2): each keeps its part, and a block's weights are
+    put together just before it runs, those of the next one meanwhile.
+
+    Parameters added afterwards stay whole on every process. All processes must then run the same forwards. Weights may
+    lie on the CPU: a block at a time goes to the process's GPU.
+    """
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for before, after in zip(blocks, blocks[1:], strict=False):
+        before.set_modules_to_forward_prefetch([after])  # type: ignore[operator]
+        after.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
+
+
 def meet() -> None:
     """Wait until every process has come here, however long that takes."""
     global _meetings
@@ -157,9 +175,10 @@ def meet() -> None:
         return
     key = f"meeting/{_meetings}"
     _meetings += 1
-    if _store.add(f"{key}/arrived", 1) == world():
-        _store.set(f"{key}/all", "1")
-    wait_for([f"{key}/all"])
+    with guard("a meeting of all processes"):
+        if _store.add(f"{key}/arrived", 1) == world():
+            _store.set(f"{key}/all", "1")
+        wait_for([f"{key}/all"])
 
 
 def post(key: str, text: str) -> None:

@@ -131,14 +131,14 @@ def test_save_leaves_nothing_visible_when_the_disk_is_full(
 
     def writes_half(path: Path, text: str) -> None:
         if refused.split()[0] in str(path):
-            (path.with_name(path.name + ".tmp")).write_text(text[: len(text) // 2])
+            path.with_name(f".{path.name}.tmp").write_text(text[: len(text) // 2])
             raise full
         real_text(path, text)
 
     def refuses(*_: object) -> None:
         raise full
 
-    real_text = checkpoint._write_text
+    real_text = checkpoint.write_text
     with monkeypatch.context() as patch:
         if refused == "shard":
             patch.setattr("clora.safetensors_io.os.fsync", refuses)
@@ -147,10 +147,10 @@ def test_save_leaves_nothing_visible_when_the_disk_is_full(
         elif refused == "folder rename":
             patch.setattr(checkpoint, "_replace_folder", refuses)
         elif refused == "manifest rename":
-            patch.setattr(checkpoint, "_sync", refuses)
+            patch.setattr(checkpoint, "sync_folder", refuses)
         else:
             patch.setattr(checkpoint, "_POINTER", "pointer")
-            patch.setattr(checkpoint, "_write_text", writes_half)
+            patch.setattr(checkpoint, "write_text", writes_half)
         failure = save(tmp_path, 20)
     assert failure is not None and "No space left on device" in failure
     found, faults = open_latest(tmp_path)
@@ -158,7 +158,7 @@ def test_save_leaves_nothing_visible_when_the_disk_is_full(
     assert found.step == (20 if refused == "pointer" else 10)  # the pointer comes last: what it is to name is whole
     assert torch.equal(found.read("g", "param", 0, 6), torch.arange(6.0) + found.step)
     assert save(tmp_path, 30) is None  # there is room again
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".writing")]
 
 
 def test_restart_removes_what_a_killed_process_left(tmp_path: Path) -> None:

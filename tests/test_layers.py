@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "__main__ cli",
     "train teach demo evaluate edit editor validate export serve",
-    "distill sample baselines targets workspace loop optimizer tracker",
+    "distill sample baselines targets workspace loop optimizer tracker provenance",
     "objective",
     "losses simulate teachers routing",
     "backbones data checkpoint tiny",

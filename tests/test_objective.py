@@ -476,7 +476,9 @@ def test_objectives_of_all_processes_sum_to_the_whole_batch(world: int, ts_sigma
                 own = make_nets()
                 own_loss, own_figures = objective(own, batch, cfg, Draws(rng(seed), rows, anchor_rows))
                 own_loss.backward()
-                sums.update({name: float(value) for name, value in own_figures.items()} | {"loss": float(own_loss)})
+                sums.update(
+                    {name: float(value) for name, value in own_figures.items()} | {"loss": float(own_loss.detach())}
+                )
                 gradient += sum(float(net.gain.grad) for net in (own.student, own.critic) if net.gain.grad is not None)
                 seen.add(counts(own))
             expected = {name: float(value) for name, value in figures.items()} | {"loss": float(loss)}
