@@ -105,7 +105,7 @@ class CheckpointWriter:
         distributed.meet()
 
     def save(self, step: int, groups: Mapping[str, GroupPart], state: Mapping[str, Any]) -> str | None:
-        """Copy the state to CPU memory and return; it is written from there.
+        """Copy everything and return; it is written from the copy.
 
         Returns what `wait` says of the checkpoint before.
         """
@@ -117,7 +117,8 @@ class CheckpointWriter:
         }
         parts = {name: [part.start, part.stop] for name, part in groups.items()}
         key = f"checkpoint/{next(_saves)}"
-        self._thread = threading.Thread(target=self._write, args=(key, step, tensors, parts, dict(state)), daemon=True)
+        copied = json.loads(json.dumps(state))  # the run changes its own while this is written
+        self._thread = threading.Thread(target=self._write, args=(key, step, tensors, parts, copied), daemon=True)
         self._thread.start()
         return failure
 

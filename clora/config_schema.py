@@ -57,6 +57,7 @@ TaFmSigma = Literal["uniform", "shifted", "above_dmd"]
 Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 Tracker = Literal["none", "tensorboard", "wandb"]
+Job = Literal["train", "teach", "joint"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
 
 
@@ -304,10 +305,11 @@ class Config(Section):
         """The effect's LoRA file: the given one, else where `clora teach` writes it."""
         return effect.lora or self.output_dir / "teachers" / f"{effect.name}.safetensors"
 
-    def fingerprint(self, processes: int = 1) -> str:
-        """SHA-256 (hex) of what decides the numbers of a training step, to compare a checkpoint with a run.
+    def fingerprint(self, job: Job = "train", processes: int = 1) -> str:
+        """SHA-256 (hex) of what decides the numbers of a job's step, to compare a checkpoint with a run.
 
-        Batch sizes count over all `processes`: two with half the batch each are one with the whole.
+        The batch sizes that the job reads count over all `processes`: two with half the batch each are one with the
+        whole. `train` does not depend on how its teachers were taught; their files are compared instead.
         Left out: what only decides where results go, how often they are written or when to stop
         (`max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
         """
@@ -316,7 +318,11 @@ class Config(Section):
         for key in _UNFELT_TRAIN_KEYS:
             del values["train"][key]
         for section, key in (("train", "batch_size"), ("train", "anchor_batch_size"), ("teach", "batch_size")):
-            values[section][key] = values[section][key] and values[section][key] * processes
+            size = values[section].pop(key)
+            if (section == "teach") == (job == "teach"):
+                values[section][key] = size and size * processes
+        if job == "train":
+            del values["teach"]
         if self.train.lr_scheduler == "constant":
             del values["train"]["max_train_steps"]
         relative = _map_strings(values, lambda text: _relative_to(text, self.folder))

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 _POLL_SECONDS = 0.05
@@ -80,6 +79,7 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
     yield
     # Not after an error: the others may be gone, and this would wait for them.
     meet()
+    dist.barrier()  # the first process may keep the store: none leaves before all have read it
     dist.destroy_process_group()
     _store = None
 
@@ -152,13 +152,16 @@ def from_main(text: str | None) -> str | None:
     return box[0]
 
 
-def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> tuple[int, int]:
     """Split the frozen weights of a module over the processes (FSDP2): each keeps its part, and a block's weights are
     put together just before it runs, those of the next one meanwhile.
 
     Parameters added afterwards stay whole on every process. All processes must then run the same forwards. Weights may
-    lie on the CPU: a block at a time goes to the process's GPU.
+    lie on the CPU: a block at a time goes to the process's GPU. Returns the bytes of all weights and of this process's.
     """
+    from torch.distributed.fsdp import fully_shard  # half a second that only this takes
+    from torch.distributed.tensor import DTensor
+
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -166,6 +169,8 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
     for before, after in zip(blocks, blocks[1:], strict=False):
         before.set_modules_to_forward_prefetch([after])  # type: ignore[operator]
         after.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
+    weights = [p for p in module.parameters() if isinstance(p, DTensor)]
+    return sum(p.nbytes for p in weights), sum(p.to_local().nbytes for p in weights)
 
 
 def meet() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from clora import distributed
 from clora.config import Config
+from clora.config_schema import Job
 from clora.data.pairs import Pair
 from clora.safetensors_io import write_text
 
@@ -66,8 +67,8 @@ def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
-def write_run(config: Config, title: str, identity: Mapping[str, str]) -> None:
-    """`output_dir/run-TITLE.json`: what this run is made of. The main process writes it."""
+def write_run(config: Config, job: Job, identity: Mapping[str, str]) -> None:
+    """`output_dir/run-JOB.json`: what this run is made of. The main process writes it."""
     if not distributed.is_main():
         return
     record: dict[str, Any] = {
@@ -76,9 +77,9 @@ def write_run(config: Config, title: str, identity: Mapping[str, str]) -> None:
         "git_revision": git_revision(),
         "versions": versions(),
         "processes": distributed.world(),
-        "fingerprint": config.fingerprint(distributed.world()),
+        "fingerprint": config.fingerprint(job, distributed.world()),
         "sha256": dict(identity),
         "config": config.model_dump(mode="json"),
     }
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(config.output_dir / f"run-{title}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_text(config.output_dir / f"run-{job}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")

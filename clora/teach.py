@@ -7,6 +7,7 @@ whatever the number of effects. `joint` trains ONE adapter on all pairs instead:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import torch
 from rich.console import Console
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from clora import distributed
 from clora.config import Config
+from clora.config_schema import Job
 from clora.data.examples import Example, collate
 from clora.errors import InputError
 from clora.flow import add_noise, shift_sigma
@@ -34,7 +36,7 @@ from clora.workspace import (
     trainable_group,
 )
 
-JOINT = "joint"
+JOINT: Final = "joint"
 
 
 def teach(
@@ -171,14 +173,14 @@ def _update(group: Group, loss: Tensor, step: int, total: int, config: Config, w
     apply_gradients(group, lr_factor(step, total, settings.lr_warmup_steps, settings.lr_scheduler), where)
 
 
-def _loop(workspace: Workspace, title: str, steps: int, resume: str | None) -> LoopConfig:
+def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> LoopConfig:
     config = workspace.config
     return LoopConfig(
-        title=title,
+        title=job,
         max_steps=steps,
-        folder=config.output_dir / title,
+        folder=config.output_dir / job,
         checkpointing_steps=config.train.checkpointing_steps,
-        fingerprint=config.fingerprint(distributed.world()),
+        fingerprint=config.fingerprint(job, distributed.world()),
         checkpoints_total_limit=config.train.checkpoints_total_limit,
         log_every=config.train.log_every,
         report_to=config.train.report_to,

@@ -121,7 +121,7 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
         max_steps=config.train.max_train_steps,
         folder=config.output_dir / "train",
         checkpointing_steps=config.train.checkpointing_steps,
-        fingerprint=config.fingerprint(distributed.world()),
+        fingerprint=config.fingerprint("train", distributed.world()),
         checkpoints_total_limit=config.train.checkpoints_total_limit,
         max_seconds=config.train.max_train_seconds,
         log_every=config.train.log_every,

@@ -131,7 +131,10 @@ def open_workspace(
     adapters = backbone.add_adapters(config.student.targets)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     if shards:
-        distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks))
+        whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks))
+        console.print(
+            f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world()} processes"
+        )
     return Workspace(
         config,
         backbone,

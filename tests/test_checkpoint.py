@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,11 +37,22 @@ def test_save_round_trip(tmp_path: Path) -> None:
 
 
 def test_save_copies_the_state_before_it_returns(tmp_path: Path) -> None:
-    writer, state = CheckpointWriter(tmp_path), part(0)
-    writer.save(1, state, {})
-    state["g"].tensors["param"].fill_(-1)
+    writer, groups = CheckpointWriter(tmp_path), part(0)
+    state = {"steps": {"g": {"a": 3}}, "sums": {"loss": [0.5]}}
+    may_write = threading.Event()
+    write, CheckpointWriter._write = CheckpointWriter._write, lambda *a: (may_write.wait(), write(*a))  # type: ignore
+    try:
+        writer.save(1, groups, state)
+    finally:
+        CheckpointWriter._write = write  # type: ignore[method-assign]
+    groups["g"].tensors["param"].fill_(-1)
+    state["steps"]["g"]["a"] += 1
+    state["sums"]["loss"].clear()
+    may_write.set()
     assert writer.wait() is None
-    assert open_checkpoint(writer.path(1)).read("g", "param", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    saved = open_checkpoint(writer.path(1))
+    assert saved.read("g", "param", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert saved.state == {"steps": {"g": {"a": 3}}, "sums": {"loss": [0.5]}}
 
 
 def test_save_keeps_the_newest(tmp_path: Path) -> None:
