@@ -8,38 +8,39 @@ effects' sources. Old and new share the effect stream by `extend.rehearsal_share
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import track
 
-from clora.backbones.cond import Cond
+from clora import distributed
 from clora.catalogue import Catalogue, CatalogueEntry, read_catalogue, write_collection
 from clora.config import Config, EffectConfig
-from clora.data.cache import cache_key
-from clora.data.examples import Example, collate
+from clora.data.examples import Example
 from clora.distill import STUDENT
 from clora.errors import InputErrors, raise_faults
-from clora.flow import few_step_sigmas
 from clora.lora_files import check_lora
-from clora.prompts import effect_prompts
-from clora.sample import few_step_sample
+from clora.provenance import hash_files
+from clora.targets import rehearsal_targets
 from clora.teachers import TeacherBank
 from clora.text_files import write_text
 from clora.train import (
     catalogue_entries,
-    file_hashes,
     make_distiller,
     open_bank,
     run_distillation,
     targets_of,
 )
-from clora.workspace import Workspace, averaged_weights, effect_pairs, in_batches, open_workspace, slot_to_cpu
-
-REHEARSAL_VERSION = "rehearsal/1"
+from clora.workspace import (
+    Workspace,
+    averaged_weights,
+    determinism,
+    effect_pairs,
+    open_workspace,
+    quiet_console,
+    slot_to_cpu,
+)
 
 
 def extend(collection: Path, config: Config, resume: str | None = None, console: Console | None = None) -> Path:
@@ -48,25 +49,28 @@ def extend(collection: Path, config: Config, resume: str | None = None, console:
     Checkpoints and `log.jsonl` lie under `output_dir/extend`. Raises `InputErrors` with every reason why the two do
     not fit each other, otherwise as `train.train` does.
     """
-    console = console or Console(stderr=True)
+    console = console or quiet_console()
     catalogue = read_catalogue(collection)
     raise_faults(extend_faults(collection, catalogue, config))
-    whole = extended_config(collection, catalogue, config)
-    old, new = [entry.name for entry in catalogue.effects], [effect.name for effect in config.effects]
-    workspace = open_workspace(whole, console, max_pairs=None)
-    bank = open_bank(workspace)
-    assert bank is not None
-    workspace.effects = _new_targets(workspace, bank, config, console) | rehearsal_targets(
-        workspace, bank, collection, catalogue, console
-    )
-    deal = deal_names(new, old, config.extend.rehearsal_share)
-    distiller = make_distiller(workspace, bank, deal)
-    run_distillation(workspace, distiller, "extend", resume, console)
-    prompts = [prompt for prompt in effect_prompts(whole) if prompt.name in set(new)]
-    path = config.output_dir / "collection.safetensors"
-    with averaged_weights(distiller.student):
-        modules = slot_to_cpu(workspace.adapters, STUDENT)
-    write_collection(path, modules, merge_catalogue(catalogue, catalogue_entries(config, prompts)))
+    with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
+        whole = extended_config(collection, catalogue, config)
+        distributed.meet()
+        workspace = open_workspace(whole, console)
+        bank = open_bank(workspace)
+        assert bank is not None
+        collection_hash = hash_files({"collection": collection})["collection"]
+        workspace.effects = _new_targets(workspace, bank, config, console) | rehearsal_targets(
+            workspace, bank.slots_for, catalogue, collection_hash, console
+        )
+        old, new = [entry.name for entry in catalogue.effects], [effect.name for effect in config.effects]
+        distiller = make_distiller(workspace, bank, deal_names(new, old, config.extend.rehearsal_share))
+        run_distillation(workspace, distiller, "extend", resume, console)
+        path = config.output_dir / "collection.safetensors"
+        with averaged_weights(distiller.student):
+            modules = slot_to_cpu(workspace.adapters, STUDENT)
+        if distributed.is_main():
+            entries = catalogue_entries(config, [workspace.prompts[name] for name in new])
+            write_collection(path, modules, merge_catalogue(catalogue, entries))
     return path
 
 
@@ -113,7 +117,7 @@ def extend_faults(collection: Path, catalogue: Catalogue, config: Config) -> lis
 def extended_config(collection: Path, catalogue: Catalogue, config: Config) -> Config:
     """The configuration of the run: new effects and rehearsed old ones, from the collection on, as `extend` says.
 
-    Writes the sources that each old effect is rehearsed on to `output_dir/rehearsal/NAME.jsonl`.
+    The main process writes the sources of each old effect to `output_dir/rehearsal/NAME.jsonl`.
     """
     settings = config.extend
     keys = ("max_train_steps", "coarse_steps", "learning_rate", "coarse_learning_rate", "lr_warmup_steps")
@@ -164,7 +168,8 @@ def _rehearsed_effect(
     """An old effect as an ordinary one, taught by the collection; its pairs are sources alone."""
     rows = [{"source_images": [str(path) for path in one], "prompt": entry.prompt} for one in sources]
     path = folder / f"{entry.name}.jsonl"
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if distributed.is_main():
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return EffectConfig(
         name=entry.name,
         lora=collection.absolute(),
@@ -192,48 +197,3 @@ def _new_targets(workspace: Workspace, bank: TeacherBank, config: Config, consol
     most = config.targets.max_sources
     effects = {effect.name: workspace.effects[effect.name][:most] for effect in config.effects}
     return targets_of(replace(workspace, config=config, effects=effects), bank, console)
-
-
-@torch.no_grad()
-def rehearsal_targets(
-    workspace: Workspace, bank: TeacherBank, collection: Path, catalogue: Catalogue, console: Console
-) -> dict[str, list[Example]]:
-    """The old effects' y: what the collection makes of their sources in its own few steps; cached by content.
-
-    As a teacher it reads the student prompt, in both branches of the guidance, so that none is added to what its
-    samples have of it already.
-    """
-    backbone, schedule = workspace.backbone, catalogue.schedule
-    sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
-    how = f"{REHEARSAL_VERSION}/{file_hashes({'': collection})['']}/{schedule.num_steps}/{schedule.shift}"
-    prompts = {entry.name: entry.prompt for entry in catalogue.effects}
-
-    def velocity(x_BTC: torch.Tensor, sigma_B: torch.Tensor, cond: Cond) -> torch.Tensor:
-        return backbone.velocity(x_BTC, sigma_B, cond, bank.slots_for(cond.effects))
-
-    def key_of(example: Example) -> str:
-        prompt = prompts[example.effect or ""]
-        return cache_key(list(example.sources), prompt, workspace.identity, f"{how}/{example.grid}")
-
-    def batches() -> Iterator[tuple[list[Example], list[str]]]:
-        examples = [e for name in prompts for e in workspace.effects.get(name, [])]
-        for batch in in_batches(examples, workspace.config.eval.batch_size):
-            yield batch, [key_of(example) for example in batch]
-
-    filled: dict[str, list[Example]] = {name: [] for name in prompts if name in workspace.effects}
-    for batch, keys in track(list(batches()), "rehearsal", console=console, transient=True):
-        found = [workspace.cache.read(key) for key in keys]
-        if any(entry is None for entry in found):
-            shape = (batch[0].num_tokens, backbone.token_channels)
-            seeds = [int(key[:12], 16) for key in keys]
-            cond = collate(batch, "teacher", backbone.device)
-            y = few_step_sample(velocity, cond, shape, sigmas, seeds, backbone.device)
-            for key, latents in zip(keys, y.cpu(), strict=True):
-                workspace.cache.write(key, {"latents": latents.contiguous()})
-            found = [workspace.cache.read(key) for key in keys]
-        for example, entry in zip(batch, found, strict=True):
-            if entry is None:
-                raise OSError(f"{workspace.cache.folder}: a target vanished while it was needed; run it again")
-            texts = example.texts | {"negative": example.texts["teacher"]}
-            filled[example.effect or ""].append(replace(example, texts=texts, y=(entry["latents"],)))
-    return filled

@@ -5,8 +5,8 @@ activations from a count of what autograd keeps in one block of diffusers' `Qwen
 `SlotLinear`s (`saved_by_block`, exact on a CPU; tests/test_plan.py holds peaks to 10 %). Memory is that of tensors:
 `RESERVED` and `FRAGMENTATION` stand for the CUDA context and the allocator. 1 GB is 1e9 bytes.
 
-On N processes the base and the trained adapters are on every GPU, Adam's moments and the average in N parts (ZeRO-1);
-the frozen base is cut into N parts (FSDP2) only where it does not fit otherwise.
+On N processes the base, the trained adapters and their gradients are on every GPU, Adam's moments and the average in N
+parts (`clora.optimizer`); with `train.shard_base` the frozen base is in N parts too (FSDP2).
 
 Legend: D width, H heads, r rank, T tokens of image, references and text together, e bytes of the base's dtype.
 """
@@ -107,7 +107,6 @@ class TrainSettings:
     guided: bool = True
     terms: tuple[bool, bool, bool] = (True, True, True)  # TA-FM, DMD-TS, DMD-BS
     num_steps: int = 8
-    accumulate: bool = False
     checkpointing: bool = True
     targets_batch: int = 0  # samples in one forward while targets are made
     text_encoder_parameters: int = 0  # on the device until everything is encoded
@@ -195,15 +194,18 @@ def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
         "student and critic, fp32": 4 * (student + critic),
         "AdamW": _part(8 * (student + critic), s.num_gpus),
         "EMA": _part(4 * student, s.num_gpus) if s.ema else 0,
+        # Buffers that stay; of several processes each has its part of the sum besides.
+        "gradients": 4 * (student + critic) + (_part(4 * (student + critic), s.num_gpus) if s.num_gpus > 1 else 0),
     }
     critic_update = {
-        "gradients": 4 * critic if s.accumulate else 0,
         "kept for backward": saved_by_forward(shapes, s, s.batch_size),
         "workspace": backward_workspace(shapes, s, s.batch_size),
     }
     # AdamW's square roots are one more copy of its part.
-    optimizer = {"gradients": 4 * student, "workspace": _part(4 * student, s.num_gpus)}
-    encoding = {key: frozen[key] for key in ("base", "VAE")} | {"text encoder": s.text_encoder_parameters * e}
+    optimizer = {"workspace": _part(4 * student, s.num_gpus)}
+    # On the first GPU; a base that is to be cut waits in CPU memory meanwhile.
+    encoding = {"base": 0 if s.shard_base else base, "VAE": frozen["VAE"]}
+    encoding["text encoder"] = s.text_encoder_parameters * e
     targets = frozen | {"workspace": forward_workspace(shapes, s, s.targets_batch)}
     return MemoryPlan(
         {
@@ -223,24 +225,19 @@ def _student_update(shapes: ModelShapes, settings: TrainSettings) -> dict[str, i
     batches = [size for on, size in zip(s.terms, sizes, strict=True) if on]
     kept = [saved_by_forward(shapes, s, size) for size in batches]
     back = [backward_workspace(shapes, s, size) for size in batches]
-    gradients = 4 * _trained(shapes, s)[0]
-    # While the last term's teacher is asked, no graph has been walked. Backwards run from the last term to the
-    # first, and the gradients are complete after one of them.
+    # While the last term's teacher is asked, no graph has been walked; backwards run from the last term to the first.
     teacher = forward_workspace(shapes, s, s.batch_size * (2 if s.guided else 1))
-    moments = [{"gradients": gradients if s.accumulate else 0, "kept for backward": sum(kept), "workspace": teacher}]
-    for term in range(len(batches)):
-        walked = s.accumulate or term < len(batches) - 1
-        parts = {"kept for backward": sum(kept[: term + 1]), "workspace": back[term]}
-        moments.append({"gradients": gradients if walked else 0, **parts})
+    moments = [{"kept for backward": sum(kept), "workspace": teacher}]
+    moments += [{"kept for backward": sum(kept[: i + 1]), "workspace": back[i]} for i in range(len(batches))]
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str, dict[str, int]]:
     """Bytes that each GPU sends in one update of the student (effect stream) and of the critic; none alone.
 
-    A ring sends (N - 1) / N of a tensor to gather it and twice that to reduce it. Gradients are reduced once an
-    update in fp32, parameters gathered after ZeRO-1's step; a sharded base is gathered for every forward and backward
-    (a mean exit step in backward simulation).
+    A ring sends (N - 1) / N of a tensor to gather it or to scatter its sum. Gradients are scattered once an update in
+    fp32, parameters gathered after it; a base in parts is gathered for every forward and backward (a mean exit step in
+    backward simulation).
     """
     share = (settings.num_gpus - 1) / settings.num_gpus
     ta_fm, dmd_ts, dmd_bs = settings.terms
@@ -254,7 +251,7 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
     base = shapes.num_parameters * settings.base_bytes if settings.shard_base else 0
     return {
         name: {
-            "all-reduce of gradients": round(2 * share * 4 * trained[name]),
+            "reduce-scatter of gradients": round(share * 4 * trained[name]),
             "all-gather of parameters": round(share * 4 * trained[name]),
             "all-gathers of the base": round(share * base * calls[name]),
         }
@@ -262,22 +259,16 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
     }
 
 
-def choose_sharding(shapes: ModelShapes, settings: TrainSettings, memory: float) -> TrainSettings:
-    """The settings, with the base in parts where there are several GPUs and it does not fit whole."""
-    if settings.num_gpus == 1 or memory_plan(shapes, settings).needed <= memory:
-        return settings
-    return replace(settings, shard_base=True)
-
-
 def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> tuple[list[str], bool]:
     """Changes of the configuration that make a run fit, each on top of those before it, and whether they suffice.
 
-    In the order of what they cost: time (checkpointing), teacher swaps, noisier TA-FM, a smaller student. A step that
-    saves nothing is left out.
+    In this order: what costs time (checkpointing, a base in parts, swaps of teachers), noise (smaller batches), and a
+    smaller student. A step that saves nothing is left out.
     """
     fewest = min(settings.batch_size, settings.teacher_slots)  # a batch may need as many teachers as it has samples
     steps: list[tuple[str, dict[str, Any]]] = [
         ("train.gradient_checkpointing=true", {"checkpointing": True}),
+        ("train.shard_base=true", {"shard_base": settings.num_gpus > 1}),
         (f"train.teacher_slots={fewest}", {"teacher_slots": fewest}),
         ("train.anchor_batch_size=1", {"anchor_batch_size": 1}),
         ("train.batch_size=1", {"batch_size": 1}),
@@ -286,7 +277,7 @@ def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> t
     mends: list[str] = []
     best = memory_plan(shapes, settings).needed
     for override, change in steps:
-        settings = choose_sharding(shapes, replace(settings, **change), memory)
+        settings = replace(settings, **change)
         needed = memory_plan(shapes, settings).needed
         if needed < best:
             key = override.partition("=")[0]
@@ -330,13 +321,12 @@ class TrainPlan:
         """One sentence: whether it fits, and what to do where it does not."""
         gpus = f"{self.settings.num_gpus} GPU{'s' if self.settings.num_gpus > 1 else ''} of {self.memory_gb:g} GB"
         needs = f"needs {self.memory.needed / GB:.1f} GB a GPU in its {self.memory.peak_phase}"
-        base = ", the base in parts (FSDP2)" if self.settings.shard_base else ""
         if self.fits:
-            return f"fits {gpus}: {needs}{base}"
+            return f"fits {gpus}: {needs}"
         if self.mends_suffice:
-            return f"does not fit {gpus}: {needs}{base}; it fits with {' '.join(self.mends)}"
-        tried = f" even with {' '.join(self.mends)}" if self.mends else ""
-        return f"does not fit {gpus}{tried}: {needs}{base}; take more GPUs, larger ones or smaller images"
+            return f"does not fit {gpus}: {needs}; it fits with {' '.join(self.mends)}"
+        tried = f", and would not with {' '.join(self.mends)}" if self.mends else ""
+        return f"does not fit {gpus}: {needs}{tried}; take more GPUs, larger ones or smaller images"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; bytes."""
@@ -364,11 +354,11 @@ def plan_training(config: Config, num_gpus: int, memory_gb: float) -> TrainPlan:
     """
     shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
     memory = memory_gb * GB
-    wanted = replace(read_settings(config), num_gpus=num_gpus)
-    settings = choose_sharding(shapes, wanted, memory)
+    shard_base = config.train.shard_base and num_gpus > 1
+    settings = replace(read_settings(config), num_gpus=num_gpus, shard_base=shard_base)
     planned = memory_plan(shapes, settings)
     fits = planned.needed <= memory
-    mends, suffice = ([], True) if fits else find_mends(shapes, wanted, memory)
+    mends, suffice = ([], True) if fits else find_mends(shapes, settings, memory)
     communication = communication_plan(shapes, settings)
     return TrainPlan(settings, memory_gb, planned, communication, fits, mends, suffice)
 
@@ -403,7 +393,6 @@ def read_settings(config: Config) -> TrainSettings:
             objective.dmd_bs_weight > 0,
         ),
         num_steps=config.schedule.num_steps,
-        accumulate=train.gradient_accumulation_steps > 1,
         checkpointing=train.gradient_checkpointing,
         targets_batch=min(TARGET_BATCH, slots) * (2 if config.targets.guidance != 1 else 1) if makes_targets else 0,
         text_encoder_parameters=encoders["text_encoder"],

@@ -20,10 +20,12 @@ from clora.config import Config, build_config
 from clora.data.examples import collate
 from clora.editor import load_editor
 from clora.errors import InputErrors
-from clora.extend import deal_names, extend, extend_faults, extended_config, merge_catalogue, rehearsal_targets
+from clora.extend import deal_names, extend, extend_faults, extended_config, merge_catalogue
 from clora.flow import few_step_sigmas
 from clora.lora_files import LoraModule, read_lora, write_lora
+from clora.routing import step_generator
 from clora.sample import few_step_sample_ref
+from clora.targets import rehearsal_targets
 from clora.tracker import read_log
 from clora.train import open_bank, teacher_files
 from clora.workspace import open_workspace
@@ -114,7 +116,7 @@ def test_extend_resumes_bitwise_equal(
     (stopped,) = (tmp_path / "split" / "extend").glob("checkpoint-*")
     assert int(stopped.name.partition("-")[2]) == 1
     # Nothing is sampled or encoded twice.
-    monkeypatch.setattr("clora.extend.few_step_sample", None)
+    monkeypatch.setattr("clora.targets.few_step_sample", None)
     resumed = extend(collection, make_config(random_base, place, tmp_path / "split"), "latest", QUIET)
     assert whole.read_bytes() == resumed.read_bytes()
 
@@ -128,7 +130,7 @@ def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, p
     assert bank is not None and bank.capacity == 2  # the new effect's teacher, and one slot for both old effects
     slots = bank.slots_for(["first", "second", "warm"])
     assert slots[0] == slots[1] != slots[2]
-    filled = rehearsal_targets(workspace, bank, collection, catalogue, QUIET)
+    filled = rehearsal_targets(workspace, bank.slots_for, catalogue, "0" * 64, QUIET)
     assert {name: len(examples) for name, examples in filled.items()} == {"first": 2, "second": 2}
 
     workspace.adapters.add_lora("by_hand", read_lora(collection).modules)
@@ -146,7 +148,8 @@ def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, p
 
     shape = (first.num_tokens, workspace.backbone.token_channels)
     cond = collate([first], "student", workspace.backbone.device)
-    y = few_step_sample_ref(velocity, cond, shape, few_step_sigmas(2, 3.0), [int(key[:12], 16)])
+    seed = step_generator(int(key[:12], 16), 0, "target", "cpu").initial_seed()
+    y = few_step_sample_ref(velocity, cond, shape, few_step_sigmas(2, 3.0), [seed])
     torch.testing.assert_close(first.y[0], y[0], rtol=1e-4, atol=1e-4)
 
 
