@@ -42,7 +42,8 @@ class Distiller:
     """Everything one step needs. `effects` maps each name to its examples; `general` may be empty at p_switch 1.
 
     `accelerated`: the backbone has an `ACCELERATION` slot, trained with the student from the first full step on.
-    `deal`: the effects' names as often as each is to come up in a round; left out, once each.
+    `deal`: the effects' names as often as each is to come up in a round; left out, once each. `rehearsed`: those whose
+    one teacher the student was before, and is to stay.
     """
 
     config: Config
@@ -54,6 +55,7 @@ class Distiller:
     critic: Group
     accelerated: bool = False
     deal: Sequence[str] = ()
+    rehearsed: frozenset[str] = frozenset()
     _names: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,20 @@ class Distiller:
             slots: Sequence[Any] = [None] if self.bank is None else self.bank.slots_for(cond.effects)
             return self.backbone.velocity(x_sigma, sigma, cond, slots)
 
-        return Networks(student, critic, teacher, cat_conds)
+        return Networks(student, critic, teacher, cat_conds, self._rehearse if self.rehearsed else None)
+
+    @torch.no_grad()
+    def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """y, and for samples of rehearsed effects the x0 whose flow-matching target is their teacher's velocity.
+
+        Flow matching on a few-step student's own samples would not leave it as it is: distribution matching has taken
+        it elsewhere. Its own velocity does, without noise in the gradient. The teacher reads the student's prompt.
+        """
+        assert self.bank is not None
+        known = torch.tensor([effect in self.rehearsed for effect in cond.effects], device=y.device)
+        # All samples go through it, because processes that share the base must run equally many forwards.
+        v_teacher = self.backbone.velocity(x_sigma, sigma, cond, self.bank.slots_for([min(self.rehearsed)]))
+        return torch.where(known.view(-1, 1, 1), eps - v_teacher, y)
 
     def stream(self, step: int) -> Stream:
         """The stream of `step` (Eq. 9); the only one there is when effects or general data are missing."""

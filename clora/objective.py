@@ -49,6 +49,8 @@ class Networks:
     teacher: Velocity
     # Joins conds along the batch, for the guided teacher's one call; needed only when guidance is not 1.
     cat_conds: Callable[[list[Any]], Any] | None = None
+    # What TA-FM takes for y, from (y, eps, x_sigma, sigma, cond); needed only to rehearse what the student knows.
+    rehearse: Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,10 @@ def ta_fm_loss(
     draws = as_draws(rng, len(y)).anchors()
     sigma = draw_ta_fm_sigma(len(y), cfg, draws, sigma_dmd)
     eps = _normal(y.shape, draws)
-    v_student = nets.student(add_noise(y, eps, sigma), sigma, cond)
-    loss, _ = flow_matching_loss(v_student, y, eps)
+    x_sigma = add_noise(y, eps, sigma)
+    if nets.rehearse is not None:
+        y = nets.rehearse(y, eps, x_sigma, sigma, cond)
+    loss, _ = flow_matching_loss(nets.student(x_sigma, sigma, cond), y, eps)
     return _own_share(loss, {"ta_fm_loss": loss.detach()}, draws)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from clora.routing import step_generator
 from clora.sample import few_step_sample_ref
 from clora.targets import rehearsal_targets
 from clora.tracker import read_log
-from clora.train import open_bank, teacher_files
+from clora.train import make_distiller, open_bank, teacher_files
 from clora.workspace import open_workspace
 
 TARGETS = ["to_q", "to_v", "img_mlp.net.2"]
@@ -151,6 +152,22 @@ def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, p
     seed = step_generator(int(key[:12], 16), 0, "target", "cpu").initial_seed()
     y = few_step_sample_ref(velocity, cond, shape, few_step_sigmas(2, 3.0), [seed])
     torch.testing.assert_close(first.y[0], y[0], rtol=1e-4, atol=1e-4)
+
+
+def test_rehearsal_holds_the_student_where_it_is(random_base: Path, place: Path, tmp_path: Path) -> None:
+    """Where nothing has changed yet, old effects ask for no change: their loss is 0, and a new effect's is not."""
+    collection = place / "collection.safetensors"
+    config = extended_config(collection, read_catalogue(collection), make_config(random_base, place, tmp_path / "out"))
+    losses = {}
+    for names in (("first", "second"), ("warm",)):
+        workspace = open_workspace(config, QUIET)
+        bank = open_bank(workspace)
+        assert bank is not None
+        for name, examples in workspace.effects.items():
+            workspace.effects[name] = [replace(e, y=(torch.randn(e.num_tokens, 64),)) for e in examples]
+        distiller = make_distiller(workspace, bank, names, ["first", "second"])
+        losses[names] = [float(distiller.step(step)["ta_fm_loss"]) for step in range(2)]
+    assert max(losses["first", "second"]) < 1e-9 and min(losses["warm",]) > 0.1
 
 
 def _holds(path: Path, latents: torch.Tensor) -> bool:
