@@ -85,17 +85,19 @@ class Distiller:
         return Networks(student, critic, teacher, cat_conds, self._rehearse if self.rehearsed else None)
 
     @torch.no_grad()
-    def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """y, and for samples of rehearsed effects the x0 whose flow-matching target is their teacher's velocity.
 
         Flow matching on a few-step student's own samples would not leave it as it is: distribution matching has taken
-        it elsewhere. Its own velocity does, without noise in the gradient. The teacher reads the student's prompt.
+        it elsewhere. Its own velocity does, and without noise in the gradient, so that it can weigh
+        `extend.rehearsal_weight` times as much. The teacher reads the student's prompt.
         """
         assert self.bank is not None
-        known = torch.tensor([effect in self.rehearsed for effect in cond.effects], device=y.device)
+        known = torch.tensor([effect in self.rehearsed for effect in cond.effects], device=y.device).view(-1, 1, 1)
         # All samples go through it, because processes that share the base must run equally many forwards.
         v_teacher = self.backbone.velocity(x_sigma, sigma, cond, self.bank.slots_for([min(self.rehearsed)]))
-        return torch.where(known.view(-1, 1, 1), eps - v_teacher, y)
+        weight = torch.where(known, self.config.extend.rehearsal_weight, 1.0)
+        return torch.where(known, eps - v_teacher, y), weight
 
     def stream(self, step: int) -> Stream:
         """The stream of `step` (Eq. 9); the only one there is when effects or general data are missing."""

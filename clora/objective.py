@@ -49,8 +49,9 @@ class Networks:
     teacher: Velocity
     # Joins conds along the batch, for the guided teacher's one call; needed only when guidance is not 1.
     cat_conds: Callable[[list[Any]], Any] | None = None
-    # What TA-FM takes for y, from (y, eps, x_sigma, sigma, cond); needed only to rehearse what the student knows.
-    rehearse: Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor] | None = None
+    # What TA-FM takes for y, and the samples' weights (B, 1, 1), from (y, eps, x_sigma, sigma, cond); needed only to
+    # rehearse what the student knows.
+    rehearse: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,11 @@ def ta_fm_loss(
     sigma = draw_ta_fm_sigma(len(y), cfg, draws, sigma_dmd)
     eps = _normal(y.shape, draws)
     x_sigma = add_noise(y, eps, sigma)
+    v_student = nets.student(x_sigma, sigma, cond)
     if nets.rehearse is not None:
-        y = nets.rehearse(y, eps, x_sigma, sigma, cond)
-    loss, _ = flow_matching_loss(nets.student(x_sigma, sigma, cond), y, eps)
+        y, weight = nets.rehearse(y, eps, x_sigma, sigma, cond)
+        v_student, y, eps = (weight.sqrt() * part for part in (v_student, y, eps))
+    loss, _ = flow_matching_loss(v_student, y, eps)
     return _own_share(loss, {"ta_fm_loss": loss.detach()}, draws)
 
 

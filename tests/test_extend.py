@@ -154,20 +154,37 @@ def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, p
     torch.testing.assert_close(first.y[0], y[0], rtol=1e-4, atol=1e-4)
 
 
+def rehearsing_loss(
+    base: Path, place: Path, out: Path, names: tuple[str, ...], *overrides: str, moved: float = 0.0
+) -> float:
+    """TA-FM of the first step on these effects, whose targets are noise, with all B of the student moved."""
+    collection = place / "collection.safetensors"
+    config = extended_config(collection, read_catalogue(collection), make_config(base, place, out, *overrides))
+    workspace = open_workspace(config, QUIET)
+    bank = open_bank(workspace)
+    assert bank is not None
+    for name, examples in workspace.effects.items():
+        rng = torch.Generator().manual_seed(0)
+        workspace.effects[name] = [replace(e, y=(torch.randn(e.num_tokens, 64, generator=rng),)) for e in examples]
+    distiller = make_distiller(workspace, bank, names, ["first", "second"])
+    with torch.no_grad():
+        for key, value in distiller.student.parameters.items():
+            value.add_(moved if key.endswith(".B") else 0.0)
+    return float(distiller.step(0)["ta_fm_loss"])
+
+
 def test_rehearsal_holds_the_student_where_it_is(random_base: Path, place: Path, tmp_path: Path) -> None:
     """Where nothing has changed yet, old effects ask for no change: their loss is 0, and a new effect's is not."""
-    collection = place / "collection.safetensors"
-    config = extended_config(collection, read_catalogue(collection), make_config(random_base, place, tmp_path / "out"))
-    losses = {}
-    for names in (("first", "second"), ("warm",)):
-        workspace = open_workspace(config, QUIET)
-        bank = open_bank(workspace)
-        assert bank is not None
-        for name, examples in workspace.effects.items():
-            workspace.effects[name] = [replace(e, y=(torch.randn(e.num_tokens, 64),)) for e in examples]
-        distiller = make_distiller(workspace, bank, names, ["first", "second"])
-        losses[names] = [float(distiller.step(step)["ta_fm_loss"]) for step in range(2)]
-    assert max(losses["first", "second"]) < 1e-9 and min(losses["warm",]) > 0.1
+    old, new = ("first", "second"), ("warm",)
+    assert rehearsing_loss(random_base, place, tmp_path, old) < 1e-9
+    assert rehearsing_loss(random_base, place, tmp_path, new) > 0.1
+    light, heavy = (
+        rehearsing_loss(random_base, place, tmp_path, old, f"extend.rehearsal_weight={weight}", moved=0.02)
+        for weight in (1, 4)
+    )
+    assert light > 1e-4 and heavy == pytest.approx(4 * light, rel=1e-4)
+    unweighted = rehearsing_loss(random_base, place, tmp_path, new, "extend.rehearsal_weight=1")
+    assert unweighted == pytest.approx(rehearsing_loss(random_base, place, tmp_path, new), rel=1e-6)
 
 
 def _holds(path: Path, latents: torch.Tensor) -> bool:
