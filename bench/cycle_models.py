@@ -168,6 +168,7 @@ def make_ours(data: Data, device: str) -> Distiller:
     size, config = data.size, data.config
     backbone = as_backbone(random_transformer(size, device), size, device)
     adapters = backbone.add_adapters(config.student.targets)
+    backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     files = {name: LoraFile(Path(name), lora, "diffusers", {}, "") for name, lora in data.teachers.items()}
     bank = TeacherBank(adapters, files, config.train.teacher_slots, dtype=size.dtype)

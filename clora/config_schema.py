@@ -57,6 +57,7 @@ TaFmSigma = Literal["uniform", "shifted", "above_dmd"]
 Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 Tracker = Literal["none", "tensorboard", "wandb"]
+Kernels = Literal["auto", "reference", "fused"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
 
 
@@ -227,6 +228,9 @@ class TrainConfig(Section):
     ema_decay: Annotated[Decay, doc("Decay of the student's average, which is exported; 0 = off.")] = 0.999
     ema_start: Annotated[Natural, doc("Update at which the average starts.")] = 500
     gradient_checkpointing: Annotated[bool, doc("Recompute activations in the backward pass.")] = True
+    kernels: Annotated[
+        Kernels, doc("Transformer blocks: 'fused' on clora's ops, 'reference' as in diffusers; auto fuses on a GPU.")
+    ] = "auto"
     checkpointing_steps: Annotated[Count, doc("Updates between checkpoints.")] = 500
     checkpoints_total_limit: Annotated[Count | None, doc("Newest checkpoints kept; null keeps all.")] = 3
     report_to: Annotated[Tracker, doc("Where the figures go besides the log.")] = "none"

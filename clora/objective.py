@@ -23,7 +23,7 @@ from torch import Tensor
 from clora.config import ObjectiveConfig, ScheduleConfig
 from clora.errors import InputError
 from clora.flow import Velocity, add_noise, few_step_sigmas, shift_sigma
-from clora.losses import Figures, dmd_loss, flow_matching_loss, guided_velocity
+from clora.losses import Figures, dmd_loss, flow_matching_loss
 from clora.routing import Stream
 from clora.simulate import backward_simulate, target_simulate
 
@@ -191,19 +191,21 @@ def critic_loss(
     return loss, {"critic_loss": loss.detach(), "critic_on_target": loss.new_tensor(float(on_target))}
 
 
-def guided_teacher(nets: Networks, batch: DistillBatch, cfg: DistillConfig, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-    """The real score's velocity: cond and uncond in one call of twice the batch; cond alone at guidance 1."""
+def ask_teacher(
+    nets: Networks, batch: DistillBatch, cfg: DistillConfig, x_sigma: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The teacher's velocities with and without its condition, in one call of twice the batch; at guidance 1 the
+    second is None."""
     guidance = cfg.objective.guidance
     if guidance == 1.0:
-        return nets.teacher(x_sigma, sigma, batch.teacher_cond)
+        return nets.teacher(x_sigma, sigma, batch.teacher_cond), None
     if batch.uncond is None or nets.cat_conds is None:
         raise ValueError(
             f"objective.guidance is {guidance:g}, but the batch has no uncond or the networks no cat_conds"
         )
     both = nets.cat_conds([batch.teacher_cond, batch.uncond])
-    v_both = nets.teacher(torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
-    v_cond, v_uncond = v_both.chunk(2)
-    return guided_velocity(v_cond, v_uncond, guidance, cfg.objective.guidance_rescale)
+    v_cond, v_uncond = nets.teacher(torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both).chunk(2)
+    return v_cond, v_uncond
 
 
 # Draws of sigma, one a sample: (n,) fp32 on rng's device.
@@ -266,9 +268,12 @@ def _match_distributions(
     with torch.no_grad():
         x_sigma = add_noise(x0_student, _normal(x0_student.shape, rng), sigma)
         v_critic = nets.critic(x_sigma, sigma, batch.student_cond)
-        v_real = guided_teacher(nets, batch, cfg, x_sigma, sigma)
-    norm, floor = objective.dmd_norm, objective.dmd_norm_floor
-    loss, figures = dmd_loss(x0_student, x_sigma, sigma, v_critic, v_real, norm=norm, norm_floor=floor)
+        v_cond, v_uncond = ask_teacher(nets, batch, cfg, x_sigma, sigma)
+    loss, figures = dmd_loss(
+        x0_student, x_sigma, sigma, v_critic, v_cond, v_uncond,
+        guidance=objective.guidance, rescale=objective.guidance_rescale,
+        norm=objective.dmd_norm, norm_floor=objective.dmd_norm_floor,
+    )  # fmt: skip
     return loss, {f"{name}_loss": loss.detach(), **{f"{name}_{key}": v for key, v in figures.items()}}
 
 

@@ -90,6 +90,7 @@ def open_workspace(
     if not keep_encoders:
         backbone.free_encoders()
     adapters = backbone.add_adapters(config.student.targets)
+    backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     return Workspace(
         config,
