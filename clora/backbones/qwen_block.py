@@ -38,6 +38,10 @@ FP16_MAX = 65504.0
 class FusedBlock(nn.Module):
     """A stock `QwenImageTransformerBlock`'s submodules, run on the ops."""
 
+    attn: Any  # `nn.Module` would say Tensor | Module of each
+    img_mod: Any
+    txt_mod: Any
+
     def __init__(self, block: Any) -> None:
         super().__init__()
         for name in PARTS:
@@ -90,12 +94,11 @@ class FusedBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The joint attention of image and text, with its projections: (B, L, D) and (B, M, D)."""
         attn = self.attn
-        projections = (
-            *(linear(module, x_img) for module in (attn.to_q, attn.to_k, attn.to_v)),
-            *(linear(module, x_txt) for module in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)),
-        )
-        norms = (norm.weight for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k))
-        q, k, v = qk_norm_rope(*projections, *norms, *tables)
+        q, k, v = qk_norm_rope(
+            linear(attn.to_q, x_img), linear(attn.to_k, x_img), linear(attn.to_v, x_img),
+            linear(attn.add_q_proj, x_txt), linear(attn.add_k_proj, x_txt), linear(attn.add_v_proj, x_txt),
+            attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight, *tables,
+        )  # fmt: skip
         backend = attn.processor._attention_backend
         out = joint_attention(q, k, v, x_img.shape[1], text_lengths, backend).flatten(2)
         L = x_img.shape[1]
@@ -117,9 +120,8 @@ def fuse_blocks(transformer: Any) -> None:
             blocks[index] = FusedBlock(block).train(block.training)
 
 
-def linear(module: nn.Module, x_BLK: Tensor, epilogue: Epilogue = "none") -> Tensor:
+def linear(layer: nn.Linear, x_BLK: Tensor, epilogue: Epilogue = "none") -> Tensor:
     """A linear layer (B, L, N) with the adapters that are in use, and GELU behind it if asked."""
-    layer = cast(nn.Linear, module)
     if isinstance(layer, SlotLinear):
         if (lanes := layer.lanes(x_BLK.shape[0])) is not None:
             return lora_linear(x_BLK, layer.weight, layer.bias, *lanes, epilogue)
