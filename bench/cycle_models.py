@@ -94,14 +94,14 @@ def random_transformer(size: Size, device: str) -> Any:
     finally:
         torch.set_default_dtype(before)
     if device == "cpu" and size.dtype == torch.bfloat16:  # as a training job on a CPU sets it
-        as_backbone(transformer, size, device).use_plain_attention()
+        as_backbone(transformer).use_plain_attention()
     return transformer
 
 
-def as_backbone(transformer: Any, size: Size, device: str) -> QwenImageBackbone:
+def as_backbone(transformer: Any) -> QwenImageBackbone:
     """A backbone of this transformer alone."""
-    pipeline = SimpleNamespace(transformer=transformer)
-    return QwenImageBackbone("random", pipeline, BaseSizes.model_validate({}), torch.device(device), size.dtype)
+    pipeline, sizes = SimpleNamespace(transformer=transformer), BaseSizes.model_validate({})
+    return QwenImageBackbone("random", pipeline, sizes, transformer.device, transformer.dtype)
 
 
 def random_lora(size: Size, targets: tuple[str, ...], seed: int, dtype: torch.dtype) -> Lora:
@@ -164,9 +164,13 @@ def make_data(size: Size, critic_updates: int) -> Data:
 
 
 def make_ours(data: Data, device: str) -> Distiller:
+    """clora's own step on a random transformer."""
+    return make_distiller(data, as_backbone(random_transformer(data.size, device)))
+
+
+def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:
     """clora's own step: one base, three adapters on it."""
     size, config = data.size, data.config
-    backbone = as_backbone(random_transformer(size, device), size, device)
     adapters = backbone.add_adapters(config.student.targets)
     backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
