@@ -103,7 +103,9 @@ class QwenImageBackbone:
         if kernels == "fused" or (kernels == "auto" and self.device.type == "cuda"):
             fuse_blocks(self.transformer)
             self.fused = True
-            if self.device.type == "cuda" and (backend := fastest_attention()) is not None:
+            # The fast kernels are of half precision; fp32 keeps diffusers' choice.
+            on_gpu = self.device.type == "cuda" and self.dtype != torch.float32
+            if on_gpu and (backend := fastest_attention()) is not None:
                 self._use_attention(backend)
         elif kernels == "reference" and self.fused:
             raise RuntimeError("the blocks are fused already; load the base anew to run diffusers' own")
