@@ -81,18 +81,21 @@ class QwenImageBackbone:
         self.adapters = inject_adapters(self.transformer, targets)
         return self.adapters
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass, with the slots its forward used.
+    def set_gradient_checkpointing(self, enabled: bool, whole_blocks: int = 0) -> None:
+        """Recompute each block but the last `whole_blocks` in the backward pass, with the slots its forward used.
 
         With adapters all is recomputed but attention, a third of a block's arithmetic at 1024 x 1024 pixels and a
-        small part of its memory.
+        small part of its memory. The last blocks are the first that a backward pass frees. Blocks are known by
+        identity: call this after `use_kernels`.
         """
         if not enabled:
             self.transformer.disable_gradient_checkpointing()
         elif self.adapters is None:
             self.transformer.enable_gradient_checkpointing()
         else:
-            self.transformer.enable_gradient_checkpointing(checkpoint_fn(self.adapters, KEPT))
+            blocks = list(self.transformer.transformer_blocks)
+            whole = blocks[max(0, len(blocks) - whole_blocks) :]
+            self.transformer.enable_gradient_checkpointing(checkpoint_fn(self.adapters, KEPT, whole))
 
     def use_kernels(self, kernels: Kernels) -> None:
         """Run the transformer's blocks on `clora.kernels` ("fused"), or as diffusers does ("reference").

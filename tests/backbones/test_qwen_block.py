@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -237,13 +237,15 @@ def test_joint_attention_leaves_out_padding() -> None:
         assert not gradient[1, L:].any() and gradient[0].any(-1).all()
 
 
-class CountAttention(TorchDispatchMode):
-    def __init__(self) -> None:
+class Count(TorchDispatchMode):
+    """Calls of torch's operators that `wanted(function, args)` is true of."""
+
+    def __init__(self, wanted: Callable[[Any, Any], bool]) -> None:
         super().__init__()
-        self.count = 0
+        self.wanted, self.count = wanted, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function in KEPT
+        self.count += self.wanted(function, args)
         return function(*args, **(kwargs or {}))
 
 
@@ -254,10 +256,22 @@ def test_gradient_checkpointing_keeps_attention(kernels: Kernels) -> None:
     for checkpointed in (False, True):
         backbone, _, parameters = backbone_of(random_transformer(), kernels)
         backbone.set_gradient_checkpointing(checkpointed)
-        with CountAttention() as counted:
+        with Count(lambda function, _: function in KEPT) as counted:
             gradients.append(with_gradients(backbone, batch([5, 5], 32), ["a0", "b0"], parameters))
         assert counted.count == 2
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize(("whole", "computed"), [(0, 12), (1, 10), (3, 6), (9, 6)])
+def test_gradient_checkpointing_keeps_the_last_blocks_whole(whole: int, computed: int) -> None:
+    backbone, _, parameters = backbone_of(random_transformer(num_layers=3), "fused")
+    plain = with_gradients(backbone, batch([5], 32), ["a0"], parameters)
+    backbone.set_gradient_checkpointing(True, whole)
+    inner = backbone.transformer.transformer_blocks[0].img_mlp.net[0].proj.weight.T.shape
+    with Count(lambda f, args: f is torch.ops.aten.addmm.default and args[2].shape == inner) as counted:
+        again = with_gradients(backbone, batch([5], 32), ["a0"], parameters)
+    assert all(map(torch.equal, plain, again))
+    assert counted.count == computed  # products of the MLPs' first linears, of image and text
 
 
 def test_fused_block_compiles_without_breaks_and_once_for_all_slots() -> None:
