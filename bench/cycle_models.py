@@ -231,8 +231,8 @@ def make_encoder(size: Size, device: str) -> Callable[[int], None]:
 def authors_cycle(authors: AuthorsSchedule, source: Distiller, step: int) -> Callable[[], None]:
     """Their cycle on the samples that `source` deals at `step`; batches and random numbers are made beforehand."""
     stream, updates = source.stream(step), source.config.train.critic_updates
-    critics = [source.batch(step, stream, "critic", k, updates) for k in range(updates)]
-    batch = source.batch(step, stream, "student")
+    critics = [source.batch(step, stream, "critic", k, updates)[0] for k in range(updates)]
+    batch, _ = source.batch(step, stream, "student")
     rng = step_generator(source.config.seed, step, "authors", source.backbone.device)
     shape = (batch.batch_size, *batch.latent_shape)
     critic_draws = [draw_critic(shape, rng) for _ in critics]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from clora.config import Config
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+PARALLEL = {"cache", "teach", "train"}  # the commands that torchrun may start on several processes
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
 Arguments = ParamSpec("Arguments")
 
@@ -72,6 +74,8 @@ def command(name: str) -> Callable[[Callable[Arguments, None]], Callable[Argumen
         @functools.wraps(job)
         def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
             try:
+                if name not in PARALLEL and os.environ.get("WORLD_SIZE", "1") != "1":
+                    raise InputError(f"`clora {name}` is one process; start it without torchrun")
                 job(*args, **kwargs)
             except (typer.Exit, typer.Abort):
                 raise
@@ -91,13 +95,19 @@ def command(name: str) -> Callable[[Callable[Arguments, None]], Callable[Argumen
 def _failure(error: Exception) -> int:
     """Report what is not the input's fault in one line, the whole of it with --debug; returns the exit
     code."""
-    from clora.loop import Interrupted, NonFiniteError
+    from clora.distributed import ProcessLost
+    from clora.loop import Interrupted
+    from clora.optimizer import NonFiniteError
 
     if _debug.get():
         traceback.print_exception(error)
     if isinstance(error, Interrupted | NonFiniteError):
-        _say([str(error)])
+        if _is_main():  # all processes raise the same
+            _say([str(error)])
         return error.code if isinstance(error, Interrupted) else FAILED
+    if isinstance(error, ProcessLost):
+        _say([str(error)])
+        return FAILED
     what = " ".join(str(error).split()) or "no message"
     hint = "" if _debug.get() else " (--debug shows where)"
     _say([f"{type(error).__name__}: {what}{hint}"])
@@ -105,8 +115,13 @@ def _failure(error: Exception) -> int:
 
 
 def _say(faults: Iterable[str]) -> None:
+    whose = "" if _is_main() else f" of process {os.environ['RANK']}"
     for fault in faults:
-        typer.echo(f"error: {fault}", err=True)
+        typer.echo(f"error{whose}: {fault}", err=True)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_version(wanted: bool) -> None:
@@ -220,6 +235,8 @@ def cache(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     from clora.train import make_caches
 
     counts = make_caches(_load(config, overrides))
+    if not _is_main():
+        return
     if as_json:
         _print_json(counts)
     else:
@@ -244,8 +261,9 @@ def teach(
     """
     from clora.teach import teach as run
 
-    for path in run(_load(config, overrides), joint, resume).values():
-        typer.echo(path)
+    paths = run(_load(config, overrides), joint, resume).values()
+    if _is_main():
+        typer.echo("\n".join(map(str, paths)))
 
 
 @command("train")
@@ -259,10 +277,13 @@ def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = None
       clora train config.yaml
       clora train config.yaml train.max_train_steps=2000 --resume latest
       torchrun --nproc_per_node 8 -m clora train config.yaml
+      torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 -m clora train config.yaml
     """
     from clora.train import train as run
 
-    typer.echo(run(_load(config, overrides), resume))
+    path = run(_load(config, overrides), resume)
+    if _is_main():
+        typer.echo(path)
 
 
 @command("edit")

@@ -58,6 +58,7 @@ Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 Kernels = Literal["auto", "reference", "fused"]
+Job = Literal["train", "teach", "joint"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
 
 
@@ -237,6 +238,9 @@ class TrainConfig(Section):
     sample_steps: Annotated[Natural, doc("Updates between sample grids; 0 = never.")] = 500
     log_every: Annotated[Count, doc("Updates between lines of the log.")] = 10
     teacher_slots: Annotated[Count, doc("Teacher adapters held on the device at once.")] = 4
+    shard_base: Annotated[bool, doc("Split the base over the processes (FSDP2), for one that does not fit.")] = False
+    deterministic: Annotated[bool, doc("Only operations that give the same bits each time; slower.")] = False
+    timeout_seconds: Annotated[Positive, doc("Longest wait for the other processes within a step.")] = 600.0
     buckets: Annotated[BucketConfig, doc("Sizes of training images.")] = BucketConfig()
 
 
@@ -305,9 +309,11 @@ class Config(Section):
         """The effect's LoRA file: the given one, else where `clora teach` writes it."""
         return effect.lora or self.output_dir / "teachers" / f"{effect.name}.safetensors"
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of what decides the numbers of a training step, to compare a checkpoint with a run.
+    def fingerprint(self, job: Job = "train", processes: int = 1) -> str:
+        """SHA-256 (hex) of what decides the numbers of a job's step, to compare a checkpoint with a run.
 
+        The batch sizes that the job reads count over all `processes`: two with half the batch each are one with the
+        whole. `train` does not depend on how its teachers were taught; their files are compared instead.
         Left out: what only decides where results go, how often they are written or when to stop
         (`max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
         """
@@ -315,6 +321,12 @@ class Config(Section):
         values["trigger_scheme"] = self.prompts.trigger_scheme
         for key in _UNFELT_TRAIN_KEYS:
             del values["train"][key]
+        for section, key in (("train", "batch_size"), ("train", "anchor_batch_size"), ("teach", "batch_size")):
+            size = values[section].pop(key)
+            if (section == "teach") == (job == "teach"):
+                values[section][key] = size and size * processes
+        if job == "train":
+            del values["teach"]
         if self.train.lr_scheduler == "constant":
             del values["train"]["max_train_steps"]
         relative = _map_strings(values, lambda text: _relative_to(text, self.folder))
@@ -324,7 +336,7 @@ class Config(Section):
 
 _UNFELT_TRAIN_KEYS = (
     "max_train_seconds", "checkpointing_steps", "checkpoints_total_limit", "report_to", "sample_steps",
-    "log_every", "teacher_slots",
+    "log_every", "teacher_slots", "shard_base", "deterministic", "timeout_seconds",
 )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 `Distiller` turns a step number into a batch (stream, effects and samples are functions of seed and step), the three
 velocities into `objective.Networks`, and the losses into updates. The order of a step is the paper's: the critic
 follows the student for `critic_updates` updates, then the student moves.
+
+A batch is shared by the processes that train together: each draws the whole of it and takes its rows.
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clora import distributed
 from clora.backbones.cond import Cond, cat_conds
 from clora.backbones.qwen_image import QwenImageBackbone
 from clora.config import Config
 from clora.config_schema import TrainConfig
 from clora.data.examples import Example, collate
 from clora.errors import InputError
-from clora.loop import Group, apply_gradients, check_finite, lr_factor
+from clora.loop import lr_factor
 from clora.objective import DistillBatch, Networks, critic_loss, ta_fm_loss, total_loss
-from clora.routing import Stream, draw_effects, draw_stream, step_generator
+from clora.optimizer import Group, apply_gradients, check_finite
+from clora.routing import Draws, Rows, Stream, draw_effects, draw_stream, split_rows, step_generator
 from clora.slots import Slot
 from clora.teachers import TeacherBank
 
@@ -30,6 +34,7 @@ from clora.teachers import TeacherBank
 STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
 Role = Literal["coarse", "student", "anchor", "critic"]
 LossOf = Callable[[int, int], tuple[Tensor, dict[str, Tensor], DistillBatch]]
+BatchRows = tuple[Rows, Rows | None]  # of the batch, of the anchors where there are any
 
 
 @dataclass
@@ -83,24 +88,29 @@ class Distiller:
             return "effect"
         return draw_stream(self.config.seed, step, self.config.objective.p_switch)
 
-    def batch(self, step: int, stream: Stream, role: Role, part: int = 0, parts: int = 1) -> DistillBatch:
-        """The samples of `step` on the device: batch number `part` of the `parts` that `role` needs there.
+    def batch(
+        self, step: int, stream: Stream, role: Role, part: int = 0, parts: int = 1
+    ) -> tuple[DistillBatch, BatchRows]:
+        """This process's samples of `step` on the device, and which rows of the whole batch they are.
 
-        Every role deals its effects from a sequence of its own, so that each of them sees the effects evenly.
+        It is batch number `part` of the `parts` that `role` needs there. Every role deals its effects from a sequence
+        of its own, so that each of them sees the effects evenly.
         """
-        train = self.config.train
+        train, world = self.config.train, distributed.world()
+        size, anchor_size = world * train.batch_size, world * (train.anchor_batch_size or 0)
         anchors: list[Example] = []
         if stream == "general":
-            examples = self._draw_examples(step, f"{role}/{part}", [None] * train.batch_size)
+            examples = self._draw_examples(step, f"{role}/{part}", [None] * size)
         elif role == "coarse":
-            size = train.anchor_batch_size or train.batch_size
-            examples = self._draw_effects(step, role, part, parts, size, p_switch=1.0)
+            examples = self._draw_effects(step, role, part, parts, anchor_size or size, p_switch=1.0)
         else:
             p_switch = self.config.objective.p_switch if self.general else 1.0
-            examples = self._draw_effects(step, role, part, parts, train.batch_size, p_switch)
-            if role == "student" and train.anchor_batch_size:
-                anchors = self._draw_effects(step, "anchor", part, parts, train.anchor_batch_size, p_switch)
-        return self._collate(step, stream, examples, anchors)
+            examples = self._draw_effects(step, role, part, parts, size, p_switch)
+            if role == "student" and anchor_size:
+                anchors = self._draw_effects(step, "anchor", part, parts, anchor_size, p_switch)
+        rows = split_rows(len(examples), distributed.rank(), world)
+        anchor_rows = split_rows(len(anchors), distributed.rank(), world) if anchors else None
+        return self._collate(step, stream, examples, anchors, (rows, anchor_rows)), (rows, anchor_rows)
 
     def _draw_effects(self, step: int, role: Role, part: int, parts: int, size: int, p_switch: float) -> list[Example]:
         drawn = draw_effects(
@@ -120,11 +130,17 @@ class Distiller:
             picked.append(same[int(torch.randint(len(same), (), generator=rng))])
         return picked
 
-    def _collate(self, step: int, stream: Stream, examples: list[Example], anchors: list[Example]) -> DistillBatch:
+    def _collate(
+        self, step: int, stream: Stream, examples: list[Example], anchors: list[Example], batch_rows: BatchRows
+    ) -> DistillBatch:
         device, aop = self.backbone.device, self.config.objective.aop
         student_text = "student" if aop else "teacher"
         seed = self.config.seed
-        y = _targets(examples, step, seed, device) if stream == "effect" else None
+        rows, anchor_rows = batch_rows
+        y = _targets(examples, rows, step, seed, device) if stream == "effect" else None
+        anchor_y = None if anchor_rows is None else _targets(anchors, anchor_rows, step, seed, device)
+        examples = examples[rows.start : rows.stop]
+        anchors = [] if anchor_rows is None else anchors[anchor_rows.start : anchor_rows.stop]
         guided = self.config.objective.guidance != 1.0
         return DistillBatch(
             stream=stream,
@@ -136,7 +152,7 @@ class Distiller:
             samples=[f"{example.effect or 'base'} on {example.sources[-1].name}" for example in examples + anchors],
             step=step,
             y=y,
-            anchor_y=_targets(anchors, step, seed, device) if anchors else None,
+            anchor_y=anchor_y,
             anchor_cond=collate(anchors, student_text, device) if anchors else None,
         )
 
@@ -144,8 +160,8 @@ class Distiller:
         """The coarse stage: TA-FM alone (Eq. 6), on effect batches; no critic, no teacher."""
 
         def loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
-            batch = self.batch(step, "effect", "coarse", part, parts)
-            rng = step_generator(self.config.seed, step, f"coarse/{part}", self.backbone.device)
+            batch, rows = self.batch(step, "effect", "coarse", part, parts)
+            rng = Draws(step_generator(self.config.seed, step, f"coarse/{part}", self.backbone.device), *rows)
             return *ta_fm_loss(self.networks(step), batch, self.config, rng), batch
 
         return self._update(self.student, loss_of, step)
@@ -158,15 +174,15 @@ class Distiller:
 
             def critic_loss_of(part: int, parts: int, k: int = k) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
                 # Each critic update sees samples of its own; none of them is a step of the student.
-                batch = self.batch(step, stream, "critic", k * parts + part, updates * parts)
-                rng = step_generator(self.config.seed, step, f"critic/{k}/{part}", self.backbone.device)
+                batch, rows = self.batch(step, stream, "critic", k * parts + part, updates * parts)
+                rng = Draws(step_generator(self.config.seed, step, f"critic/{k}/{part}", self.backbone.device), *rows)
                 return *critic_loss(nets, batch, self.config, rng), batch
 
             figures |= self._update(self.critic, critic_loss_of, step)
 
         def student_loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
-            batch = self.batch(step, stream, "student", part, parts)
-            rng = step_generator(self.config.seed, step, f"student/{part}", self.backbone.device)
+            batch, rows = self.batch(step, stream, "student", part, parts)
+            rng = Draws(step_generator(self.config.seed, step, f"student/{part}", self.backbone.device), *rows)
             return *total_loss(nets, batch, self.config, rng), batch
 
         student_figures = self._update(self.student, student_loss_of, step)
@@ -203,7 +219,7 @@ class Distiller:
             updates = (train.max_train_steps - coarse) * train.critic_updates
             factor = lr_factor(group.updates, updates, train.lr_warmup_steps, train.lr_scheduler)
         norm = apply_gradients(group, factor, where)
-        return figures | {f"{name}_grad_norm": torch.tensor(norm)}
+        return distributed.sum_figures(figures) | {f"{name}_grad_norm": torch.tensor(norm)}
 
 
 def student_lr_factor(train: TrainConfig, coarse_steps: int, step: int) -> float:
@@ -215,8 +231,8 @@ def student_lr_factor(train: TrainConfig, coarse_steps: int, step: int) -> float
     return peak / train.learning_rate * lr_factor(step, min(coarse_steps, train.max_train_steps), *shape)
 
 
-def _targets(examples: list[Example], step: int, seed: int, device: torch.device) -> Tensor:
-    """One of each example's target images (several noises per source), stacked (B, T, C)."""
+def _targets(examples: list[Example], rows: Rows, step: int, seed: int, device: torch.device) -> Tensor:
+    """One of the target images (several noises per source) of each example of `rows`, stacked (B, T, C)."""
     rng = step_generator(seed, step, "targets", "cpu")
     chosen = []
     for example in examples:
@@ -225,4 +241,4 @@ def _targets(examples: list[Example], step: int, seed: int, device: torch.device
                 f"effect {example.effect}: no target images; run `clora cache` or let `clora train` make them"
             )
         chosen.append(example.y[int(torch.randint(len(example.y), (), generator=rng))])
-    return torch.stack(chosen).to(device, torch.float32)
+    return torch.stack(chosen[rows.start : rows.stop]).to(device, torch.float32)

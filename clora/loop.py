@@ -1,8 +1,8 @@
-"""The training loop shared by `teach` and `train`: updates, EMA, progress, log, checkpoints, signals, resume.
+"""The training loop shared by `teach` and `train`: progress, log, checkpoints, signals, resume.
 
 What is learned and how is the caller's business: it hands over named trainable groups and a function that does one
-step. A job's state is its parameters, optimizers, average and step number; all randomness is a function of
-(seed, step), so that a resumed run continues bit for bit.
+step. A job's state is its groups and step number; all randomness is a function of (seed, step), so that a resumed run
+continues bit for bit. Under torchrun every process runs the loop; the first one writes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -27,22 +28,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor, nn
 
-from clora.checkpoint import (
-    Checkpoint,
-    flatten_optimizer,
-    load_checkpoint,
-    load_latest,
-    restore_optimizer,
-    save_checkpoint,
-)
+from clora import distributed
+from clora.checkpoint import Checkpoint, CheckpointWriter, GroupPart, open_checkpoint, open_latest
 from clora.errors import InputError
+from clora.optimizer import Group
 from clora.tracker import Figures, Tracker
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not finite: nothing was updated."""
 
 
 class Interrupted(Exception):
@@ -51,38 +42,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int, checkpoint: Path) -> None:
         self.code = 128 + signum
         super().__init__(f"stopped by {signal.Signals(signum).name}; saved {checkpoint}; go on with --resume latest")
-
-
-@dataclass
-class Group:
-    """Parameters with one AdamW and one learning-rate schedule; `ema_decay` 0 keeps no average."""
-
-    parameters: dict[str, nn.Parameter]
-    learning_rate: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    ema_start: int = 0
-    per_slot: bool = False  # parameters are stacked (S, ...): S independent jobs, each clipped by its own norm
-    optimizer: torch.optim.AdamW = field(init=False)
-    ema: dict[str, Tensor] = field(init=False)
-    updates: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=self.learning_rate,
-            betas=self.betas,
-            eps=self.epsilon,
-            weight_decay=self.weight_decay,
-        )
-        self.ema = {k: v.detach().clone() for k, v in self.parameters.items()} if self.ema_decay else {}
-
-    def averaged(self) -> dict[str, Tensor]:
-        """The parameters to export: their average where one is kept."""
-        return self.ema if self.ema else {name: value.detach() for name, value in self.parameters.items()}
 
 
 def lr_factor(update: int, total: int, warmup: int, scheduler: str) -> float:
@@ -95,106 +54,54 @@ def lr_factor(update: int, total: int, warmup: int, scheduler: str) -> float:
     return 1.0 - progress if scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def apply_gradients(group: Group, factor: float, where: str) -> float:
-    """Clip, step, average, clear; returns the gradient norm before clipping.
-
-    Raises `NonFiniteError` naming `where` when the norm is not finite; parameters and optimizer are then untouched.
-    """
-    norm = _clip_per_slot(group) if group.per_slot else _clip(group)
-    if not math.isfinite(norm):
-        group.optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"gradient is not finite at {where}; nothing was updated")
-    for settings in group.optimizer.param_groups:
-        settings["lr"] = group.learning_rate * factor
-    group.optimizer.step()
-    group.optimizer.zero_grad(set_to_none=True)
-    group.updates += 1
-    if group.ema:
-        since = group.updates - group.ema_start
-        # The average starts as a copy and forgets the start at the pace of its own age.
-        decay = 0.0 if since <= 0 else min(group.ema_decay, since / (since + 10))
-        with torch.no_grad():
-            names = list(group.ema)
-            torch._foreach_lerp_([group.ema[n] for n in names], [group.parameters[n] for n in names], 1 - decay)
-    return norm
-
-
-def _clip(group: Group) -> float:
-    return float(torch.nn.utils.clip_grad_norm_(list(group.parameters.values()), group.max_grad_norm))
-
-
-def _clip_per_slot(group: Group) -> float:
-    """Clip each slot of stacked parameters by its own norm; returns the largest."""
-    grads = [p.grad for p in group.parameters.values() if p.grad is not None]
-    norms = torch.stack([g.square().flatten(1).sum(1) for g in grads]).sum(0).sqrt()
-    factors = (group.max_grad_norm / norms.clamp_min(1e-12)).clamp_max(1.0)
-    for grad in grads:
-        grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))
-    return float(norms.max())
-
-
-def check_finite(loss: Tensor, where: str) -> Tensor:
-    """`loss` itself, or `NonFiniteError` naming `where`."""
-    if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(f"loss is {loss.item()} at {where}; nothing was updated")
-    return loss
-
-
-def job_tensors(groups: Mapping[str, Group]) -> dict[str, Tensor]:
-    """Every tensor a resume needs, by name."""
-    tensors: dict[str, Tensor] = {}
-    for name, group in groups.items():
-        tensors |= {f"{name}.param.{key}": value.detach() for key, value in group.parameters.items()}
-        tensors |= {f"{name}.ema.{key}": value for key, value in group.ema.items()}
-        tensors |= flatten_optimizer(group.optimizer, f"{name}.adam")
-    return tensors
-
-
 def restore_job(groups: Mapping[str, Group], checkpoint: Checkpoint) -> None:
     """Put a checkpoint's tensors back; `InputError` when it belongs to another model or configuration."""
     faults = []
     for name, group in groups.items():
-        wanted: dict[str, Tensor] = {f"{name}.param.{key}": value for key, value in group.parameters.items()}
-        wanted |= {f"{name}.ema.{key}": value for key, value in group.ema.items()}
-        for key, value in wanted.items():
-            saved = checkpoint.tensors.get(key)
-            if saved is None or saved.shape != value.shape:
-                faults.append(key)
+        saved = {str(key): tuple(shape) for key, shape in checkpoint.state["layout"].get(name, [])}
+        wanted = {key: tuple(shape) for key, shape in group.layout()}
+        differ = [key for key in saved | wanted if saved.get(key) != wanted.get(key)]
+        faults += [f"{name}.{key}" for key in differ or (wanted if list(saved) != list(wanted) else ())]
     if faults:
         raise InputError(
             f"{checkpoint.path}: does not fit this configuration ({len(faults)} tensors differ, first {faults[0]}); "
             "start anew with another output_dir"
         )
-    with torch.no_grad():
-        for name, group in groups.items():
-            for key, parameter in group.parameters.items():
-                parameter.copy_(checkpoint.tensors[f"{name}.param.{key}"])
-            for key, average in group.ema.items():
-                average.copy_(checkpoint.tensors[f"{name}.ema.{key}"])
-            restore_optimizer(group.optimizer, checkpoint.tensors, f"{name}.adam")
-            group.updates = int(checkpoint.state["updates"][name])
+    for name, group in groups.items():
+
+        def read(kind: str, start: int, stop: int, name: str = name) -> torch.Tensor:
+            return checkpoint.read(name, kind, start, stop)
+
+        group.restore(read, checkpoint.state["steps"][name], int(checkpoint.state["updates"][name]))
 
 
 def find_checkpoint(resume: str | None, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint `--resume` asks for: None, "latest" (the newest undamaged one, if any) or a path."""
-    if resume is None:
-        return None
-    if resume != "latest":
-        return load_checkpoint(Path(resume))
-    checkpoint, faults = load_latest(folder)
-    for fault in faults:
-        say(f"passed over: {fault}")
-    return checkpoint
+    """The checkpoint `--resume` asks for: None, "latest" (the newest undamaged one, if any) or a path.
+
+    The main process looks, the others get its choice.
+    """
+    found = None
+    if distributed.is_main() and resume is not None:
+        if resume == "latest":
+            found, faults = open_latest(folder)
+            for fault in faults:
+                say(f"passed over: {fault}")
+        else:
+            found = open_checkpoint(Path(resume))
+    path = distributed.from_main(None if found is None else str(found.path))
+    return found if distributed.is_main() or path is None else open_checkpoint(Path(path), verify=False)
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one kills as usual."""
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step. A second one kills as usual, unless
+    torchrun is there, which passes on what the process was sent already, and kills what does not end."""
     received: list[int] = []
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        if distributed.world() == 1:
+            signal.signal(signum, signal.SIG_DFL)
 
     old = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -218,6 +125,64 @@ class LoopConfig:
     log_every: int = 10
     report_to: str = "none"
     resume: str | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)  # hashes of what a checkpoint belongs to: base, teachers
+    record: Mapping[str, Any] = field(default_factory=dict)  # kept in each checkpoint, for people
+
+
+class _Saver:
+    """Checkpoints of one run, and what becomes of them."""
+
+    def __init__(self, config: LoopConfig, groups: Mapping[str, Group], saved: int | None, say: Callable[[str], None]):
+        self._config, self._groups, self._say = config, groups, say
+        self._writer = CheckpointWriter(config.folder, config.checkpoints_total_limit)
+        self._saved, self._pending = saved, saved  # steps: of the newest checkpoint, of the one being written
+        self.failures = 0
+
+    def save(self, step: int, seconds: float, sums: Mapping[str, list[float]]) -> None:
+        """Start to write the state after `step`, once the one before is written."""
+        self.wait()
+        if step == self._saved:
+            return
+        parts = {
+            name: GroupPart(group.state, group.own.start, max(group.own.start, min(group.own.stop, group.total)))
+            for name, group in self._groups.items()
+        }
+        state = {
+            "fingerprint": self._config.fingerprint,
+            "seconds": seconds,
+            "world": distributed.world(),
+            "updates": {name: group.updates for name, group in self._groups.items()},
+            "steps": {name: group.steps for name, group in self._groups.items()},
+            "layout": {name: group.layout() for name, group in self._groups.items()},
+            "sums": dict(sums),
+            "identity": dict(self._config.identity),
+            "record": dict(self._config.record),
+        }
+        self._writer.save(step, parts, state)
+        self._pending = step
+
+    def wait(self) -> str | None:
+        """Wait for the checkpoint being written; tells, counts and returns why it could not be."""
+        failure = self._writer.wait()
+        if failure is None:
+            self._saved = self._pending
+            return None
+        self.failures += 1
+        newest = "there is none yet" if self._saved is None else f"the newest is {self._writer.path(self._saved)}"
+        self._say(f"checkpoint of step {self._pending} could not be written: {failure}; {newest}; training goes on")
+        self._pending = self._saved
+        return failure
+
+    def stop(self, step: int, signum: int) -> None:
+        """End the run on a signal, its state saved: `Interrupted`; `OSError` when it could not be."""
+        if failure := self.wait():
+            raise OSError(f"stopped by {signal.Signals(signum).name}; step {step} could not be saved: {failure}")
+        raise Interrupted(signum, self._writer.path(step))
+
+    def finish(self, step: int) -> None:
+        """End the run; a last checkpoint that failed costs the run only where there is no other."""
+        if (failure := self.wait()) and self._saved is None:
+            raise OSError(f"no checkpoint could be written, that of step {step} neither: {failure}")
 
 
 def run_loop(
@@ -229,51 +194,86 @@ def run_loop(
 ) -> int:
     """Run `one_step(step)` from the resumed step to `max_steps`, or until `max_seconds` of training have passed.
 
-    Returns the number of steps done in all. On SIGINT or SIGTERM the step in flight is finished, the state saved and
-    `Interrupted` raised; an exception of `one_step` passes through (the last checkpoint stays).
+    Returns the number of steps done in all. On SIGINT or SIGTERM, to whichever process, the step in flight is finished,
+    the state saved and `Interrupted` raised. A checkpoint that cannot be written is told, counted in the log
+    (`failed_checkpoints`) and tried again at the next one; `OSError` when none could be. An exception of `one_step`
+    passes through (the last checkpoint stays); a process that dies or hangs gives `distributed.ProcessLost` in the
+    others.
     """
-    console = console or Console(stderr=True)
-    checkpoint = find_checkpoint(config.resume, config.folder, console.print)
-    step, seconds = 0, 0.0
-    if checkpoint is not None:
-        if checkpoint.state["fingerprint"] != config.fingerprint:
-            raise InputError(
-                f"{checkpoint.path}: was made by another configuration; take that one, or another output_dir"
-            )
-        restore_job(groups, checkpoint)
-        step, seconds = checkpoint.step, float(checkpoint.state["seconds"])
-        console.print(f"{config.title}: goes on after step {step} from {checkpoint.path}")
-
-    def save() -> Path:
-        state = {
-            "fingerprint": config.fingerprint,
-            "seconds": seconds,
-            "updates": {name: group.updates for name, group in groups.items()},
-        }
-        return save_checkpoint(config.folder, step, job_tensors(groups), state, config.checkpoints_total_limit)
-
-    with _signals() as received, _tracker(config, step) as tracker, _progress(console) as progress:
+    console = console or Console(stderr=True, quiet=not distributed.is_main())
+    with distributed.guard("the start"):
+        checkpoint = find_checkpoint(config.resume, config.folder, console.print)
+        step, seconds, sums = 0, 0.0, None
+        if checkpoint is not None:
+            _check_belongs(config, checkpoint)
+            restore_job(groups, checkpoint)
+            step, seconds, sums = checkpoint.step, float(checkpoint.state["seconds"]), checkpoint.state["sums"]
+            console.print(f"{config.title}: goes on after step {step} from {checkpoint.path}")
+        saver = _Saver(config, groups, None if checkpoint is None else step, console.print)
+    device = next(iter(groups.values())).state["param"].device
+    with _signals() as received, _tracker(config, step, sums) as tracker, _progress(console) as progress:
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
-        while step < config.max_steps and (config.max_seconds is None or seconds < config.max_seconds):
-            started = time.perf_counter()
-            figures = one_step(step)
-            step += 1
-            elapsed = time.perf_counter() - started
-            seconds += elapsed
-            tracker.log(step, seconds, figures)
-            progress.update(task, completed=step, rate=f"{1 / elapsed:.2f}/s {memory_mb():.0f} MB")
-            if on_step is not None:
-                on_step(step, tracker)
-            if received:
-                raise Interrupted(received[0], save())
-            if step % config.checkpointing_steps == 0:
-                save()
-    save()
+        try:
+            while step < config.max_steps and (config.max_seconds is None or seconds < config.max_seconds):
+                started = time.perf_counter()
+                with distributed.guard(f"step {step}"):
+                    figures = one_step(step)
+                    step += 1
+                    now = seconds + time.perf_counter() - started
+                    signum, latest = distributed.max_over_processes([max(received, default=0), now], device)
+                    rate, seconds = 1 / (latest - seconds), latest
+                    tracker.log(step, seconds, _counted(figures, saver.failures))
+                    progress.update(task, completed=step, rate=f"{rate:.2f}/s {memory_mb():.0f} MB")
+                    if on_step is not None:
+                        on_step(step, tracker)
+                while tracker.faults:
+                    console.print(tracker.faults.pop(0))
+                if signum or step % config.checkpointing_steps == 0:
+                    saver.save(step, seconds, tracker.sums)
+                if signum:
+                    saver.stop(step, int(signum))
+            saver.save(step, seconds, tracker.sums)
+            saver.finish(step)
+            with distributed.guard("the end"):
+                (signum,) = distributed.max_over_processes([max(received, default=0)], device)
+            if signum:
+                saver.stop(step, int(signum))
+        except distributed.ProcessLost:
+            raise  # a checkpoint in flight needs the others as well
+        except BaseException:
+            saver.wait()
+            raise
     return step
 
 
-def _tracker(config: LoopConfig, step: int) -> Tracker:
-    return Tracker(config.title, config.folder, config.report_to, config.log_every, config.max_steps, step)
+def _check_belongs(config: LoopConfig, checkpoint: Checkpoint) -> None:
+    if checkpoint.state["fingerprint"] != config.fingerprint:
+        raise InputError(
+            f"{checkpoint.path}: was made by another configuration; take that one, or another output_dir"
+            " (batch sizes count over all processes)"
+        )
+    saved, now = checkpoint.state["identity"], dict(config.identity)
+    if differ := [key for key in saved | now if saved.get(key) != now.get(key)]:
+        raise InputError(
+            f"{checkpoint.path}: {', '.join(differ)} changed since; put back what it was, or take another output_dir"
+        )
+
+
+def _counted(figures: Figures, failures: int) -> Figures:
+    return {**figures, "failed_checkpoints": float(failures)} if failures else figures
+
+
+def _tracker(config: LoopConfig, step: int, sums: Mapping[str, list[float]] | None) -> Tracker:
+    return Tracker(
+        config.title,
+        config.folder,
+        config.report_to,
+        config.log_every,
+        config.max_steps,
+        step,
+        sums,
+        writes=distributed.is_main(),
+    )
 
 
 def memory_mb() -> float:

@@ -6,9 +6,9 @@ weights, the batch and the generators' states. `docs/METHOD.md` maps every equat
 
 Shapes: latents (B, T, C) packed tokens in fp32, sigma (B,) fp32 with 1 = noise and 0 = data.
 
-`shared_rng` serves the draws that decide how many forwards run (the exit step, the critic's kind of sample).
-Ranks that share sharded weights must run equally many, so on several processes give it the same state on
-every rank, and on a CPU generator, whose draws do not wait for the GPU; left out, `rng` serves.
+`rng` is a generator, or `routing.Draws` where several processes share a batch. Each then has its rows of it, and the
+loss and every figure are its share: their sums over the processes are those of the whole batch. What decides how many
+forwards run (the exit step, the critic's kind of sample) is drawn alike on all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from clora.config import ObjectiveConfig, ScheduleConfig
 from clora.errors import InputError
 from clora.flow import Velocity, add_noise, few_step_sigmas, shift_sigma
 from clora.losses import Figures, dmd_loss, flow_matching_loss
-from clora.routing import Stream
+from clora.routing import Draws, Rng, Stream, as_draws
 from clora.simulate import backward_simulate, target_simulate
 
 Loss = tuple[Tensor, Figures]
@@ -73,8 +73,7 @@ def total_loss(
     nets: Networks,
     batch: DistillBatch,
     cfg: DistillConfig,
-    rng: torch.Generator,
-    shared_rng: torch.Generator | None = None,
+    rng: Rng,
 ) -> Loss:
     """Eq. 9: the loss of one student step.
 
@@ -86,9 +85,9 @@ def total_loss(
     """
     if batch.stream == "general":  # teacher = the base, adapters off
         weight = cfg.objective.dmd_bs_weight
-        loss, figures = _weighted_sum(batch, (weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, shared_rng)))
+        loss, figures = _weighted_sum(batch, (weight, lambda: dmd_bs_loss(nets, batch, cfg, rng)))
     else:  # teacher = effect i
-        loss, figures = c2f_do_loss(nets, batch, cfg, rng, shared_rng)
+        loss, figures = c2f_do_loss(nets, batch, cfg, rng)
     return loss, {"total_loss": loss.detach(), **figures}
 
 
@@ -96,17 +95,18 @@ def c2f_do_loss(
     nets: Networks,
     batch: DistillBatch,
     cfg: DistillConfig,
-    rng: torch.Generator,
-    shared_rng: torch.Generator | None = None,
+    rng: Rng,
 ) -> Loss:
     """Eq. 8, with weights: TA-FM + DMD-TS + DMD-BS. A term of weight 0 is not computed."""
     objective = cfg.objective
-    sigma_dmd = draw_dmd_sigma(batch.batch_size, objective, rng)
+    draws = as_draws(rng, batch.batch_size)
+    sigma_all = draw_dmd_sigma(draws.rows.total, objective, draws.generator)
+    sigma_dmd = draws.own(sigma_all)
     return _weighted_sum(
         batch,
-        (objective.ta_fm_weight, lambda: ta_fm_loss(nets, batch, cfg, rng, sigma_dmd)),
+        (objective.ta_fm_weight, lambda: ta_fm_loss(nets, batch, cfg, rng, sigma_all)),
         (objective.dmd_ts_weight, lambda: dmd_ts_loss(nets, batch, cfg, rng)),
-        (objective.dmd_bs_weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, shared_rng, sigma_dmd)),
+        (objective.dmd_bs_weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, sigma_dmd)),
     )
 
 
@@ -114,25 +114,26 @@ def ta_fm_loss(
     nets: Networks,
     batch: DistillBatch,
     cfg: DistillConfig,
-    rng: torch.Generator,
+    rng: Rng,
     sigma_dmd: Tensor | None = None,
 ) -> Loss:
     """Eq. 6, trajectory anchoring: flow matching of the student on the teacher's images. 1 forward.
 
-    `sigma_dmd` (B,) is read only by `ta_fm_sigma: above_dmd`; None draws it anew.
+    `sigma_dmd`, of the whole batch, is read only by `ta_fm_sigma: above_dmd`; None draws it anew.
     """
     if batch.anchor_y is None:
         y, cond = _targets(batch, "TA-FM"), batch.student_cond
     else:
         y, cond = batch.anchor_y, batch.anchor_cond
-    sigma = draw_ta_fm_sigma(len(y), cfg, rng, sigma_dmd)
-    eps = _normal(y.shape, rng)
+    draws = as_draws(rng, len(y)).anchors()
+    sigma = draw_ta_fm_sigma(len(y), cfg, draws, sigma_dmd)
+    eps = _normal(y.shape, draws)
     v_student = nets.student(add_noise(y, eps, sigma), sigma, cond)
     loss, _ = flow_matching_loss(v_student, y, eps)
-    return loss, {"ta_fm_loss": loss.detach()}
+    return _own_share(loss, {"ta_fm_loss": loss.detach()}, draws)
 
 
-def dmd_ts_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, rng: torch.Generator) -> Loss:
+def dmd_ts_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, rng: Rng) -> Loss:
     """Eq. 7, target-simulated distribution matching. Student 1, critic 1, teacher 1 forward (2 guided)."""
     y = _targets(batch, "DMD-TS")
     sigma_gen = draw_ts_gen_sigma(len(y), cfg, rng)
@@ -145,8 +146,7 @@ def dmd_bs_loss(
     nets: Networks,
     batch: DistillBatch,
     cfg: DistillConfig,
-    rng: torch.Generator,
-    shared_rng: torch.Generator | None = None,
+    rng: Rng,
     sigma: Tensor | None = None,
 ) -> Loss:
     """Eq. 1, distribution matching of backward-simulated samples.
@@ -154,7 +154,7 @@ def dmd_bs_loss(
     Student k + 1 forwards for the drawn exit step k, critic 1, teacher 1 (2 guided). `sigma` (B,) is the
     critic's noise level; None draws it.
     """
-    x0_student = _backward_sample(nets, batch, cfg, rng, shared_rng)
+    x0_student = _backward_sample(nets, batch, cfg, rng)
     if sigma is None:
         sigma = draw_dmd_sigma(batch.batch_size, cfg.objective, rng)
     return _match_distributions("dmd_bs", x0_student, sigma, nets, batch, cfg, rng)
@@ -164,8 +164,7 @@ def critic_loss(
     nets: Networks,
     batch: DistillBatch,
     cfg: DistillConfig,
-    rng: torch.Generator,
-    shared_rng: torch.Generator | None = None,
+    rng: Rng,
 ) -> Loss:
     """The critic's update: flow matching (Eq. 2) on the student's samples, which carry no grad.
 
@@ -176,19 +175,20 @@ def critic_loss(
         The 0-d loss, and `{"critic_loss", "critic_on_target"}` (1 for an update on target-simulated samples).
     """
     objective = cfg.objective
-    on_target = batch.stream == "effect" and _chance(objective.critic_target_share, shared_rng or rng)
+    on_target = batch.stream == "effect" and _chance(objective.critic_target_share, rng)
     with torch.no_grad():
         if on_target:
             y = _targets(batch, "critic_target_share")
             sigma_gen = draw_ts_gen_sigma(len(y), cfg, rng)
             x0 = target_simulate(nets.student, y, batch.student_cond, sigma_gen, _normal(y.shape, rng))
         else:
-            x0 = _backward_sample(nets, batch, cfg, rng, shared_rng)
+            x0 = _backward_sample(nets, batch, cfg, rng)
     sigma = shift_sigma(_uniform(batch.batch_size, 0.0, 1.0, rng), objective.critic_sigma_shift)
     eps = _normal(x0.shape, rng)
     v_critic = nets.critic(add_noise(x0, eps, sigma), sigma, batch.student_cond)
     loss, _ = flow_matching_loss(v_critic, x0, eps)
-    return loss, {"critic_loss": loss.detach(), "critic_on_target": loss.new_tensor(float(on_target))}
+    figures = {"critic_loss": loss.detach(), "critic_on_target": loss.new_tensor(float(on_target))}
+    return _own_share(loss, figures, as_draws(rng, batch.batch_size))
 
 
 def ask_teacher(
@@ -208,49 +208,53 @@ def ask_teacher(
     return v_cond, v_uncond
 
 
-# Draws of sigma, one a sample: (n,) fp32 on rng's device.
+# Draws of sigma, one a sample: (n,) fp32 on rng's device. With `Draws`, n is what this process has of the batch.
 
 
-def draw_dmd_sigma(n: int, objective: ObjectiveConfig, rng: torch.Generator) -> Tensor:
+def draw_dmd_sigma(n: int, objective: ObjectiveConfig, rng: Rng) -> Tensor:
     """The critic's sigma of DMD-BS: uniform in [dmd_sigma_min, dmd_sigma_max), then shifted."""
     u = _uniform(n, objective.dmd_sigma_min, objective.dmd_sigma_max, rng)
     return shift_sigma(u, objective.dmd_sigma_shift)
 
 
-def draw_ts_critic_sigma(n: int, objective: ObjectiveConfig, rng: torch.Generator) -> Tensor:
+def draw_ts_critic_sigma(n: int, objective: ObjectiveConfig, rng: Rng) -> Tensor:
     """The critic's sigma of DMD-TS: uniform in [dmd_sigma_min, dmd_sigma_max) above tau_min, then shifted."""
     u = _uniform(n, max(objective.tau_min, objective.dmd_sigma_min), objective.dmd_sigma_max, rng)
     return shift_sigma(u, objective.ts_critic_shift)
 
 
-def draw_ts_gen_sigma(n: int, cfg: DistillConfig, rng: torch.Generator) -> Tensor:
+def draw_ts_gen_sigma(n: int, cfg: DistillConfig, rng: Rng) -> Tensor:
     """Target simulation's sigma below tau_max: uniform, or one of the sampler's steps there."""
     tau_max = cfg.objective.tau_max
     if cfg.objective.ts_sigma == "continuous":
         return _uniform(n, 0.0, tau_max, rng)
     sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
-    steps = sigmas[sigmas < tau_max].to(rng.device)
+    draws = as_draws(rng, n)
+    device = draws.generator.device
+    steps = sigmas[sigmas < tau_max].to(device)
     if len(steps) == 0:
         raise InputError(
             f"objective.tau_max is {tau_max:g}, below every step of the schedule, whose last is"
             f" {sigmas[-1]:.3g}: raise it, or set objective.ts_sigma to continuous"
         )
-    return steps[torch.randint(len(steps), (n,), generator=rng, device=rng.device)]
+    return steps[draws.own(torch.randint(len(steps), (draws.rows.total,), generator=draws.generator, device=device))]
 
 
-def draw_ta_fm_sigma(n: int, cfg: DistillConfig, rng: torch.Generator, sigma_dmd: Tensor | None = None) -> Tensor:
+def draw_ta_fm_sigma(n: int, cfg: DistillConfig, rng: Rng, sigma_dmd: Tensor | None = None) -> Tensor:
     """TA-FM's sigma: uniform in [0, 1), that shifted, or uniform above sigma_dmd and then shifted (authors).
 
-    When n is larger than the batch behind sigma_dmd, its values are repeated in order.
+    When there are more samples than in the batch behind sigma_dmd, its values are repeated in order.
     """
     law = cfg.objective.ta_fm_sigma
     if law == "uniform":
         return _uniform(n, 0.0, 1.0, rng)
     if law == "shifted":
         return shift_sigma(_uniform(n, 0.0, 1.0, rng), cfg.schedule.shift)
+    draws = as_draws(rng, n)
+    total = draws.rows.total
     if sigma_dmd is None:
-        sigma_dmd = draw_dmd_sigma(n, cfg.objective, rng)
-    floor = sigma_dmd.repeat(-(-n // len(sigma_dmd)))[:n]
+        sigma_dmd = draw_dmd_sigma(total, cfg.objective, draws.generator)
+    floor = draws.own(sigma_dmd.repeat(-(-total // len(sigma_dmd)))[:total])
     return shift_sigma(floor + (1.0 - floor) * _uniform(n, 0.0, 1.0, rng), cfg.schedule.shift)
 
 
@@ -261,7 +265,7 @@ def _match_distributions(
     nets: Networks,
     batch: DistillBatch,
     cfg: DistillConfig,
-    rng: torch.Generator,
+    rng: Rng,
 ) -> Loss:
     """Noise the student's sample, ask critic and teacher, and turn their difference into a loss."""
     objective = cfg.objective
@@ -274,19 +278,19 @@ def _match_distributions(
         guidance=objective.guidance, rescale=objective.guidance_rescale,
         norm=objective.dmd_norm, norm_floor=objective.dmd_norm_floor,
     )  # fmt: skip
-    return loss, {f"{name}_loss": loss.detach(), **{f"{name}_{key}": v for key, v in figures.items()}}
+    figures = {f"{name}_loss": loss.detach(), **{f"{name}_{key}": v for key, v in figures.items()}}
+    return _own_share(loss, figures, as_draws(rng, batch.batch_size))
 
 
 def _backward_sample(
     nets: Networks,
     batch: DistillBatch,
     cfg: DistillConfig,
-    rng: torch.Generator,
-    shared_rng: torch.Generator | None,
+    rng: Rng,
 ) -> Tensor:
     sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
-    exit_rng = shared_rng or rng
-    step = int(torch.randint(len(sigmas), (), generator=exit_rng, device=exit_rng.device))
+    generator = as_draws(rng, batch.batch_size).generator
+    step = int(torch.randint(len(sigmas), (), generator=generator, device=generator.device))
     shape = (batch.batch_size, *batch.latent_shape)
     x0, _ = backward_simulate(
         nets.student, batch.student_cond, _normal(shape, rng), step, sigmas, lambda _: _normal(shape, rng)
@@ -315,14 +319,25 @@ def _targets(batch: DistillBatch, what: str) -> Tensor:
     return batch.y
 
 
-def _normal(shape: Sequence[int], rng: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=rng, device=rng.device)
+def _own_share(loss: Tensor, figures: Figures, draws: Draws) -> Loss:
+    """A mean over this process's rows as its part of the whole batch's mean."""
+    share = draws.rows.share
+    return (loss, figures) if share == 1.0 else (loss * share, {name: v * share for name, v in figures.items()})
 
 
-def _uniform(n: int, low: float, high: float, rng: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(n, generator=rng, device=rng.device)
+def _normal(shape: Sequence[int], rng: Rng) -> Tensor:
+    draws = as_draws(rng, shape[0])
+    generator = draws.generator
+    return draws.own(torch.randn(draws.rows.total, *shape[1:], generator=generator, device=generator.device))
 
 
-def _chance(share: float, rng: torch.Generator) -> bool:
+def _uniform(n: int, low: float, high: float, rng: Rng) -> Tensor:
+    draws = as_draws(rng, n)
+    generator = draws.generator
+    return low + (high - low) * draws.own(torch.rand(draws.rows.total, generator=generator, device=generator.device))
+
+
+def _chance(share: float, rng: Rng) -> bool:
     # 0 and 1 draw nothing: a share that is off leaves the other draws as they were.
-    return share >= 1.0 or (share > 0.0 and bool(torch.rand((), generator=rng, device=rng.device) < share))
+    generator = as_draws(rng, 1).generator
+    return share >= 1.0 or (share > 0.0 and bool(torch.rand((), generator=generator, device=generator.device) < share))

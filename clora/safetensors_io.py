@@ -132,7 +132,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return digest.hexdigest()
 
 
@@ -211,7 +211,22 @@ def _view(data: bytearray, entry: TensorEntry) -> Tensor:
     return torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start).view(entry.shape)
 
 
-def _sync_folder(folder: Path) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all (temporary name, fsync, rename)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:

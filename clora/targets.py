@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from clora import distributed
 from clora.backbones.cond import Cond, cat_conds
 from clora.backbones.qwen_image import QwenImageBackbone
 from clora.data.cache import cache_key
@@ -63,18 +64,20 @@ def make_targets(
     """The effects' examples with `y` filled in: `targets.per_source` images each, one noise per image.
 
     Interrupted, it goes on where it was: every image is an entry of the cache, under a hash of the teacher's file, its
-    prompt, the source and the settings.
+    prompt, the source and the settings. Several processes share the work.
     """
     config, settings = workspace.config, workspace.config.targets
     todo = [e for examples in workspace.effects.values() for e in examples]
     keys = {id(e): _keys(workspace, e, teacher_hashes) for e in todo}
     missing = [e for e in todo if any(workspace.cache.read(key) is None for key in keys[id(e)])]
+    distributed.meet()  # before any process writes, so that all see the same missing
     velocity = guided_teacher_velocity(
         workspace.backbone, slots_for, settings.guidance, config.objective.guidance_rescale
     )
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("targets", total=len(missing) * settings.per_source)
-        for batch in in_batches(missing, batch_size):
+        batches = _own_batches(list(in_batches(missing, batch_size)), equally_many=config.train.shard_base)
+        task = progress.add_task("targets", total=sum(map(len, batches)) * settings.per_source)
+        for batch in batches:
             conds = (
                 collate(batch, "teacher", workspace.backbone.device),
                 collate(batch, "negative", workspace.backbone.device),
@@ -94,10 +97,19 @@ def make_targets(
                 for example, latents in zip(batch, y.cpu(), strict=True):
                     workspace.cache.write(keys[id(example)][draw], {"latents": latents.contiguous()})
                 progress.advance(task, len(batch))
+    distributed.meet()
     filled = {}
     for name, examples in workspace.effects.items():
         filled[name] = [replace(e, y=tuple(_read(workspace, key) for key in keys[id(e)])) for e in examples]
     return filled
+
+
+def _own_batches(batches: list[list[Example]], equally_many: bool) -> list[list[Example]]:
+    """This process's batches. Where the base is sharded all need equally many, and what lacks at the end is made
+    twice."""
+    rank, world = distributed.rank(), distributed.world()
+    end = -(-len(batches) // world) * world if equally_many else len(batches)
+    return [batches[index % len(batches)] for index in range(rank, end, world)]
 
 
 def _read(workspace: Workspace, key: str) -> Tensor:

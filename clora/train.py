@@ -5,13 +5,13 @@ Without effects the same job trains the acceleration LoRA: distribution matching
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from PIL import Image
 from rich.console import Console
 
+from clora import distributed
 from clora.base_dir import acceleration_lora
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.config import Config
@@ -22,11 +22,20 @@ from clora.evaluate.pictures import grid_image
 from clora.flow import few_step_sigmas
 from clora.loop import LoopConfig, run_loop
 from clora.lora_files import join_modules, read_lora, write_lora
+from clora.provenance import git_revision, hash_files, write_run
 from clora.sample import few_step_sample
 from clora.targets import make_targets, targets_from_pairs
 from clora.teachers import TeacherBank
 from clora.tracker import Tracker
-from clora.workspace import Workspace, averaged_weights, open_workspace, slot_to_cpu, trainable_group
+from clora.workspace import (
+    Workspace,
+    averaged_weights,
+    determinism,
+    open_workspace,
+    quiet_console,
+    slot_to_cpu,
+    trainable_group,
+)
 
 TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images
 
@@ -35,23 +44,26 @@ def train(config: Config, resume: str | None = None, console: Console | None = N
     """Distil; returns `output_dir/collection.safetensors` (`acceleration.safetensors` without effects).
 
     Checkpoints and `log.jsonl` lie under `output_dir/train`. Raises `InputErrors` for faults of the input,
-    `loop.NonFiniteError` and `loop.Interrupted` as `loop.run_loop` does.
+    `optimizer.NonFiniteError`, `loop.Interrupted`, `distributed.ProcessLost` and `OSError` as `loop.run_loop` does.
+    Under torchrun all processes train together, and the first one writes.
     """
-    console = console or Console(stderr=True)
-    workspace = open_workspace(config, console, max_pairs=config.targets.max_sources)
-    bank = open_bank(workspace)
-    if bank is not None:
-        workspace.effects = targets_of(workspace, bank, console)
-    return distil(workspace, bank, resume, console)
+    console = console or quiet_console()
+    with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
+        workspace = open_workspace(config, console, max_pairs=config.targets.max_sources)
+        bank = open_bank(workspace)
+        if bank is not None:
+            workspace.effects = targets_of(workspace, bank, console)
+        return distil(workspace, bank, resume, console)
 
 
 def make_caches(config: Config, console: Console | None = None) -> dict[str, int]:
     """Encode everything and make the targets, without training; returns how many examples there are of each."""
-    console = console or Console(stderr=True)
-    workspace = open_workspace(config, console, max_pairs=config.targets.max_sources)
-    bank = open_bank(workspace)
-    if bank is not None:
-        workspace.effects = targets_of(workspace, bank, console)
+    console = console or quiet_console()
+    with distributed.process_group(config.train.timeout_seconds):
+        workspace = open_workspace(config, console, max_pairs=config.targets.max_sources)
+        bank = open_bank(workspace)
+        if bank is not None:
+            workspace.effects = targets_of(workspace, bank, console)
     counts = {name: len(examples) for name, examples in workspace.effects.items()}
     return counts | {"general": len(workspace.general)}
 
@@ -81,16 +93,11 @@ def open_bank(workspace: Workspace) -> TeacherBank | None:
     )
 
 
-def file_hashes(files: dict[str, Path]) -> dict[str, str]:
-    """sha256 of each file."""
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-
-
 def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dict[str, list[Example]]:
     """The effects' examples with their y; a batch never needs more teachers than there are slots."""
     if workspace.config.targets.source == "pairs":
         return targets_from_pairs(workspace.effects)
-    hashes = file_hashes(teacher_files(workspace.config))
+    hashes = hash_files(teacher_files(workspace.config))
     batch = bank.capacity if workspace.config.effects else 1
     return make_targets(workspace, bank.slots_for, hashes, console, max(1, min(TARGET_BATCH, batch)))
 
@@ -103,23 +110,29 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
 
     def on_step(step: int, tracker: Tracker) -> None:
         if config.train.sample_steps and step % config.train.sample_steps == 0:
-            tracker.image("samples", sample_grid(workspace, distiller, step), step)
+            grid = sample_grid(workspace, distiller, step)
+            if grid is not None:
+                tracker.image("samples", grid, step)
 
+    identity = workspace.hashes | {f"teacher of {n}": h for n, h in hash_files(teacher_files(config)).items()}
+    write_run(config, "train", identity)
     loop = LoopConfig(
         title="train",
         max_steps=config.train.max_train_steps,
         folder=config.output_dir / "train",
         checkpointing_steps=config.train.checkpointing_steps,
-        fingerprint=config.fingerprint(),
+        fingerprint=config.fingerprint("train", distributed.world()),
         checkpoints_total_limit=config.train.checkpoints_total_limit,
         max_seconds=config.train.max_train_seconds,
         log_every=config.train.log_every,
         report_to=config.train.report_to,
         resume=resume,
+        identity=identity,
+        record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
     )
     run_loop(loop, groups, distiller.step, on_step, console)
     with averaged_weights(distiller.student):
-        return write_student(workspace)
+        return write_student(workspace)  # of several processes each has it all, and the first writes
 
 
 def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
@@ -171,9 +184,10 @@ def write_student(workspace: Workspace) -> Path:
         modules = join_modules(modules, slot_to_cpu(adapters, ACCELERATION))
     if not config.effects:
         path = config.output_dir / "acceleration.safetensors"
-        write_lora(path, modules, {"clora.role": "acceleration"})
+        if distributed.is_main():
+            write_lora(path, modules, {"clora.role": "acceleration"})
         return path
-    hashes = file_hashes(teacher_files(config))
+    hashes = hash_files(teacher_files(config))
     entries = [
         CatalogueEntry(
             name=name,
@@ -185,13 +199,17 @@ def write_student(workspace: Workspace) -> Path:
     ]
     schedule = CatalogueSchedule(num_steps=config.schedule.num_steps, shift=config.schedule.shift)
     path = config.output_dir / "collection.safetensors"
-    write_collection(path, modules, Catalogue(base=config.base.model, schedule=schedule, effects=entries))
+    if distributed.is_main():
+        write_collection(path, modules, Catalogue(base=config.base.model, schedule=schedule, effects=entries))
     return path
 
 
 @torch.no_grad()
-def sample_grid(workspace: Workspace, distiller: Distiller, step: int, most: int = 8) -> Image.Image:
-    """Source, teacher's and student's image, after `step` updates, of the first example of up to `most` effects."""
+def sample_grid(workspace: Workspace, distiller: Distiller, step: int, most: int = 8) -> Image.Image | None:
+    """Source, teacher's and student's image, after `step` updates, of the first example of up to `most` effects.
+
+    All processes sample (the base may be sharded); the first one, which has the decoder, gets the picture.
+    """
     config, backbone = workspace.config, workspace.backbone
     pools = list(workspace.effects.values()) or [workspace.general]
     picked = [pool[0] for pool in pools[:most] if pool[0].sizes == pools[0][0].sizes]
@@ -208,6 +226,8 @@ def sample_grid(workspace: Workspace, distiller: Distiller, step: int, most: int
             [0] * len(picked),
             backbone.device,
         )
+    if not distributed.is_main():
+        return None
     columns = ["source", "teacher", "student"] if picked[0].y else ["source", "student"]
     rows = []
     for example, student in zip(picked, backbone.decode(x0, picked[0].grid), strict=True):

@@ -1,12 +1,14 @@
 """What every training job starts from: the base with its adapters, and all data encoded.
 
 Opening a workspace loads the base once, encodes pairs and prompts through the cache, and frees the encoders that are
-no longer needed. Nothing in here learns.
+no longer needed. Nothing in here learns. Of several processes the first encodes; the others have no encoders and read
+the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from clora import distributed
+from clora.backbones.loading import COMPONENTS
 from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
 from clora.base_dir import general_data, resolve_base
 from clora.config import Config, EffectConfig
@@ -23,10 +27,11 @@ from clora.data.cache import TensorCache
 from clora.data.examples import Example, ExampleEncoder
 from clora.data.pairs import Pair, read_pairs
 from clora.errors import InputError, InputErrors, raise_faults
-from clora.loop import Group
 from clora.lora import Adapters
 from clora.lora_files import LoraModule
+from clora.optimizer import Group
 from clora.prompts import EffectPrompt, effect_prompts
+from clora.provenance import hash_pairs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -44,6 +49,29 @@ class Workspace:
     prompts: dict[str, EffectPrompt]
     effects: dict[str, list[Example]]
     general: list[Example]
+    hashes: dict[str, str]  # sha256 of the base and of each dataset
+
+
+def quiet_console() -> Console:
+    """Progress on stderr, of the first process alone."""
+    return Console(stderr=True, quiet=not distributed.is_main())
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Inside, every operation gives the same bits each time or raises; nothing changes when not `wanted`."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def pick_device() -> torch.device:
@@ -76,7 +104,15 @@ def open_workspace(
     """
     device = pick_device()
     dtype = base_dtype(config.base.dtype, device)
-    backbone = load_backbone(config.base.model, device, dtype, revision=config.base.revision)
+    shards = config.train.shard_base and distributed.world() > 1
+    backbone = load_backbone(
+        config.base.model,
+        device,
+        dtype,
+        COMPONENTS if distributed.is_main() else ("transformer",),
+        config.base.revision,
+        transformer_device="cpu" if shards else None,
+    )
     if device.type == "cpu" and dtype == torch.bfloat16:
         backbone.use_plain_attention()  # 0.7 of the fused kernel's time, forward and backward (bench.tiny_step)
     identity = base_identity(config.base.model, config.base.revision)
@@ -86,12 +122,20 @@ def open_workspace(
     jobs = _effect_jobs(config, prompts, max_pairs)
     if general:
         jobs += _general_jobs(config)
-    examples = _encode_all(encoder, jobs, console)
+    examples = _encode_all(encoder, jobs, console) if distributed.is_main() else []
+    distributed.meet()
+    if not distributed.is_main():
+        examples = _encode_all(encoder, jobs, console)
     if not keep_encoders:
         backbone.free_encoders()
     adapters = backbone.add_adapters(config.student.targets)
     backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
+    if shards:
+        whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks))
+        console.print(
+            f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world()} processes"
+        )
     return Workspace(
         config,
         backbone,
@@ -102,6 +146,7 @@ def open_workspace(
         prompts,
         {effect.name: [e for e in examples if e.effect == effect.name] for effect in config.effects},
         [e for e in examples if e.effect is None],
+        {"base": identity, **_data_hashes(jobs)},
     )
 
 
@@ -153,6 +198,13 @@ def _general_jobs(config: Config) -> list[Job]:
         (pair, None, {"student": pair.prompt or "", "teacher": pair.prompt or "", "negative": negative})
         for pair in pairs
     ]
+
+
+def _data_hashes(jobs: Sequence[Job]) -> dict[str, str]:
+    pairs: dict[str, list[Pair]] = {}
+    for pair, effect, _ in jobs:
+        pairs.setdefault("general data" if effect is None else f"pairs of {effect}", []).append(pair)
+    return {name: hash_pairs(found) for name, found in pairs.items()}
 
 
 def _encode_all(encoder: ExampleEncoder, jobs: Sequence[Job], console: Console) -> list[Example]:

@@ -21,8 +21,9 @@ from clora.backbones.loading import linear_shapes
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.config import Config, load_config
 from clora.errors import InputErrors
-from clora.loop import Interrupted, NonFiniteError
+from clora.loop import Interrupted
 from clora.lora_files import LoraModule, read_lora, write_lora
+from clora.optimizer import NonFiniteError
 
 COMMANDS = ["demo", "validate", "prompts", "cache", "teach", "train", "edit", "eval", "inspect", "convert"]
 

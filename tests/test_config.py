@@ -382,6 +382,11 @@ def test_fingerprint_feels_what_changes_a_step_and_nothing_else(tmp_path: Path) 
     )
     prints = {load_config(path, [override]).fingerprint() for override in felt}
     assert len(prints) == len(felt) and plain not in prints
+    # Two processes with half the batch each are one with the whole; the sizes of another job do not count.
+    for job, key, unread in (("train", "train", "teach"), ("teach", "teach", "train"), ("joint", "train", "teach")):
+        whole = load_config(path, [f"{key}.batch_size=4"]).fingerprint(job)
+        halves = load_config(path, [f"{key}.batch_size=2", f"{unread}.batch_size=3"])
+        assert halves.fingerprint(job, 2) == whole != halves.fingerprint(job)
     # Where the learning rate depends on the length of the run, the length counts.
     cosine = ["train.lr_scheduler=cosine"]
     longer = load_config(path, [*cosine, "train.max_train_steps=9000"]).fingerprint()

@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "__main__ cli",
     "train teach demo evaluate edit editor validate export serve",
-    "distill sample baselines targets workspace loop tracker",
+    "distill sample baselines targets workspace loop optimizer tracker provenance",
     "objective",
     "losses simulate teachers routing",
     "backbones data checkpoint tiny",
     "flow prompts prompt_rewriting catalogue config config_schema base_dir lora slots lora_files lora_alpha lora_keys "
-    "safetensors_io text_files errors",
+    "safetensors_io text_files distributed errors",
     "kernels _C",
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer.split()}

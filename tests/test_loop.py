@@ -12,21 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from clora.errors import InputError
-from clora.loop import (
-    Group,
-    Interrupted,
-    LoopConfig,
-    NonFiniteError,
-    apply_gradients,
-    lr_factor,
-    run_loop,
-)
+from clora.loop import Interrupted, LoopConfig, lr_factor, run_loop
+from clora.optimizer import Group, NonFiniteError, apply_gradients
 from clora.routing import step_generator
 from clora.tracker import read_log
 
 
 def make_group(**options: float) -> Group:
     return Group({"w": nn.Parameter(torch.linspace(-1, 1, 5))}, learning_rate=0.05, **options)  # type: ignore[arg-type]
+
+
+def set_gradient(group: Group, grad: Tensor) -> None:
+    (group.parameters["w"] * grad).sum().backward()
 
 
 def config(folder: Path, steps: int, resume: str | None = None, **options: object) -> LoopConfig:
@@ -56,7 +53,7 @@ def test_run_loop_resumes_bitwise_equal(tmp_path: Path) -> None:
     assert stopped.value.code == 128 + signal.SIGTERM
     resumed = run(tmp_path / "split", 10, resume="latest")
     assert torch.equal(whole.parameters["w"], resumed.parameters["w"])
-    assert torch.equal(whole.ema["w"], resumed.ema["w"])
+    assert all(torch.equal(whole.state[kind], resumed.state[kind]) for kind in ("ema", "exp_avg", "exp_avg_sq"))
     losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("whole", "split")]
     assert losses[0] == losses[1] and len(losses[0]) == 10
 
@@ -76,20 +73,21 @@ def test_run_loop_stops_after_max_seconds(tmp_path: Path) -> None:
 def test_apply_gradients_leaves_everything_when_not_finite(bad: float) -> None:
     group = make_group()
     before = group.parameters["w"].detach().clone()
-    group.parameters["w"].grad = torch.tensor([1.0, bad, 0.0, 0.0, 0.0])
+    set_gradient(group, torch.tensor([1.0, bad, 0.0, 0.0, 0.0]))
     with pytest.raises(NonFiniteError, match="step 3"):
         apply_gradients(group, 1.0, "step 3 (student)")
     assert torch.equal(group.parameters["w"], before)
-    assert not group.optimizer.state and group.updates == 0
+    assert not group.state["exp_avg"].any() and not group.state["exp_avg_sq"].any()
+    assert group.updates == 0 and group.steps == {"w": 0} and group.gradient("w") is None
 
 
 def test_apply_gradients_clips_each_slot_by_its_own_norm() -> None:
     def update(grads: Tensor, per_slot: bool) -> Tensor:
         group = Group({"w": nn.Parameter(torch.zeros(2, 3))}, 1.0, max_grad_norm=1.0)
         group.per_slot = per_slot
-        group.parameters["w"].grad = grads.clone()
+        set_gradient(group, grads)
         recorded: list[Tensor] = []
-        group.optimizer.step = lambda: recorded.append(group.parameters["w"].grad.clone())  # type: ignore
+        group.optimizer.step = lambda: recorded.append(group.gradient("w").clone())  # type: ignore
         apply_gradients(group, 1.0, "here")
         return recorded[0]
 
@@ -101,14 +99,14 @@ def test_apply_gradients_clips_each_slot_by_its_own_norm() -> None:
 
 def test_ema_matches_the_closed_form() -> None:
     group = make_group(ema_decay=0.5, ema_start=2)
-    expected = group.ema["w"].clone()
+    expected = group.averaged()["w"].clone()
     for update in range(1, 8):
-        group.parameters["w"].grad = torch.ones(5)
+        set_gradient(group, torch.ones(5))
         apply_gradients(group, 1.0, "")
         since = update - 2
         decay = 0.0 if since <= 0 else min(0.5, since / (since + 10))
         expected = decay * expected + (1 - decay) * group.parameters["w"].detach()
-    torch.testing.assert_close(group.ema["w"], expected)
+    torch.testing.assert_close(group.averaged()["w"], expected)
 
 
 def test_lr_factor_closed_forms() -> None:

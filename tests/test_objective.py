@@ -32,6 +32,7 @@ from clora.objective import (
     ta_fm_loss,
     total_loss,
 )
+from clora.routing import Draws, Rows, split_rows
 from tests.mixture_world import (
     EFFECTS,
     NUM_EFFECTS,
@@ -448,21 +449,55 @@ def test_objectives_figures_are_detached_scalars() -> None:
         assert all(v.ndim == 0 and not v.requires_grad and v.isfinite() for v in figures.values())
 
 
-def test_shared_rng_gives_every_rank_the_same_number_of_forwards() -> None:
-    cfg = config(critic_target_share=0.5)
-    batch = make_batch(make_effect_cond(4, rng()))
+def rows_of(cond: WorldCond, rows: Rows) -> WorldCond:
+    kept = slice(rows.start, rows.stop)
+    return WorldCond(cond.source[kept], cond.instruction[kept], cond.effects[kept])
 
-    def forwards(objective: Any, shared: bool, shared_seed: int = 0) -> list[tuple[int, int, int]]:
-        seen = []
-        for rank in range(6):
-            nets = make_nets()
-            objective(nets, batch, cfg, rng(rank), rng(shared_seed) if shared else None)
-            seen.append(counts(nets))
-        return seen
 
+def part_of(
+    whole: DistillBatch, cond: WorldCond, anchor_cond: WorldCond, rows: Rows, anchor_rows: Rows
+) -> DistillBatch:
+    """The rows of one process of a batch with anchors."""
+    assert whole.y is not None and whole.anchor_y is not None
+    return make_batch(
+        rows_of(cond, rows),
+        y=whole.y[rows.start : rows.stop],
+        anchor_y=whole.anchor_y[anchor_rows.start : anchor_rows.stop],
+        anchor_cond=rows_of(anchor_cond, anchor_rows),
+    )
+
+
+@pytest.mark.parametrize("law", ["uniform", "above_dmd"])
+@pytest.mark.parametrize("ts_sigma", ["schedule", "continuous"])
+@pytest.mark.parametrize("world", [2, 3, 7])  # 5 samples and 8 anchors: uneven, and with 7 some have no sample
+def test_objectives_of_all_processes_sum_to_the_whole_batch(world: int, ts_sigma: str, law: str) -> None:
+    """Loss, figures and gradient; and every process runs the same forwards."""
+    cfg = config(ts_sigma=ts_sigma, ta_fm_sigma=law, critic_target_share=0.5, tau_max=0.9)
+    cond, anchor_cond = make_effect_cond(5, rng(1)), make_effect_cond(8, rng(2))
+    anchor_y = effect_mixture(anchor_cond).sample(rng(3))
+    whole = make_batch(cond, anchor_y=anchor_y, anchor_cond=anchor_cond)
     for objective in (total_loss, critic_loss):
-        assert all(len(set(forwards(objective, True, seed))) == 1 for seed in range(8))
-        assert len(set(forwards(objective, shared=False))) > 1
+        for seed in range(4):
+            nets = make_nets()
+            loss, figures = objective(nets, whole, cfg, rng(seed))
+            loss.backward()
+            sums, gradient, seen = Counter[str](), 0.0, set()
+            for rank in range(world):
+                rows, anchor_rows = split_rows(5, rank, world), split_rows(8, rank, world)
+                batch = part_of(whole, cond, anchor_cond, rows, anchor_rows)
+                own = make_nets()
+                own_loss, own_figures = objective(own, batch, cfg, Draws(rng(seed), rows, anchor_rows))
+                own_loss.backward()
+                sums.update(
+                    {name: float(value) for name, value in own_figures.items()} | {"loss": float(own_loss.detach())}
+                )
+                gradient += sum(float(net.gain.grad) for net in (own.student, own.critic) if net.gain.grad is not None)
+                seen.add(counts(own))
+            expected = {name: float(value) for name, value in figures.items()} | {"loss": float(loss)}
+            assert dict(sums) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            trained = nets.student if objective is total_loss else nets.critic
+            assert gradient == pytest.approx(float(trained.gain.grad), rel=1e-4, abs=1e-6)
+            assert seen == {counts(nets)}
 
 
 def test_ta_fm_loss_takes_the_anchor_batch_when_there_is_one() -> None:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
-import clora.loop as loop
+import clora.optimizer as optimizer
 import clora.train
 from clora.catalogue import read_catalogue
-from clora.config import Config, build_config
+from clora.config import Config
 from clora.config_schema import TrainConfig
 from clora.distill import student_lr_factor
 from clora.errors import InputError, InputErrors
@@ -27,67 +26,12 @@ from clora.teach import teach
 from clora.tracker import read_log
 from clora.train import acceleration_of, make_caches, open_bank, train
 from clora.workspace import base_dtype, open_workspace
-
-NAMES = ("warm", "cold")
+from tests.small_job import NAMES, make_config, write_dataset
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pairs of each of two effects (a tint each) and three general images with instructions."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, channel in zip(NAMES, (0, 2), strict=True):
-        for side in ("source", "target"):
-            (folder / name / side).mkdir(parents=True)
-        for i in range(3):
-            pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / "source" / f"{i}.png")
-            pixels[..., channel] = 255
-            Image.fromarray(pixels).save(folder / name / "target" / f"{i}.png")
-    (folder / "general").mkdir()
-    rows = []
-    for i in range(3):
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / "general" / f"{i}.png")
-        rows.append({"source_images": [f"{i}.png"], "prompt": f"paint it {i}"})
-    (folder / "general" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def make_config(base: Path, dataset: Path, out: Path, *overrides: str, effects: bool = True) -> Config:
-    values: dict[str, Any] = {
-        "preset": "tiny",
-        "base": {"model": str(base), "dtype": "float32"},
-        "output_dir": str(out),
-        "effects": [
-            {
-                "name": name,
-                "prompt": "change the color",
-                "student_prompt": f"make it {name}",
-                "pairs": str(dataset / name),
-            }
-            for name in NAMES
-        ]
-        if effects
-        else [],
-        "general": {"pairs": str(dataset / "general")},
-        "student": {"rank": 4, "alpha": 4, "acceleration": None},
-        "teach": {"max_train_steps": 4, "batch_size": 2, "rank": 2, "alpha": 2, "lr_warmup_steps": 0},
-        "targets": {"source": "teachers", "num_steps": 2},
-        "schedule": {"num_steps": 3},
-        "train": {
-            "max_train_steps": 6,
-            "coarse_steps": 2,
-            "critic_updates": 2,
-            "batch_size": 2,
-            "anchor_batch_size": 3,
-            "lr_warmup_steps": 1,
-            "ema_start": 0,
-            "checkpointing_steps": 2,
-            "log_every": 1,
-            "sample_steps": 3,
-        },
-    }
-    return build_config(values, out.parent, overrides)
+    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +74,7 @@ def test_train_writes_a_collection_and_resumes_bitwise_equal(
     assert (tmp_path / "whole" / "train" / "samples" / "samples-000003.png").exists()
 
     # Killed after the fourth step without a chance to save: the checkpoint of step 4 is the newest.
-    apply, calls = loop.apply_gradients, iter(range(1000))
+    apply, calls = optimizer.apply_gradients, iter(range(1000))
 
     def die(*arguments: Any) -> float:
         if next(calls) == 2 + 2 * 3 + 1:
@@ -211,7 +155,7 @@ def test_train_stops_at_a_loss_that_is_not_finite_and_names_the_samples(
         return made
 
     monkeypatch.setattr(clora.train, "targets_of", poisoned)
-    with pytest.raises(loop.NonFiniteError, match=r"step 0 \(student, effect stream: cold on \d\.png.*, warm on"):
+    with pytest.raises(optimizer.NonFiniteError, match=r"step 0 \(student, effect stream: cold on \d\.png.*, warm on"):
         train(config.model_copy(update={"effects": effects}))
     assert not (tmp_path / "run" / "collection.safetensors").exists()
 

@@ -302,8 +302,11 @@ def load_backbone(
     dtype: torch.dtype = torch.bfloat16,
     components: Sequence[str] = COMPONENTS,
     revision: str | None = None,
+    transformer_device: torch.device | str | None = None,
 ) -> QwenImageBackbone:
     """Load a base model (see `resolve_base`), frozen and in eval mode, with only the `components` asked for.
+
+    The transformer may be left on another device, to be moved to `device` later.
 
     Tokenizer, processor and the VAE's configuration always come along, so that prompts can be counted and
     sizes computed without any weights. Raises `InputError` for a folder or hub id that holds no
@@ -323,7 +326,8 @@ def load_backbone(
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"base {base}: cannot be loaded ({reason}); check the folder or hub id") from error
     for name in components:
-        getattr(pipeline, name).to(device)
+        elsewhere = transformer_device is not None and name == "transformer"
+        getattr(pipeline, name).to(transformer_device if elsewhere else device)
     return QwenImageBackbone(str(base), pipeline, read_sizes(path), device, dtype)
 
 

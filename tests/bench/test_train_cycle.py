@@ -15,6 +15,7 @@ from bench.train_cycle import flops, matmul_ceiling, row, time_cycles
 from clora.distill import Distiller
 from clora.flow import few_step_sigmas, shift_sigma
 from clora.objective import DistillBatch, critic_loss, total_loss
+from clora.optimizer import Group
 from clora.routing import Stream
 
 SMALL = replace(narrow(SIZES["tiny"]), grid=(2, 2), text_tokens=3)
@@ -99,16 +100,20 @@ class Replay:
         return CriticDraws(self.rollout(), self.noise(shift_sigma(self.uniform(), 3.0)))
 
 
-def assert_same_gradients(group: dict[str, torch.nn.Parameter], model: torch.nn.Module) -> None:
-    """clora's stacked adapter of one slot against PEFT's."""
-    for name, parameter in group.items():
+def assert_same_gradients(group: Group, model: torch.nn.Module) -> None:
+    """clora's stacked adapter of one slot against PEFT's; forgets the former."""
+    largest = 0.0
+    for name in group.parameters:
         module, _, part = name.split(".", 1)[1].rpartition(".")
         theirs = getattr(model.get_submodule(module), f"lora_{part}")["default"].weight.grad
-        assert (parameter.grad is None) == (theirs is None)
-        if parameter.grad is None:  # the last block's text ends nowhere
+        grad = group.gradient(name)
+        assert (grad is None) == (theirs is None)
+        if grad is None:  # the last block's text ends nowhere
             continue
-        torch.testing.assert_close(parameter.grad[0], theirs, rtol=1e-3, atol=1e-6)
-    assert any(parameter.grad.abs().max() > 1e-4 for parameter in group.values() if parameter.grad is not None)
+        torch.testing.assert_close(grad[0], theirs, rtol=1e-3, atol=1e-6)
+        largest = max(largest, float(grad.abs().max()))
+    assert largest > 1e-4
+    group.forget_gradients()
 
 
 @pytest.mark.parametrize("stream", ["effect", "general"])
@@ -116,7 +121,7 @@ def test_generator_losses_agree(both: tuple[Distiller, AuthorsSchedule], stream:
     ours, authors = both
     effects = set()
     for step in first_steps(ours, stream):
-        batch = ours.batch(step, stream, "student")
+        batch, _ = ours.batch(step, stream, "student")
         effects.add(batch.teacher_cond.effects[0])
         loss, figures = total_loss(ours.networks(step), batch, ours.config, torch.Generator().manual_seed(step))
         draws = getattr(Replay(batch, step), stream)()
@@ -126,8 +131,7 @@ def test_generator_losses_agree(both: tuple[Distiller, AuthorsSchedule], stream:
             torch.testing.assert_close(figures[f"{name}_loss"], terms[name].detach(), rtol=1e-4, atol=1e-6)
         loss.backward()
         their_loss.backward()
-        assert_same_gradients(ours.student.parameters, authors.student)
-        ours.student.optimizer.zero_grad()
+        assert_same_gradients(ours.student, authors.student)
         authors.student.zero_grad()
     assert len(effects) == (2 if stream == "effect" else 1)  # the teacher was switched
 
@@ -135,14 +139,13 @@ def test_generator_losses_agree(both: tuple[Distiller, AuthorsSchedule], stream:
 def test_critic_losses_agree(both: tuple[Distiller, AuthorsSchedule]) -> None:
     ours, authors = both
     for step in first_steps(ours, "effect"):
-        batch = ours.batch(step, "effect", "critic")
+        batch, _ = ours.batch(step, "effect", "critic")
         loss, _ = critic_loss(ours.networks(step), batch, ours.config, torch.Generator().manual_seed(step))
         their_loss = authors.critic_loss(batch, Replay(batch, step).critic())
         torch.testing.assert_close(loss, their_loss, rtol=1e-4, atol=1e-6)
         loss.backward()
         their_loss.backward()
-        assert_same_gradients(ours.critic.parameters, authors.critic)
-        ours.critic.optimizer.zero_grad()
+        assert_same_gradients(ours.critic, authors.critic)
         authors.critic.zero_grad()
 
 
@@ -150,7 +153,7 @@ def test_generator_update_moves_the_students_adapter_alone(both: tuple[Distiller
     ours, authors = both
     models = {"student": authors.student, "critic": authors.critic}
     before = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
-    batch = ours.batch(first_steps(ours, "effect")[0], "effect", "student")
+    batch, _ = ours.batch(first_steps(ours, "effect")[0], "effect", "student")
     shape = (batch.batch_size, *batch.latent_shape)
     authors.generator_update(batch, draw_generator(shape, torch.Generator().manual_seed(0)))
     moved = {
