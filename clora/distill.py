@@ -24,7 +24,7 @@ from clora.config_schema import TrainConfig
 from clora.data.examples import Example, collate
 from clora.errors import InputError
 from clora.loop import lr_factor
-from clora.objective import DistillBatch, Networks, critic_loss, ta_fm_loss, total_loss
+from clora.objective import Backward, DistillBatch, Networks, critic_loss, ta_fm_loss, total_loss
 from clora.optimizer import Group, apply_gradients, check_finite
 from clora.routing import Draws, Rows, Stream, draw_effects, draw_stream, split_rows, step_generator
 from clora.slots import Slot
@@ -33,7 +33,9 @@ from clora.teachers import TeacherBank
 # The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one.
 STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
 Role = Literal["coarse", "student", "anchor", "critic"]
-LossOf = Callable[[int, int], tuple[Tensor, dict[str, Tensor], DistillBatch]]
+# From the number of a batch and of all batches of an update to the figures, gradients taken by the third argument.
+BackwardOf = Callable[[DistillBatch], Backward]
+LossOf = Callable[[int, int, BackwardOf], dict[str, Tensor]]
 BatchRows = tuple[Rows, Rows | None]  # of the batch, of the anchors where there are any
 
 
@@ -159,10 +161,12 @@ class Distiller:
     def coarse_step(self, step: int) -> dict[str, Tensor]:
         """The coarse stage: TA-FM alone (Eq. 6), on effect batches; no critic, no teacher."""
 
-        def loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
+        def loss_of(part: int, parts: int, backward_of: BackwardOf) -> dict[str, Tensor]:
             batch, rows = self.batch(step, "effect", "coarse", part, parts)
             rng = Draws(step_generator(self.config.seed, step, f"coarse/{part}", self.backbone.device), *rows)
-            return *ta_fm_loss(self.networks(step), batch, self.config, rng), batch
+            loss, figures = ta_fm_loss(self.networks(step), batch, self.config, rng)
+            backward_of(batch)(loss)
+            return figures
 
         return self._update(self.student, loss_of, step)
 
@@ -172,18 +176,20 @@ class Distiller:
         figures: dict[str, Tensor] = {}
         for k in range(updates):
 
-            def critic_loss_of(part: int, parts: int, k: int = k) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
+            def critic_loss_of(part: int, parts: int, backward_of: BackwardOf, k: int = k) -> dict[str, Tensor]:
                 # Each critic update sees samples of its own; none of them is a step of the student.
                 batch, rows = self.batch(step, stream, "critic", k * parts + part, updates * parts)
                 rng = Draws(step_generator(self.config.seed, step, f"critic/{k}/{part}", self.backbone.device), *rows)
-                return *critic_loss(nets, batch, self.config, rng), batch
+                loss, figures = critic_loss(nets, batch, self.config, rng)
+                backward_of(batch)(loss)
+                return figures
 
             figures |= self._update(self.critic, critic_loss_of, step)
 
-        def student_loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
+        def student_loss_of(part: int, parts: int, backward_of: BackwardOf) -> dict[str, Tensor]:
             batch, rows = self.batch(step, stream, "student", part, parts)
             rng = Draws(step_generator(self.config.seed, step, f"student/{part}", self.backbone.device), *rows)
-            return *total_loss(nets, batch, self.config, rng), batch
+            return total_loss(nets, batch, self.config, rng, backward_of(batch))[1]
 
         student_figures = self._update(self.student, student_loss_of, step)
         return figures | {f"{stream}/{name}": value for name, value in student_figures.items()}
@@ -207,11 +213,14 @@ class Distiller:
         parts = self.config.train.gradient_accumulation_steps
         where = ""
         figures: dict[str, Tensor] = {}
-        for part in range(parts):
-            loss, figures, batch = loss_of(part, parts)
+
+        def backward_of(batch: DistillBatch) -> Backward:
+            nonlocal where
             where = f"step {step} ({name}, {batch.stream} stream: {', '.join(sorted(batch.samples))})"
-            check_finite(loss, where)
-            (loss / parts).backward()
+            return lambda loss: (check_finite(loss, where) / parts).backward()
+
+        for part in range(parts):
+            figures = loss_of(part, parts, backward_of)
         train, coarse = self.config.train, self.coarse_steps
         if group is self.student:
             factor = student_lr_factor(train, coarse, step)

@@ -28,6 +28,7 @@ from clora.routing import Draws, Rng, Stream, as_draws
 from clora.simulate import backward_simulate, target_simulate
 
 Loss = tuple[Tensor, Figures]
+Backward = Callable[[Tensor], None]
 
 
 class DistillConfig(Protocol):
@@ -74,8 +75,12 @@ def total_loss(
     batch: DistillBatch,
     cfg: DistillConfig,
     rng: Rng,
+    backward: Backward | None = None,
 ) -> Loss:
     """Eq. 9: the loss of one student step.
+
+    `backward` is called with each weighted term as soon as it is there, so that only one term's graph is in memory
+    at a time; the loss returned is then without grad.
 
     Returns:
         The 0-d loss, and detached 0-d figures: `total_loss` and those of each term that ran.
@@ -85,9 +90,9 @@ def total_loss(
     """
     if batch.stream == "general":  # teacher = the base, adapters off
         weight = cfg.objective.dmd_bs_weight
-        loss, figures = _weighted_sum(batch, (weight, lambda: dmd_bs_loss(nets, batch, cfg, rng)))
+        loss, figures = _weighted_sum(batch, backward, (weight, lambda: dmd_bs_loss(nets, batch, cfg, rng)))
     else:  # teacher = effect i
-        loss, figures = c2f_do_loss(nets, batch, cfg, rng)
+        loss, figures = c2f_do_loss(nets, batch, cfg, rng, backward)
     return loss, {"total_loss": loss.detach(), **figures}
 
 
@@ -96,14 +101,16 @@ def c2f_do_loss(
     batch: DistillBatch,
     cfg: DistillConfig,
     rng: Rng,
+    backward: Backward | None = None,
 ) -> Loss:
-    """Eq. 8, with weights: TA-FM + DMD-TS + DMD-BS. A term of weight 0 is not computed."""
+    """Eq. 8, with weights: TA-FM + DMD-TS + DMD-BS. A term of weight 0 is not computed. `backward` as in `total_loss`."""
     objective = cfg.objective
     draws = as_draws(rng, batch.batch_size)
     sigma_all = draw_dmd_sigma(draws.rows.total, objective, draws.generator)
     sigma_dmd = draws.own(sigma_all)
     return _weighted_sum(
         batch,
+        backward,
         (objective.ta_fm_weight, lambda: ta_fm_loss(nets, batch, cfg, rng, sigma_all)),
         (objective.dmd_ts_weight, lambda: dmd_ts_loss(nets, batch, cfg, rng)),
         (objective.dmd_bs_weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, sigma_dmd)),
@@ -298,13 +305,17 @@ def _backward_sample(
     return x0
 
 
-def _weighted_sum(batch: DistillBatch, *terms: tuple[float, Callable[[], Loss]]) -> Loss:
+def _weighted_sum(batch: DistillBatch, backward: Backward | None, *terms: tuple[float, Callable[[], Loss]]) -> Loss:
     losses, figures = [], {}
     for weight, term in terms:
         if weight != 0:
             loss, figures_of_term = term()
             losses.append(weight * loss)
             figures.update(figures_of_term)
+            if backward is not None:
+                backward(losses[-1])
+                del loss
+                losses[-1] = losses[-1].detach()
     if not losses:
         raise InputError(
             f"objective: step {batch.step} is of the {batch.stream} stream, whose weights are all 0: raise"

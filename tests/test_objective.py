@@ -411,6 +411,30 @@ def test_losses_on_targets_refuse_a_batch_without_them(loss: Any) -> None:
 # Sums, figures, randomness.
 
 
+@pytest.mark.parametrize("stream", ["effect", "general"])
+def test_total_loss_hands_each_term_to_backward_before_the_next_is_computed(stream: str) -> None:
+    batch = make_batch(make_effect_cond(8, rng()) if stream == "effect" else make_cond(8, rng()))
+    points = torch.randn(8, 1, 2, generator=rng(3))
+
+    def student(scale: Tensor) -> Any:
+        return lambda x, sigma, cond: base_velocity(x, sigma, cond) * scale + points
+
+    scales = [torch.ones((), requires_grad=True) for _ in range(2)]
+    whole, figures = total_loss(make_nets(student(scales[0])), batch, config(), rng())
+    whole.backward()
+    nets = make_nets(student(scales[1]))
+    calls_with_grad: list[int] = []
+
+    def backward(term: Tensor) -> None:
+        calls_with_grad.append(sum(grad for *_, grad in nets.student.calls))
+        term.backward()
+
+    loss, same = total_loss(nets, batch, config(), rng(), backward)
+    assert calls_with_grad == list(range(1, 4 if stream == "effect" else 2))
+    assert not loss.requires_grad and loss == whole and same == figures
+    torch.testing.assert_close(scales[1].grad, scales[0].grad, rtol=1e-6, atol=0)
+
+
 def test_c2f_do_loss_is_the_weighted_sum_of_its_terms() -> None:
     batch = make_batch(make_effect_cond(8, rng()))
     weights = {"ta_fm_weight": 0.7, "dmd_ts_weight": 0.2, "dmd_bs_weight": 1.3}
