@@ -213,6 +213,7 @@ class TrainConfig(Section):
     coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone, before the full objective.")] = 500
     max_train_seconds: Annotated[Positive | None, doc("Save and stop after this; null = no limit.")] = None
     critic_updates: Annotated[Count, doc("Critic updates per student update.")] = 5
+    critic_reuse: Annotated[bool, doc("The critic's last update of a step learns from the student's samples.")] = False
     batch_size: Annotated[Count, doc("Samples per process and update.")] = 1
     anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
     gradient_accumulation_steps: Annotated[Count, doc("Batches per update.")] = 1

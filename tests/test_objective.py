@@ -20,7 +20,7 @@ from clora.losses import guided_velocity
 from clora.objective import (
     DistillBatch,
     Networks,
-    ask_teacher,
+    ask_scores,
     c2f_do_loss,
     critic_loss,
     dmd_bs_loss,
@@ -306,14 +306,24 @@ def test_dmd_losses_ask_critic_and_teacher_at_the_same_point() -> None:
 # Guidance.
 
 
-def test_ask_teacher_evaluates_cond_and_uncond_in_one_call() -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_ask_scores_evaluates_cond_and_uncond_in_one_call(joint: bool) -> None:
     cond = make_effect_cond(8, rng())
-    nets, batch = make_nets(), make_batch(cond)
+    nets, batch = make_nets(critic=lambda *given: 2 * base_velocity(*given)), make_batch(cond)
     x, sigma = torch.randn(8, 1, 2, generator=rng()), torch.rand(8, generator=rng())
-    got = ask_teacher(nets, batch, config(guidance=4.0), x, sigma)
-    assert len(nets.teacher.calls) == 1 and len(nets.teacher.calls[0][0]) == 16
-    for given, wanted in zip(got, (cond, unconditional(cond)), strict=True):
-        torch.testing.assert_close(given, teacher_velocity(LEAK)(x, sigma, wanted), rtol=1e-4, atol=1e-5)
+    if joint:
+        critic, teacher = nets.critic, nets.teacher
+
+        def scores(x: Tensor, sigma: Tensor, student_cond: Any, teacher_conds: list[Any]) -> list[Tensor]:
+            return [critic(x, sigma, student_cond), *(teacher(x, sigma, one) for one in teacher_conds)]
+
+        nets = replace(nets, scores=scores)
+    got = ask_scores(nets, batch, config(guidance=4.0), x, sigma)
+    assert [len(given[0]) for given in nets.teacher.calls] == ([8, 8] if joint else [16])
+    wanted = 2 * base_velocity(x, sigma, batch.student_cond)
+    wanted = [wanted, *(teacher_velocity(LEAK)(x, sigma, one) for one in (cond, unconditional(cond)))]
+    for velocity, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(velocity, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rescale", ["none", "norm"])
@@ -330,13 +340,13 @@ def test_dmd_bs_loss_is_of_the_guided_teacher(rescale: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_ask_teacher_at_one_never_asks_uncond() -> None:
+def test_ask_scores_at_one_never_asks_uncond() -> None:
     nets, batch = make_nets(), make_batch(make_effect_cond(8, rng()), uncond=None)
     total_loss(replace(nets, cat_conds=None), batch, config(guidance=1.0), rng())
     assert all(len(x) == 8 for x, *_ in nets.teacher.calls)
 
 
-def test_ask_teacher_refuses_guidance_without_uncond() -> None:
+def test_ask_scores_refuses_guidance_without_uncond() -> None:
     batch = make_batch(make_effect_cond(8, rng()), uncond=None)
     with pytest.raises(ValueError, match="no uncond"):
         total_loss(make_nets(), batch, config(guidance=4.0), rng())
