@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,7 +20,7 @@ from clora import prompts
 from clora.errors import InputError, InputErrors
 from clora.lora_files import CATALOGUE_KEY, LoraModule, inspect_lora, write_lora
 from clora.safetensors_io import read_header
-from clora.text_files import parse_json
+from clora.text_files import parse_json, read_text
 
 FORMAT_VERSION = 1
 
@@ -59,9 +59,10 @@ class CatalogueSchedule(_Record):
 
 class Catalogue(_Record):
     """Everything a user of the file must know. `sampler`: consistency re-noises to each next sigma, euler
-    does not."""
+    does not. `version` counts the file's own editions: 1 as distilled, one more for each `clora extend`."""
 
     format_version: Literal[1] = 1
+    version: Annotated[int, Field(ge=1)] = 1
     base: str = Field(min_length=1)
     schedule: CatalogueSchedule
     sampler: Literal["consistency", "euler"] = "consistency"
@@ -79,10 +80,55 @@ class Catalogue(_Record):
         """The entry of this name; `InputError` with the nearest name if there is none."""
         table = {entry.name: entry for entry in self.effects}
         if name not in table:
-            near = get_close_matches(name, table, 1, 0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(table)}"
-            raise InputError(f"effect {name!r} is not in the collection; {hint}")
+            raise InputError(f"effect {name!r} is not in the collection; {_hint(name, table)}")
         return table[name]
+
+
+class Group(_Record):
+    """One of several collections: its file and configuration (paths from the groups file), and what it serves."""
+
+    config: str
+    collection: str = Field(min_length=1)
+    effects: list[str] = Field(min_length=1)
+
+
+class Groups(_Record):
+    """Which collection serves which effect: the file `groups.json` of `clora plan-groups`."""
+
+    format_version: Literal[1] = 1
+    base: str
+    groups: list[Group] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Groups:
+        counts = Counter(name for group in self.groups for name in group.effects)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"effect in more than one group: {', '.join(twice)}")
+        return self
+
+
+def find_collection(path: Path, effects: Sequence[str]) -> Path:
+    """The collection that serves these effects, by the groups file at `path`.
+
+    Raises `InputError` without effects, for unknown ones (with the nearest) and for those of different collections.
+    """
+    try:
+        groups = Groups.model_validate(parse_json(read_text(path)))
+    except ValidationError as error:
+        raise InputErrors([f"{path}: {_fault(item)}" for item in error.errors()]) from error
+    except ValueError as error:
+        raise InputError(f"{path}: is no JSON ({error}); give a groups.json of `clora plan-groups`") from error
+    if not effects:
+        files = ", ".join(group.collection for group in groups.groups)
+        raise InputError(f"{path}: holds several collections; name an effect, or give one of {files}")
+    table = {name: group.collection for group in groups.groups for name in group.effects}
+    for name in effects:
+        if name not in table:
+            raise InputError(f"effect {name!r} is in no group of {path}; {_hint(name, table)}")
+    found = list(dict.fromkeys(table[name] for name in effects))
+    if len(found) > 1:
+        raise InputError(f"effects {', '.join(effects)} are in different collections of {path}; apply them in turn")
+    return path.parent / found[0]
 
 
 def write_collection(
@@ -143,6 +189,11 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     else:
         return {**catalogue.model_dump(), "lora": lora}
     return {"lora": lora}
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), 1, 0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def _fault(item: Any) -> str:

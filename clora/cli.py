@@ -266,23 +266,126 @@ def teach(
         typer.echo("\n".join(map(str, paths)))
 
 
+@command("plan-groups")
+def plan_groups(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    max_effects: Annotated[int, typer.Option(min=1, help="Effects in one collection, at most.")] = 100,
+    output: Annotated[Path | None, typer.Option(help="Folder to write into; default: groups in output_dir.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Split many effects into several collections, similar ones apart.
+
+    Writes a configuration for each group, and groups.json, which `clora edit --lora` takes.
+
+    \b
+    Example:
+      clora plan-groups config.yaml --max-effects 60
+    """
+    from clora import groups
+
+    loaded = _load(config, overrides)
+    plan = groups.plan_groups(loaded, max_effects)
+    path = groups.write_groups(loaded, plan, output or loaded.output_dir / "groups")
+    rows = plan.to_json()
+    if as_json:
+        _print_json({"output": str(path), "groups": rows})
+    else:
+        _print_table([row | {"effects": len(row["effects"])} for row in rows])
+        typer.echo(path)
+
+
 @command("train")
-def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print memory and communication; train nothing.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="Of --plan: number of GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=1, help="Of --plan: GB of one GPU; an H200 has 141.")] = 141,
+    as_json: Annotated[bool, typer.Option("--json", help="Of --plan: print JSON, for programs.")] = False,
+) -> None:
     """Distil all effects and few-step sampling into one LoRA.
 
     Prints the file; without effects it is the acceleration LoRA.
+    With --plan the exit code is 0 where the run fits, else 1.
 
     \b
     Example:
       clora train config.yaml
       clora train config.yaml train.max_train_steps=2000 --resume latest
+      clora train config.yaml --plan --gpus 8 --memory 80
       torchrun --nproc_per_node 8 -m clora train config.yaml
       torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 -m clora train config.yaml
     """
+    if plan:
+        _print_plan(_load(config, overrides), gpus, memory, as_json)
+        return
+    if as_json:
+        raise InputError("--json: belongs to --plan; add it, or leave --json out")
     from clora.train import train as run
 
     path = run(_load(config, overrides), resume)
     if _is_main():
+        typer.echo(path)
+
+
+def _print_plan(config: Config, gpus: int, memory: float, as_json: bool) -> None:
+    """Print the plan of a training run; the exit code is 1 where it does not fit."""
+    from clora.plan import GB, plan_training
+
+    found = plan_training(config, gpus, memory)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        phases = found.to_json()["phases"]
+        parts = list(dict.fromkeys([*phases["encoding"], *phases["student update"]]))
+        parts.remove("total")
+        rows = [
+            {
+                "GB on each GPU": part,
+                **{name: f"{phase[part] / GB:.2f}" for name, phase in phases.items() if part in phase},
+            }
+            for part in [*parts, "total"]
+        ]
+        _print_table(rows)
+        sent = found.communication
+        if gpus > 1:
+            _print_table([
+                {"GB sent by each GPU": part, **{f"{name} update": f"{sent[name][part] / GB:.2f}" for name in sent}}
+                for part in sent["student"]
+            ])  # fmt: skip
+        typer.echo(found.verdict)
+    if not found.fits:
+        raise typer.Exit(FAILED)
+
+
+@command("extend")
+def extend(
+    collection: Annotated[Path, typer.Argument(metavar="COLLECTION", help="Collection to start from.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    as_json: Json = False,
+) -> None:
+    """Add effects to a collection, in about a hundred updates.
+
+    The configuration names the new effects; the old ones are rehearsed from the collection itself.
+
+    \b
+    Example:
+      clora extend collection.safetensors new.yaml
+      clora extend collection.safetensors new.yaml extend.max_train_steps=200 --resume latest
+    """
+    from clora.catalogue import read_catalogue
+    from clora.extend import extend as run
+
+    path = run(collection, _load(config, overrides), resume)
+    if as_json:
+        catalogue = read_catalogue(path)
+        names = [entry.name for entry in catalogue.effects]
+        _print_json({"output": str(path), "version": catalogue.version, "effects": names})
+    else:
         typer.echo(path)
 
 
@@ -291,7 +394,8 @@ def edit(
     image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],
     output: Annotated[Path, typer.Option(help="File to write, or a folder for several results.")],
     lora: Annotated[
-        Path | None, typer.Option(help="Collection, or any LoRA file; default: the base's own collection.")
+        Path | None,
+        typer.Option(help="Collection, groups.json, or any LoRA file; default: the base's own collection."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")] = None,
     effect: Annotated[

@@ -26,6 +26,7 @@ from clora.config_schema import (
     Config,
     EffectConfig,
     EvalConfig,
+    ExtendConfig,
     GeneralConfig,
     LoraConfig,
     ObjectiveConfig,
@@ -40,8 +41,8 @@ from clora.text_files import check_yaml, read_rows, read_yaml
 
 __all__ = [
     "DEFAULT_TARGETS", "PRESETS", "BaseConfig", "BucketConfig", "Config", "EffectConfig", "EvalConfig",
-    "GeneralConfig", "LoraConfig", "ObjectiveConfig", "PromptsConfig", "ScheduleConfig", "TargetsConfig",
-    "TeachConfig", "TrainConfig", "build_config", "known_keys", "load_config", "load_preset",
+    "ExtendConfig", "GeneralConfig", "LoraConfig", "ObjectiveConfig", "PromptsConfig", "ScheduleConfig",
+    "TargetsConfig", "TeachConfig", "TrainConfig", "build_config", "known_keys", "load_config", "load_preset",
 ]  # fmt: skip
 
 # Keys that other trainers use, and what they are called here.

@@ -58,7 +58,7 @@ Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 Kernels = Literal["auto", "reference", "fused"]
-Job = Literal["train", "teach", "joint"]
+Job = Literal["train", "teach", "joint", "extend"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
 
 
@@ -245,6 +245,19 @@ class TrainConfig(Section):
     buckets: Annotated[BucketConfig, doc("Sizes of training images.")] = BucketConfig()
 
 
+class ExtendConfig(Section):
+    """`clora extend`: effects for an existing collection (Table 5), in place of `train`'s keys of these names."""
+
+    max_train_steps: Annotated[Count, doc("Student updates in all, the coarse ones included.")] = 100
+    coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone.")] = 50
+    learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
+    coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
+    lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 10
+    anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
+    rehearsal_share: Annotated[Decay, doc("Share of the effects' samples that rehearse old effects.")] = 0.5
+    rehearsal_sources: Annotated[Count, doc("Images that each old effect is rehearsed on.")] = 8
+
+
 class EvalConfig(Section):
     """`clora eval`."""
 
@@ -283,6 +296,7 @@ class Config(Section):
     objective: Annotated[ObjectiveConfig, doc("The losses.")] = ObjectiveConfig()
     schedule: Annotated[ScheduleConfig, doc("The few-step schedule.")] = ScheduleConfig()
     train: Annotated[TrainConfig, doc("The training run.")] = TrainConfig()
+    extend: Annotated[ExtendConfig, doc("Effects added to a collection.")] = ExtendConfig()
     eval: Annotated[EvalConfig, doc("The evaluation.")] = EvalConfig()
     prompts: Annotated[PromptsConfig, doc("Triggers and student prompts.")] = PromptsConfig()
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
@@ -326,8 +340,10 @@ class Config(Section):
             size = values[section].pop(key)
             if (section == "teach") == (job == "teach"):
                 values[section][key] = size and size * processes
-        if job == "train":
+        if job in ("train", "extend"):
             del values["teach"]
+        if job != "extend":
+            del values["extend"]
         if self.train.lr_scheduler == "constant":
             del values["train"]["max_train_steps"]
         relative = _map_strings(values, lambda text: _relative_to(text, self.folder))

@@ -47,6 +47,7 @@ class Distiller:
     """Everything one step needs. `effects` maps each name to its examples; `general` may be empty at p_switch 1.
 
     `accelerated`: the backbone has an `ACCELERATION` slot, trained with the student from the first full step on.
+    `deal`: the effects' names as often as each is to come up in a round; left out, once each.
     """
 
     config: Config
@@ -57,11 +58,12 @@ class Distiller:
     student: Group
     critic: Group
     accelerated: bool = False
+    deal: Sequence[str] = ()
     _names: list[str] = field(init=False)
     _joint_scores: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self._names = list(self.effects)
+        self._names = list(self.deal or self.effects)
         if not self._names and not self.general:
             raise InputError("nothing to distil: give effects, general data, or both")
         self._joint_scores = self._join_scores()

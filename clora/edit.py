@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import torch
 
 from clora.base_dir import collection_lora
+from clora.catalogue import find_collection
 from clora.data.images import load_image
 from clora.editor import edit_prompt, find_catalogue, grid_columns, load_editor
 from clora.errors import InputError, InputErrors, raise_faults
@@ -50,7 +51,7 @@ def edit_files(request: EditRequest) -> list[Path]:
     Everything that can be wrong with it is found, and listed in `InputErrors`, before a model is loaded.
     """
     faults: list[str] = []
-    request = _attempt(faults, with_own_collection, request) or request
+    request = _attempt(faults, with_collection, request) or request
     images = [image for path in request.images if (image := _attempt(faults, load_image, path)) is not None]
     paths = _attempt(faults, result_paths, request)
     base = _attempt(faults, _base_of, request)
@@ -76,8 +77,11 @@ def edit_files(request: EditRequest) -> list[Path]:
     return paths
 
 
-def with_own_collection(request: EditRequest) -> EditRequest:
-    """The request, with the collection that its base brings along where it names effects but no LoRA."""
+def with_collection(request: EditRequest) -> EditRequest:
+    """The request with its collection: the one a groups file has for its effects, or, where it names effects but no
+    LoRA, the one that its base brings along."""
+    if request.lora is not None and request.lora.suffix == ".json":
+        return replace(request, lora=find_collection(request.lora, request.effects))
     asks_for_effects = bool(request.effects) or (request.grid and request.prompt is None)
     if request.lora is not None or request.base is None or not asks_for_effects:
         return request

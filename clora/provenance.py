@@ -59,12 +59,12 @@ def hash_pairs(pairs: Sequence[Pair]) -> str:
 
 
 def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 (hex) of each file."""
-    found = {}
-    for name, path in files.items():
+    """sha256 (hex) of each file; one that several names share is read once."""
+    found: dict[Path, str] = {}
+    for path in dict.fromkeys(files.values()):
         with path.open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: found[path] for name, path in files.items()}
 
 
 def write_run(config: Config, job: Job, identity: Mapping[str, str]) -> None:

@@ -1,5 +1,5 @@
 """Target images y (Sec. 4.3): made by the teachers with their own prompt, many steps and guidance, cached by content;
-or the pairs' own.
+or the pairs' own. For effects that a collection holds already, the collection's own few-step samples.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 from torch import Tensor
 
 from clora import distributed
 from clora.backbones.cond import Cond, cat_conds
 from clora.backbones.qwen_image import QwenImageBackbone
+from clora.catalogue import Catalogue
 from clora.data.cache import cache_key
 from clora.data.examples import Example, collate
 from clora.errors import raise_faults
-from clora.flow import Velocity
+from clora.flow import Velocity, few_step_sigmas
 from clora.losses import guided_velocity
 from clora.routing import step_generator
-from clora.sample import ode_sample
+from clora.sample import few_step_sample, ode_sample
 from clora.workspace import Workspace, in_batches
 
 TARGETS_VERSION = "targets/1"
+REHEARSAL_VERSION = "rehearsal/1"
 Slots = Callable[[Sequence[str | None]], Sequence[Any]]
 
 
@@ -101,6 +103,46 @@ def make_targets(
     filled = {}
     for name, examples in workspace.effects.items():
         filled[name] = [replace(e, y=tuple(_read(workspace, key) for key in keys[id(e)])) for e in examples]
+    return filled
+
+
+@torch.no_grad()
+def rehearsal_targets(
+    workspace: Workspace, slots_for: Slots, catalogue: Catalogue, collection_hash: str, console: Console
+) -> dict[str, list[Example]]:
+    """The old effects' y for `clora extend`: what their collection makes of each source in its own few steps.
+
+    Cached as in `make_targets`, under a hash of the collection. As a teacher it reads the student prompt in both
+    branches of the guidance, so that none is added to what its samples have of it already.
+    """
+    backbone, schedule = workspace.backbone, catalogue.schedule
+    sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
+    how = f"{REHEARSAL_VERSION}/{collection_hash}/{schedule.num_steps}/{schedule.shift}"
+    prompts = {entry.name: entry.prompt for entry in catalogue.effects}
+    todo = [e for name in prompts for e in workspace.effects.get(name, [])]
+    keys = {
+        id(e): cache_key(list(e.sources), prompts[e.effect or ""], workspace.identity, f"{how}/{e.grid}") for e in todo
+    }
+
+    def velocity(x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
+        return backbone.velocity(x_BTC, sigma_B, cond, slots_for(cond.effects))
+
+    missing = [e for e in todo if workspace.cache.read(keys[id(e)]) is None]
+    distributed.meet()
+    batches = list(in_batches(missing, workspace.config.eval.batch_size))
+    own = _own_batches(batches, equally_many=workspace.config.train.shard_base)
+    for batch in track(own, "rehearsal", console=console, transient=True):
+        shape = (batch[0].num_tokens, backbone.token_channels)
+        cond, seeds = collate(batch, "teacher", backbone.device), [_seed(keys[id(e)]) for e in batch]
+        y = few_step_sample(velocity, cond, shape, sigmas, seeds, backbone.device)
+        for example, latents in zip(batch, y.cpu(), strict=True):
+            workspace.cache.write(keys[id(example)], {"latents": latents.contiguous()})
+    distributed.meet()
+    filled: dict[str, list[Example]] = {name: [] for name in prompts if name in workspace.effects}
+    for example in todo:
+        texts = example.texts | {"negative": example.texts["teacher"]}
+        rehearsed = replace(example, texts=texts, y=(_read(workspace, keys[id(example)]),))
+        filled[example.effect or ""].append(rehearsed)
     return filled
 
 

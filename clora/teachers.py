@@ -17,9 +17,9 @@ from clora.lora_files import LoraFile, check_lora, read_lora
 class TeacherBank:
     """Puts the teachers that a batch asks for into the slots of one stack.
 
-    A file is read when its effect is first asked for and kept in CPU memory from then on. All files are
-    checked when the bank is made, by their headers: `InputErrors` lists every fault of every file (values
-    that are not finite show when a file is read).
+    A file is read when its effect is first asked for and kept in CPU memory from then on; effects of one file
+    share it, and one slot. All files are checked when the bank is made, by their headers: `InputErrors` lists
+    every fault of every file (values that are not finite show when a file is read).
     """
 
     def __init__(
@@ -39,8 +39,11 @@ class TeacherBank:
             raise ValueError("a bank needs at least one teacher and one slot")
         self._adapters = adapters
         self._files = {effect: Path(f) if isinstance(f, str) else f for effect, f in files.items()}
+        # Effect -> the first effect of the same file, which stands for all of them below.
+        first: dict[Path | str, str] = {}
+        self._first = {e: first.setdefault(f if isinstance(f, Path) else e, e) for e, f in self._files.items()}
         rank = self._check_all()
-        self._slots = tuple(f"{stack}/{index}" for index in range(min(capacity, len(files))))
+        self._slots = tuple(f"{stack}/{index}" for index in range(min(capacity, len(first))))
         adapters.add_stack(stack, self._slots, rank, rank, trainable=False, init="zeros", dtype=dtype)
         # Effect -> slot, the least recently used first.
         self._held: OrderedDict[str, str] = OrderedDict()
@@ -57,15 +60,16 @@ class TeacherBank:
         """The slot that holds each sample's teacher, None (the base) for None; loads what is missing.
 
         The least recently used teachers make room, never one that this call needs. Raises `InputError` for an
-        unknown effect and for more different effects than slots.
+        unknown effect and for more different teachers than slots.
         """
-        needed = [effect for effect in dict.fromkeys(effects) if effect is not None]
-        for effect in needed:
+        asked = [effect for effect in dict.fromkeys(effects) if effect is not None]
+        for effect in asked:
             if effect not in self._files:
                 raise InputError(f"effect {effect!r} has no teacher; {self._hint(effect)}")
+        needed = list(dict.fromkeys(self._first[effect] for effect in asked))
         if len(needed) > self.capacity:
             raise InputError(
-                f"a batch has {len(needed)} different effects, there are {self.capacity} teacher slots;"
+                f"a batch has {len(needed)} different teachers, there are {self.capacity} teacher slots;"
                 " raise train.teacher_slots or lower the batch size"
             )
         for effect in needed:
@@ -74,7 +78,7 @@ class TeacherBank:
         for effect in needed:
             if effect not in self._held:
                 self._load(effect)
-        return tuple(None if effect is None else self._held[effect] for effect in effects)
+        return tuple(None if effect is None else self._held[self._first[effect]] for effect in effects)
 
     def _load(self, effect: str) -> None:
         modules = self.file(effect).modules
@@ -88,17 +92,19 @@ class TeacherBank:
 
     def file(self, effect: str) -> LoraFile:
         """A teacher in CPU memory, read now if it was not before."""
-        found = self._files[effect]
+        first = self._first[effect]
+        found = self._files[first]
         if isinstance(found, Path):
             found = read_lora(found, self._adapters.module_shapes)
-            self._files[effect] = found
+            self._files[first] = found
         return found
 
     def _check_all(self) -> int:
         """The largest rank of all files; raises with the faults of all."""
         faults: list[str] = []
         rank = 1
-        for effect, file in self._files.items():
+        for effect in dict.fromkeys(self._first.values()):
+            file = self._files[effect]
             try:
                 if isinstance(file, LoraFile):
                     raise_faults(self._adapters.fit_faults(file.modules))

@@ -5,6 +5,7 @@ Without effects the same job trains the acceleration LoRA: distribution matching
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from clora import distributed
 from clora.base_dir import acceleration_lora
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.config import Config
+from clora.config_schema import Job
 from clora.data.examples import Example, collate
 from clora.distill import ACCELERATION, CRITIC, STUDENT, Distiller
 from clora.errors import InputError, raise_faults
@@ -22,6 +24,7 @@ from clora.evaluate.pictures import grid_image
 from clora.flow import few_step_sigmas
 from clora.loop import LoopConfig, run_loop
 from clora.lora_files import join_modules, read_lora, write_lora
+from clora.prompts import EffectPrompt
 from clora.provenance import git_revision, hash_files, write_run
 from clora.sample import few_step_sample
 from clora.targets import make_targets, targets_from_pairs
@@ -104,8 +107,17 @@ def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dic
 
 def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, console: Console) -> Path:
     """Run the distillation on an open workspace whose targets are made; writes and returns the student's file."""
-    config = workspace.config
     distiller = make_distiller(workspace, bank)
+    run_distillation(workspace, distiller, "train", resume, console)
+    with averaged_weights(distiller.student):
+        return write_student(workspace)  # of several processes each has it all, and the first writes
+
+
+def run_distillation(
+    workspace: Workspace, distiller: Distiller, job: Job, resume: str | None, console: Console
+) -> None:
+    """All steps of `config.train`; checkpoints and log lie under `output_dir/JOB`."""
+    config = workspace.config
     groups = {STUDENT: distiller.student, CRITIC: distiller.critic}
 
     def on_step(step: int, tracker: Tracker) -> None:
@@ -115,13 +127,13 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
                 tracker.image("samples", grid, step)
 
     identity = workspace.hashes | {f"teacher of {n}": h for n, h in hash_files(teacher_files(config)).items()}
-    write_run(config, "train", identity)
+    write_run(config, job, identity)
     loop = LoopConfig(
-        title="train",
+        title=job,
         max_steps=config.train.max_train_steps,
-        folder=config.output_dir / "train",
+        folder=config.output_dir / job,
         checkpointing_steps=config.train.checkpointing_steps,
-        fingerprint=config.fingerprint("train", distributed.world()),
+        fingerprint=config.fingerprint(job, distributed.world()),
         checkpoints_total_limit=config.train.checkpoints_total_limit,
         max_seconds=config.train.max_train_seconds,
         log_every=config.train.log_every,
@@ -131,12 +143,10 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
         record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
     )
     run_loop(loop, groups, distiller.step, on_step, console)
-    with averaged_weights(distiller.student):
-        return write_student(workspace)  # of several processes each has it all, and the first writes
 
 
-def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
-    """Add the student's and the critic's slots and wire one step's parts together."""
+def make_distiller(workspace: Workspace, bank: TeacherBank | None, deal: Sequence[str] = ()) -> Distiller:
+    """Add the student's and the critic's slots and wire one step's parts together; `deal` as in `Distiller`."""
     config = workspace.config
     adapters, student = workspace.adapters, config.student
     generator = torch.Generator().manual_seed(config.seed)
@@ -160,6 +170,7 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
         student=trainable_group(adapters, stacks, config, train_config.learning_rate, ema=True),
         critic=trainable_group(adapters, [CRITIC], config, train_config.critic_learning_rate),
         accelerated=path is not None,
+        deal=deal,
     )
 
 
@@ -187,21 +198,26 @@ def write_student(workspace: Workspace) -> Path:
         if distributed.is_main():
             write_lora(path, modules, {"clora.role": "acceleration"})
         return path
-    hashes = hash_files(teacher_files(config))
-    entries = [
-        CatalogueEntry(
-            name=name,
-            trigger=prompt.trigger if config.objective.aop else "",
-            student_prompt=prompt.text if config.objective.aop else prompt.teacher_prompt,
-            teacher_sha256=hashes[name],
-        )
-        for name, prompt in workspace.prompts.items()
-    ]
     schedule = CatalogueSchedule(num_steps=config.schedule.num_steps, shift=config.schedule.shift)
+    entries = catalogue_entries(config, list(workspace.prompts.values()))
     path = config.output_dir / "collection.safetensors"
     if distributed.is_main():
         write_collection(path, modules, Catalogue(base=config.base.model, schedule=schedule, effects=entries))
     return path
+
+
+def catalogue_entries(config: Config, prompts: Sequence[EffectPrompt]) -> list[CatalogueEntry]:
+    """What a collection says of the effects of `config`, in the order of `prompts`, which are theirs."""
+    hashes = hash_files(teacher_files(config))
+    return [
+        CatalogueEntry(
+            name=prompt.name,
+            trigger=prompt.trigger if config.objective.aop else "",
+            student_prompt=prompt.text if config.objective.aop else prompt.teacher_prompt,
+            teacher_sha256=hashes[prompt.name],
+        )
+        for prompt in prompts
+    ]
 
 
 @torch.no_grad()

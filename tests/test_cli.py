@@ -25,7 +25,20 @@ from clora.loop import Interrupted
 from clora.lora_files import LoraModule, read_lora, write_lora
 from clora.optimizer import NonFiniteError
 
-COMMANDS = ["demo", "validate", "prompts", "cache", "teach", "train", "edit", "eval", "inspect", "convert"]
+COMMANDS = [
+    "demo",
+    "validate",
+    "prompts",
+    "cache",
+    "teach",
+    "plan-groups",
+    "train",
+    "extend",
+    "edit",
+    "eval",
+    "inspect",
+    "convert",
+]
 
 
 def call(*arguments: Any) -> Any:

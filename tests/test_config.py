@@ -23,7 +23,7 @@ from clora.config import (
 from clora.config_schema import Section
 from clora.errors import InputError, InputErrors
 
-SECTIONS = ("student", "teach", "targets", "objective", "schedule", "train", "eval", "prompts")
+SECTIONS = ("student", "teach", "targets", "objective", "schedule", "train", "extend", "eval", "prompts")
 MINIMAL = "output_dir: out\nbase: Qwen/Qwen-Image-Edit-2509\n"
 
 

@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from clora import edit
 from clora.backbones.loading import StillImageProcessor, linear_shapes, pass_token_types
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
-from clora.edit import EditRequest, edit_files, result_paths, with_own_collection
+from clora.edit import EditRequest, edit_files, result_paths, with_collection
 from clora.editor import Editor, default_sampling, edit_prompt, load_editor
 from clora.errors import InputError, InputErrors
 from clora.lora_files import LoraModule, convert_lora, write_lora
@@ -332,13 +332,13 @@ def test_load_editor_refuses_a_lora_for_another_base(random_base: Path, tmp_path
     assert "transformer_blocks.9.attn.to_q" in str(caught.value) and "[48, 7]" in str(caught.value)
 
 
-def test_with_own_collection_serves_effects_asked_of_a_bare_base(tmp_path: Path) -> None:
+def test_with_collection_serves_effects_asked_of_a_bare_base(tmp_path: Path) -> None:
     asked = EditRequest((tmp_path / "in.png",), tmp_path / "out.png", base="tiny", effects=("sepia",))
-    own = with_own_collection(asked).lora
+    own = with_collection(asked).lora
     assert own is not None and "sepia" in [entry.name for entry in read_catalogue(own).effects]
-    assert with_own_collection(replace(asked, lora=tmp_path / "mine.safetensors")).lora == tmp_path / "mine.safetensors"
-    assert with_own_collection(replace(asked, effects=(), prompt="flip it")).lora is None
-    assert with_own_collection(replace(asked, effects=(), grid=True)).lora == own
+    assert with_collection(replace(asked, lora=tmp_path / "mine.safetensors")).lora == tmp_path / "mine.safetensors"
+    assert with_collection(replace(asked, effects=(), prompt="flip it")).lora is None
+    assert with_collection(replace(asked, effects=(), grid=True)).lora == own
 
 
 def test_load_editor_of_a_base_that_is_nowhere_is_one_clear_error(tmp_path: Path) -> None:

@@ -105,6 +105,25 @@ def test_slots_for_keeps_the_recent_and_reads_lazily(files: dict[str, Path], mon
     assert reads == ["clay", "manga", "neon", "oil"]  # once each, then from memory
 
 
+def test_effects_of_one_file_share_a_slot(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    def read(path: Path, names: Any) -> LoraFile:
+        reads.append(path.stem)
+        return read_lora(path, names)
+
+    monkeypatch.setattr("clora.teachers.read_lora", read)
+    mine = adapters()
+    bank = TeacherBank(mine, {"first": files["oil"], "clay": files["clay"], "second": files["oil"]}, 5)
+    assert bank.capacity == 2 and bank.effects == ("first", "clay", "second")
+    second, clay, first, base = bank.slots_for(["second", "clay", "first", None])
+    assert first == second != clay and base is None and reads == ["oil", "clay"]
+    assert_holds(mine, second, "oil")
+    assert bank.file("second") is bank.file("first")
+    # One slot is enough for a batch of both.
+    assert len(set(TeacherBank(adapters(), {"a": files["oil"], "b": files["oil"]}, 1).slots_for(["a", "b"]))) == 1
+
+
 def test_slots_for_unknown_effect_names_the_nearest(files: dict[str, Path]) -> None:
     bank = TeacherBank(adapters(), files, 2)
     with pytest.raises(InputError, match="effect 'mangga' has no teacher; did you mean 'manga'"):

@@ -93,19 +93,45 @@ def load_pipeline(path: Path | str, dtype: torch.dtype, components: Sequence[str
     return pipeline
 
 
+def transformer_config(base: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The transformer's configuration; no weights are read."""
+    return dict(_config_of(QwenImageTransformer2DModel, base, "transformer", revision))
+
+
 def linear_shapes(base: str | Path, revision: str | None = None) -> dict[str, tuple[int, int]]:
     """Names and weight shapes (N, K) of a base's linear layers from its configuration alone, for
     `check_lora`."""
     model: Any = QwenImageTransformer2DModel
-    try:
-        config = model.load_config(resolve_base(base), subfolder="transformer", revision=revision)
-    except OSError as error:
-        raise InputError(f"base {base}: cannot be loaded ({error}); check the name, or download it first") from error
+    config = transformer_config(base, revision)
     with torch.device("meta"):
         linears = model.from_config(config).named_modules()
     return {
         name: (linear.out_features, linear.in_features) for name, linear in linears if isinstance(linear, nn.Linear)
     }
+
+
+def pixels_per_token(base: str | Path, revision: str | None = None) -> int:
+    """Pixels along one side of a token, from the VAE's configuration."""
+    vae_config = _config_of(AutoencoderKLQwenImage, base, "vae", revision)
+    return int(2 * 2 ** len(vae_config["temperal_downsample"]))
+
+
+def encoder_parameters(base: str | Path, revision: str | None = None) -> dict[str, int]:
+    """Parameters of the VAE and the text encoder, from their configurations."""
+    vae: Any = AutoencoderKLQwenImage
+    vae_config = _config_of(vae, base, "vae", revision)
+    text_config = _config_of(Qwen2_5_VLConfig, base, "text_encoder", revision)
+    with torch.device("meta"):
+        models = {"vae": vae.from_config(vae_config), "text_encoder": Qwen2_5_VLForConditionalGeneration(text_config)}
+    return {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+
+
+def _config_of(cls: Any, base: str | Path, component: str, revision: str | None) -> Any:
+    load = cls.load_config if hasattr(cls, "load_config") else cls.from_pretrained
+    try:
+        return load(resolve_base(base), subfolder=component, revision=revision)
+    except OSError as error:
+        raise InputError(f"base {base}: cannot be loaded ({error}); check the name, or download it first") from error
 
 
 def pass_token_types(text_encoder: nn.Module) -> None:

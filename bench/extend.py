@@ -1,0 +1,184 @@
+"""Do old effects survive `clora extend`? `python -m bench.extend --run runs/extend [--figures F] [key=value ...]`.
+
+The tiny base's collection of 50 effects, extended by the next three of the world (Table 5): a teacher is taught to
+each (once per folder), the collection is extended, and old and new effects are scored against the truth on held-out
+scenes before and after, with the same noise. `key=value` are overrides of the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from clora.base_dir import collection_lora
+from clora.baselines import COLLECTION, Method, sample_method
+from clora.catalogue import Catalogue, read_catalogue
+from clora.config import Config, load_config
+from clora.data.examples import Example
+from clora.data.pairs import Pair
+from clora.evaluate.exact import MethodScores, Outputs, bootstrap_interval, evaluate_methods
+from clora.evaluate.pictures import Pixels
+from clora.extend import extend
+from clora.lora_files import read_lora
+from clora.teach import teach
+from clora.tiny.dataset import EVAL_SCENES, effect_config, effect_names, write_effect_pairs, write_eval_sources
+from clora.train import open_bank
+from clora.workspace import Workspace, in_batches, open_workspace
+
+PAIRS = 40
+TEACHER_STEPS = 400  # twice the preset's, as for the collection of 50
+Images = dict[tuple[str, int], list[Pixels]]
+
+
+def write_dataset(run: Path, names: list[str], num_scenes: int) -> Path:
+    """Pairs of the new effects and held-out scenes; returns the configuration file."""
+    for name in names:
+        write_effect_pairs(run / "data" / name, name, PAIRS)
+    write_eval_sources(run / "data" / "held_out", num_scenes)
+    values = {
+        "base": "tiny",
+        "output_dir": "extended",
+        "effects": [
+            row | {"lora": f"teachers/{row['name']}.safetensors"} for row in effect_config(names, Path("data"))
+        ],
+        "teach": {"max_train_steps": TEACHER_STEPS},
+    }
+    path = run / "new.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def teach_new(config: Config, run: Path, console: Console) -> None:
+    """A teacher for each effect, to `run/teachers`."""
+    effects = [effect.model_copy(update={"lora": None}) for effect in config.effects]
+    teach(config.model_copy(update={"effects": effects, "output_dir": run}), resume="latest", console=console)
+
+
+def encode(workspace: Workspace, prompts: dict[str, dict[str, str]], scenes: dict[int, Path]) -> dict[int, Any]:
+    """(effect, scene) and its example, by the example's identity."""
+    found = {}
+    for name, texts in prompts.items():
+        for scene, path in scenes.items():
+            example = workspace.encoder.encode(Pair((path,), None, None, name, str(path)), name, texts)
+            found[id(example)] = ((name, scene), example)
+    return found
+
+
+def sample(workspace: Workspace, method: Method, examples: dict[int, tuple[tuple[str, int], Example]]) -> Images:
+    """One uint8 image of every effect and scene; a scene has the same noise in every method."""
+    images: Images = {}
+    for batch in in_batches([example for _, example in examples.values()], workspace.config.eval.batch_size):
+        keys = [examples[id(example)][0] for example in batch]
+        made = sample_method(workspace.backbone, workspace.config, method, batch, [key[1] % 100_003 for key in keys])
+        for key, image in zip(keys, made.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+            images[key] = [np.round(image * 255).astype(np.uint8)]
+    return images
+
+
+def sample_collections(run: Path, config: Config, before: Path, after: Path, num_scenes: int) -> dict[str, Images]:
+    """Images of the collection before and after, and of the new effects' teachers at 40 steps."""
+    scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}
+    console = Console(stderr=True)
+    bare = config.model_copy(update={"effects": []})
+    workspace = open_workspace(bare, console, general=False, keep_encoders=True)
+    workspace.config = config
+    new = {effect.name: effect.prompt for effect in config.effects}
+    catalogue = read_catalogue(after)
+    negative = config.objective.negative_prompt
+    prompts = {
+        entry.name: {"student": entry.prompt, "teacher": new.get(entry.name, ""), "negative": negative}
+        for entry in catalogue.effects
+    }
+    examples = encode(workspace, prompts, scenes)
+    workspace.backbone.free_encoders()
+    old = {key: item for key, item in examples.items() if item[0][0] not in new}
+    added = {key: item for key, item in examples.items() if item[0][0] in new}
+    few = catalogue.schedule.num_steps
+    images: dict[str, Images] = {}
+    for name, path, chosen in (("before", before, old), ("after", after, examples)):
+        console.print(f"sampling: {name}")
+        modules = read_lora(path, workspace.adapters.module_shapes).modules
+        workspace.adapters.add_lora(COLLECTION, modules)
+        method = Method(COLLECTION, 1, few, 1.0, True, "student", lambda effects: [COLLECTION])
+        images[name] = sample(workspace, method, chosen)
+        workspace.adapters.remove_stack(COLLECTION)
+    bank = open_bank(workspace)
+    assert bank is not None
+    teachers = Method("teachers", len(new), config.targets.num_steps, 1.0, False, "teacher", bank.slots_for)
+    images["teachers"] = sample(workspace, teachers, added)
+    return images
+
+
+def figures_of(images: dict[str, Images], new: set[str]) -> dict[str, Any]:
+    """BCR, VSA and PSNR of old and new effects, and what extending changed of the old ones' BCR."""
+    methods: dict[str, Outputs] = {
+        "old, before": images["before"],
+        "old, after": {key: value for key, value in images["after"].items() if key[0] not in new},
+        "new, after": {key: value for key, value in images["after"].items() if key[0] in new},
+        "new, teachers": images["teachers"],
+    }
+    scores = evaluate_methods(methods)
+    before, after = scores["old, before"].per_effect, scores["old, after"].per_effect
+    changes = {name: after[name].bcr - before[name].bcr for name in before}
+    return {
+        "rows": [{"effects": name, **row(one)} for name, one in scores.items()],
+        "old_bcr_change": round(scores["old, after"].bcr - scores["old, before"].bcr, 4),
+        # Effects drawn with replacement.
+        "old_bcr_change_interval": [round(x, 4) for x in bootstrap_interval([[c] for c in changes.values()])],
+        "old_bcr_change_by_effect": {name: round(c, 3) for name, c in sorted(changes.items()) if c},
+        "new_bcr_by_effect": {
+            name: {"after": round(one.bcr, 3), "teacher": round(scores["new, teachers"].per_effect[name].bcr, 3)}
+            for name, one in scores["new, after"].per_effect.items()
+        },
+    }
+
+
+def row(scores: MethodScores) -> dict[str, Any]:
+    psnr = None if scores.psnr is None else round(scores.psnr, 2)
+    return {"bcr": round(scores.bcr, 4), "vsa": round(scores.vsa, 3), "psnr": psnr, "outputs": scores.num_outputs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--new", type=int, default=3, help="effects added, after the collection's in the world's order")
+    parser.add_argument("--scenes", type=int, default=24)
+    parser.add_argument("--figures", type=Path, help="write the figures as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    collection = collection_lora("tiny")
+    assert collection is not None
+    old: Catalogue = read_catalogue(collection)
+    names = effect_names(len(old.effects) + arguments.new)[len(old.effects) :]
+    file = write_dataset(arguments.run, names, arguments.scenes)
+    if not all((arguments.run / "teachers" / f"{name}.safetensors").exists() for name in names):
+        teach_new(load_config(file), arguments.run, console)
+    config = load_config(file, arguments.overrides)
+    started = time.perf_counter()
+    extended = extend(collection, config, console=console)
+    seconds = time.perf_counter() - started
+    images = sample_collections(arguments.run, config, collection, extended, arguments.scenes)
+    figures = {
+        "collection": {"effects": len(old.effects), "version": old.version},
+        "new": names,
+        "scenes": arguments.scenes,
+        "overrides": arguments.overrides,
+        "extend": config.extend.model_dump(),
+        "seconds": round(seconds, 1),
+        **figures_of(images, set(names)),
+    }
+    if arguments.figures:
+        arguments.figures.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""`clora train --plan`: memory and communication of a training run, from configurations alone.
+
+Nothing is loaded: parameters follow from the transformer's config.json, adapters from the headers of LoRA files,
+activations from a count of what autograd keeps in one block of diffusers' `QwenImageTransformer2DModel` under
+`SlotLinear`s (`saved_by_block`, exact on a CPU; tests/test_plan.py holds peaks to 10 %). Memory is that of tensors:
+`RESERVED` and `FRAGMENTATION` stand for the CUDA context and the allocator. 1 GB is 1e9 bytes.
+
+On N processes the base, the trained adapters and their gradients are on every GPU, Adam's moments and the average in N
+parts (`clora.optimizer`); with `train.shard_base` the frozen base is in N parts too (FSDP2).
+
+Legend: D width, H heads, r rank, T tokens of image, references and text together, e bytes of the base's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from clora.backbones.loading import encoder_parameters, pixels_per_token, transformer_config
+from clora.base_dir import read_sizes, resolve_base
+from clora.config import Config
+from clora.lora_files import check_lora
+from clora.train import TARGET_BATCH, acceleration_of
+from clora.workspace import base_dtype
+
+GB = 1e9
+RESERVED = 1.5 * GB  # CUDA context and the libraries' workspaces
+FRAGMENTATION = 0.05  # of the peak: what an allocator holds beyond its tensors
+TEXT_TOKENS = 512  # a prompt with one reference image, rounded up; batches are padded to their longest
+MLP = 4  # the MLPs' inner width over D
+
+# Tensors of width D that are alive at once, per token, at the fullest moment of a forward without grad: seven that
+# the block's frame holds and two of 4 D inside the MLP (image), of which the text stream's have gone.
+FORWARD_IMAGE, FORWARD_TEXT = 15, 7
+BACKWARD = 7  # and in a backward, beyond what the forward kept
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """What a transformer's configuration says of its size. `linears`: (N, K) of every linear by module name."""
+
+    width: int
+    num_heads: int
+    num_layers: int
+    linears: dict[str, tuple[int, int]]
+    num_parameters: int
+    zero_cond_t: bool = False
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one block: what FSDP2 gathers at a time."""
+        heads = 4 * (self.width // self.num_heads)
+        return heads + sum(
+            N * (K + 1) for name, (N, K) in self.linears.items() if name.startswith("transformer_blocks.0.")
+        )
+
+    def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
+        """Parameters of a LoRA of this rank on the linears whose names end in a target."""
+        endings = tuple(f".{target}" for target in targets)
+        return rank * sum(N + K for name, (N, K) in self.linears.items() if f".{name}".endswith(endings))
+
+
+def model_shapes(config: Mapping[str, Any]) -> ModelShapes:
+    """The sizes in a `QwenImageTransformer2DModel`'s config.json; keys left out have diffusers' defaults."""
+    heads = int(config.get("num_attention_heads", 24))
+    per_head = int(config.get("attention_head_dim", 128))
+    layers, D = int(config.get("num_layers", 60)), heads * per_head
+    channels, text_width = int(config.get("in_channels", 64)), int(config.get("joint_attention_dim", 3584))
+    out_channels = int(config.get("patch_size", 2)) ** 2 * int(config.get("out_channels", 16) or channels)
+    attention = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
+    block = {"img_mod.1": (6 * D, D), "txt_mod.1": (6 * D, D)} | {f"attn.{name}": (D, D) for name in attention}
+    for stream in ("img", "txt"):
+        block |= {f"{stream}_mlp.net.0.proj": (MLP * D, D), f"{stream}_mlp.net.2": (D, MLP * D)}
+    linears = {
+        "time_text_embed.timestep_embedder.linear_1": (D, 256),
+        "time_text_embed.timestep_embedder.linear_2": (D, D),
+        "img_in": (D, channels),
+        "txt_in": (D, text_width),
+        **{f"transformer_blocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()},
+        "norm_out.linear": (2 * D, D),
+        "proj_out": (out_channels, D),
+    }
+    norms = text_width + layers * 4 * per_head
+    total = norms + sum(N * (K + 1) for N, K in linears.values())
+    return ModelShapes(D, heads, layers, linears, total, bool(config.get("zero_cond_t", False)))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides a run's memory, as numbers. Ranks of 0: there is no such adapter."""
+
+    image_tokens: int
+    reference_tokens: int
+    text_tokens: int
+    batch_size: int
+    anchor_batch_size: int
+    rank: int
+    targets: tuple[str, ...]
+    acceleration_rank: int = 0
+    teacher_rank: int = 0
+    teacher_slots: int = 0
+    base_bytes: int = 2  # of one number of the base
+    ema: bool = True
+    guided: bool = True
+    terms: tuple[bool, bool, bool] = (True, True, True)  # TA-FM, DMD-TS, DMD-BS
+    num_steps: int = 8
+    checkpointing: bool = True
+    targets_batch: int = 0  # samples in one forward while targets are made
+    text_encoder_parameters: int = 0  # on the device until everything is encoded
+    vae_parameters: int = 0
+    num_gpus: int = 1
+    shard_base: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """T of one sample."""
+        return self.image_tokens + self.reference_tokens + self.text_tokens
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of tensors on one GPU, by phase of a run and by what they are."""
+
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of tensors at once."""
+        return sum(self.phases[self.peak_phase].values())
+
+    @property
+    def needed(self) -> float:
+        """The GPU memory that the peak asks for."""
+        return self.peak * (1 + FRAGMENTATION) + RESERVED
+
+
+def saved_by_block(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
+    """Bytes that autograd keeps of one block's forward over `batch` samples, adapters on the default targets.
+
+    Per token: 9 inputs of linears and gates, q k v out of the attention, q and k before and after their norm (fp32
+    and e), the MLP before and after its GELU; r numbers of each adapter; the statistics of norms and attention.
+    """
+    D, H, r, e = shapes.width, shapes.num_heads, settings.rank + settings.acceleration_rank, settings.base_bytes
+    per_token = (9 + 4 + 2 * MLP) * D * e + 2 * D * 4 + 6 * r * e + 12 * H + 4 * e
+    if e != 4:
+        per_token += 2 * D * e
+    saved = batch * (settings.tokens * per_token + (18 * D + 2 * r) * e)
+    if shapes.zero_cond_t:  # scales and gates of their own for every image token, and the masks that chose them
+        saved += batch * (settings.image_tokens + settings.reference_tokens) * (4 * D * e + 6)
+    # Copies of the adapters in the base's dtype, one set a forward; A of the modulation, whose input has no grad, is
+    # not among them.
+    return saved + (0 if e == 4 else (_trained(shapes, settings)[0] // shapes.num_layers - 2 * r * D) * e)
+
+
+def saved_by_forward(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
+    """Bytes that a forward with grad keeps until its backward: all blocks', or only their inputs (checkpointing)."""
+    width = batch * shapes.width * settings.base_bytes
+    head = width * (settings.image_tokens + settings.reference_tokens)
+    if settings.checkpointing:
+        return shapes.num_layers * width * settings.tokens + head
+    return shapes.num_layers * saved_by_block(shapes, settings, batch) + head
+
+
+def forward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
+    """Most bytes alive in a forward without grad, beyond its inputs."""
+    image = settings.image_tokens + settings.reference_tokens
+    per_sample = FORWARD_IMAGE * image + FORWARD_TEXT * settings.text_tokens
+    return batch * per_sample * shapes.width * settings.base_bytes + _gathered(shapes, settings)
+
+
+def backward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
+    """Most bytes of a backward beyond what its forward kept; with checkpointing one block is run again."""
+    width = batch * settings.tokens * shapes.width * settings.base_bytes
+    # The block's own input is kept already.
+    again = saved_by_block(shapes, settings, batch) - width if settings.checkpointing else 0
+    return BACKWARD * width + again + _gathered(shapes, settings)
+
+
+def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
+    """Bytes on each GPU of a distillation (`clora.train.train`, `clora.distill.Distiller.full_step`), by phase."""
+    s, e = settings, settings.base_bytes
+    student, critic = _trained(shapes, s)
+    base = shapes.num_parameters * e
+    frozen = {"base": _part(base, s.num_gpus if s.shard_base else 1), "VAE": s.vae_parameters * e}
+    frozen["teacher slots"] = s.teacher_slots * shapes.adapter_parameters(s.teacher_rank, s.targets) * e
+    resident = frozen | {
+        "student and critic, fp32": 4 * (student + critic),
+        "AdamW": _part(8 * (student + critic), s.num_gpus),
+        "EMA": _part(4 * student, s.num_gpus) if s.ema else 0,
+        # Buffers that stay; of several processes each has its part of the sum besides.
+        "gradients": 4 * (student + critic) + (_part(4 * (student + critic), s.num_gpus) if s.num_gpus > 1 else 0),
+    }
+    critic_update = {
+        "kept for backward": saved_by_forward(shapes, s, s.batch_size),
+        "workspace": backward_workspace(shapes, s, s.batch_size),
+    }
+    # AdamW's square roots are one more copy of its part.
+    optimizer = {"workspace": _part(4 * student, s.num_gpus)}
+    # On the first GPU; a base that is to be cut waits in CPU memory meanwhile.
+    encoding = {"base": 0 if s.shard_base else base, "VAE": frozen["VAE"]}
+    encoding["text encoder"] = s.text_encoder_parameters * e
+    targets = frozen | {"workspace": forward_workspace(shapes, s, s.targets_batch)}
+    return MemoryPlan(
+        {
+            "encoding": encoding,
+            "targets": targets,
+            "critic update": resident | critic_update,
+            "student update": resident | _student_update(shapes, s),
+            "optimizer step": resident | optimizer,
+        }
+    )
+
+
+def _student_update(shapes: ModelShapes, settings: TrainSettings) -> dict[str, int]:
+    """The fullest moment of a student update, which keeps the graphs of all its terms until their one backward."""
+    s = settings
+    sizes = (s.anchor_batch_size, s.batch_size, s.batch_size)
+    batches = [size for on, size in zip(s.terms, sizes, strict=True) if on]
+    kept = [saved_by_forward(shapes, s, size) for size in batches]
+    back = [backward_workspace(shapes, s, size) for size in batches]
+    # While the last term's teacher is asked, no graph has been walked; backwards run from the last term to the first.
+    teacher = forward_workspace(shapes, s, s.batch_size * (2 if s.guided else 1))
+    moments = [{"kept for backward": sum(kept), "workspace": teacher}]
+    moments += [{"kept for backward": sum(kept[: i + 1]), "workspace": back[i]} for i in range(len(batches))]
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str, dict[str, int]]:
+    """Bytes that each GPU sends in one update of the student (effect stream) and of the critic; none alone.
+
+    A ring sends (N - 1) / N of a tensor to gather it or to scatter its sum. Gradients are scattered once an update in
+    fp32, parameters gathered after it; a base in parts is gathered for every forward and backward (a mean exit step in
+    backward simulation).
+    """
+    share = (settings.num_gpus - 1) / settings.num_gpus
+    ta_fm, dmd_ts, dmd_bs = settings.terms
+    rollout = (settings.num_steps + 1) / 2
+    calls = {
+        # forwards and backwards; the guided teacher's two branches are one forward
+        "student": ta_fm * (1 + 1) + dmd_ts * (3 + 1) + dmd_bs * (rollout + 2 + 1),
+        "critic": rollout + 1 + 1,
+    }
+    trained = dict(zip(("student", "critic"), _trained(shapes, settings), strict=True))
+    base = shapes.num_parameters * settings.base_bytes if settings.shard_base else 0
+    return {
+        name: {
+            "reduce-scatter of gradients": round(share * 4 * trained[name]),
+            "all-gather of parameters": round(share * 4 * trained[name]),
+            "all-gathers of the base": round(share * base * calls[name]),
+        }
+        for name in trained
+    }
+
+
+def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> tuple[list[str], bool]:
+    """Changes of the configuration that make a run fit, each on top of those before it, and whether they suffice.
+
+    In this order: what costs time (checkpointing, a base in parts, swaps of teachers), noise (smaller batches), and a
+    smaller student. A step that saves nothing is left out.
+    """
+    fewest = min(settings.batch_size, settings.teacher_slots)  # a batch may need as many teachers as it has samples
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("train.gradient_checkpointing=true", {"checkpointing": True}),
+        ("train.shard_base=true", {"shard_base": settings.num_gpus > 1}),
+        (f"train.teacher_slots={fewest}", {"teacher_slots": fewest}),
+        ("train.anchor_batch_size=1", {"anchor_batch_size": 1}),
+        ("train.batch_size=1", {"batch_size": 1}),
+        *((f"student.rank={rank}", {"rank": rank}) for rank in (64, 32, 16) if rank < settings.rank),
+    ]
+    mends: list[str] = []
+    best = memory_plan(shapes, settings).needed
+    for override, change in steps:
+        settings = replace(settings, **change)
+        needed = memory_plan(shapes, settings).needed
+        if needed < best:
+            key = override.partition("=")[0]
+            mends = [mend for mend in mends if not mend.startswith(f"{key}=")] + [override]
+            best = needed
+        if needed <= memory:
+            return mends, True
+    return mends, False
+
+
+def _trained(shapes: ModelShapes, settings: TrainSettings) -> tuple[int, int]:
+    """Trained parameters of the student (with the acceleration LoRA that joins it) and of the critic."""
+    rank, targets = settings.rank, settings.targets
+    student = shapes.adapter_parameters(rank + settings.acceleration_rank, targets)
+    return student, shapes.adapter_parameters(rank, targets)
+
+
+def _part(count: int, parts: int) -> int:
+    return -(-count // parts)
+
+
+def _gathered(shapes: ModelShapes, settings: TrainSettings) -> int:
+    """The block in use and the one fetched ahead, where the base is in parts."""
+    return 2 * shapes.block_parameters * settings.base_bytes if settings.shard_base else 0
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The answer of `clora train --plan`. `mends`: overrides that make the run fit, or all there are."""
+
+    settings: TrainSettings
+    memory_gb: float
+    memory: MemoryPlan
+    communication: dict[str, dict[str, int]]
+    fits: bool
+    mends: list[str]
+    mends_suffice: bool
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether it fits, and what to do where it does not."""
+        gpus = f"{self.settings.num_gpus} GPU{'s' if self.settings.num_gpus > 1 else ''} of {self.memory_gb:g} GB"
+        needs = f"needs {self.memory.needed / GB:.1f} GB a GPU in its {self.memory.peak_phase}"
+        if self.fits:
+            return f"fits {gpus}: {needs}"
+        if self.mends_suffice:
+            return f"does not fit {gpus}: {needs}; it fits with {' '.join(self.mends)}"
+        tried = f", and would not with {' '.join(self.mends)}" if self.mends else ""
+        return f"does not fit {gpus}: {needs}{tried}; take more GPUs, larger ones or smaller images"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; bytes."""
+        phases = {name: parts | {"total": sum(parts.values())} for name, parts in self.memory.phases.items()}
+        return {
+            "verdict": self.verdict,
+            "fits": self.fits,
+            "mends": self.mends,
+            "mends_suffice": self.mends_suffice,
+            "memory_gb": self.memory_gb,
+            "needed": round(self.memory.needed),
+            "peak": self.memory.peak,
+            "peak_phase": self.memory.peak_phase,
+            "phases": phases,
+            "communication": self.communication,
+            "settings": vars(self.settings),
+        }
+
+
+def plan_training(config: Config, num_gpus: int, memory_gb: float) -> TrainPlan:
+    """The plan of `clora train CONFIG` on `num_gpus` GPUs of `memory_gb`.
+
+    Reads the base's configurations and the headers of LoRA files; `InputErrors` for those at fault. A teacher that is
+    still to be taught counts with `teach.rank`.
+    """
+    shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
+    memory = memory_gb * GB
+    shard_base = config.train.shard_base and num_gpus > 1
+    settings = replace(read_settings(config), num_gpus=num_gpus, shard_base=shard_base)
+    planned = memory_plan(shapes, settings)
+    fits = planned.needed <= memory
+    mends, suffice = ([], True) if fits else find_mends(shapes, settings, memory)
+    communication = communication_plan(shapes, settings)
+    return TrainPlan(settings, memory_gb, planned, communication, fits, mends, suffice)
+
+
+def read_settings(config: Config) -> TrainSettings:
+    """The numbers of a configuration, for the largest bucket, one reference image and `TEXT_TOKENS`."""
+    base, revision, train, objective = config.base.model, config.base.revision, config.train, config.objective
+    token_area = pixels_per_token(base, revision) ** 2
+    encoders = encoder_parameters(base, revision)
+    slots = min(train.teacher_slots, len(config.effects))
+    paths = [config.teacher_path(effect) for effect in config.effects]
+    ranks = [check_lora(path).max_rank if path.is_file() else config.teach.rank for path in paths]
+    accelerated = acceleration_of(config)
+    makes_targets = bool(config.effects) and config.targets.source == "teachers"
+    return TrainSettings(
+        image_tokens=train.buckets.max_area // token_area,
+        reference_tokens=read_sizes(resolve_base(base)).vae_image_area // token_area,
+        text_tokens=TEXT_TOKENS,
+        batch_size=train.batch_size,
+        anchor_batch_size=train.anchor_batch_size or train.batch_size,
+        rank=config.student.rank,
+        targets=tuple(config.student.targets),
+        acceleration_rank=0 if accelerated is None else check_lora(accelerated).max_rank,
+        teacher_rank=max(ranks, default=0),
+        teacher_slots=slots,
+        base_bytes=base_dtype(config.base.dtype, torch.device("cuda")).itemsize,
+        ema=train.ema_decay > 0,
+        guided=objective.guidance != 1,
+        terms=(
+            bool(config.effects) and objective.ta_fm_weight > 0,
+            bool(config.effects) and objective.dmd_ts_weight > 0,
+            objective.dmd_bs_weight > 0,
+        ),
+        num_steps=config.schedule.num_steps,
+        checkpointing=train.gradient_checkpointing,
+        targets_batch=min(TARGET_BATCH, slots) * (2 if config.targets.guidance != 1 else 1) if makes_targets else 0,
+        text_encoder_parameters=encoders["text_encoder"],
+        vae_parameters=encoders["vae"],
+    )

@@ -1,0 +1,234 @@
+"""extend: the catalogue merged, old effects rehearsed from the collection itself, and every misfit refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from clora import cli
+from clora.backbones.loading import linear_shapes
+from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
+from clora.config import Config, build_config
+from clora.data.examples import collate
+from clora.editor import load_editor
+from clora.errors import InputErrors
+from clora.extend import deal_names, extend, extend_faults, extended_config, merge_catalogue
+from clora.flow import few_step_sigmas
+from clora.lora_files import LoraModule, read_lora, write_lora
+from clora.routing import step_generator
+from clora.sample import few_step_sample_ref
+from clora.targets import rehearsal_targets
+from clora.tracker import read_log
+from clora.train import open_bank, teacher_files
+from clora.workspace import open_workspace
+
+TARGETS = ["to_q", "to_v", "img_mlp.net.2"]
+QUIET = Console(quiet=True)
+
+
+def random_modules(base: Path, seed: int, rank: int) -> dict[str, LoraModule]:
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        name: LoraModule(torch.randn(rank, K, generator=rng) * 0.1, torch.randn(N, rank, generator=rng) * 0.1, rank)
+        for name, (N, K) in linear_shapes(base).items()
+        if name.endswith(tuple(TARGETS))
+    }
+
+
+@pytest.fixture(scope="module")
+def place(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A collection of two effects, a teacher and three pairs of a third."""
+    folder = tmp_path_factory.mktemp("extend")
+    rng = np.random.default_rng(0)
+    for side in ("source", "target"):
+        (folder / "warm" / side).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / "warm" / side / f"{i}.png")
+    write_lora(folder / "warm.safetensors", random_modules(random_base, 1, 2), dtype=torch.float32)
+    catalogue = Catalogue(
+        base=str(random_base),
+        schedule=CatalogueSchedule(num_steps=2, shift=3.0),
+        effects=[
+            CatalogueEntry(name="first", trigger="<first>", student_prompt="paint it", teacher_sha256="0" * 64),
+            CatalogueEntry(name="second", trigger="<second>", student_prompt=""),
+        ],
+    )
+    modules = random_modules(random_base, 0, 6)
+    write_collection(folder / "collection.safetensors", modules, catalogue, dtype=torch.float32)
+    return folder
+
+
+def make_config(base: Path, place: Path, out: Path, *overrides: str, name: str = "warm") -> Config:
+    values: dict[str, Any] = {
+        "preset": "tiny",
+        "base": {"model": str(base), "dtype": "float32"},
+        "output_dir": str(out),
+        "effects": [{"name": name, "prompt": "change it", "lora": "warm.safetensors", "pairs": "warm"}],
+        "student": {"rank": 4, "alpha": 4, "targets": TARGETS},
+        "schedule": {"num_steps": 2},
+        "objective": {"p_switch": 1.0, "guidance": 2.0},
+        "extend": {"max_train_steps": 4, "coarse_steps": 2, "rehearsal_sources": 2, "anchor_batch_size": 3},
+        "train": {"critic_updates": 1, "batch_size": 2, "log_every": 1, "checkpointing_steps": 2},
+    }
+    return build_config(values, place, overrides)
+
+
+def test_extend_merges_the_catalogue_and_writes_what_loads(random_base: Path, place: Path, tmp_path: Path) -> None:
+    config = make_config(random_base, place, tmp_path / "out")
+    path = extend(place / "collection.safetensors", config, console=QUIET)
+    before, after = read_catalogue(place / "collection.safetensors"), read_catalogue(path)
+    assert (before.version, after.version) == (1, 2)
+    assert after.effects[:2] == before.effects and after.effects[2].name == "warm"
+    assert after.effects[2].trigger.startswith("<warm_") and after.effects[2].teacher_sha256 is not None
+    assert (after.base, after.schedule, after.sampler) == (before.base, before.schedule, before.sampler)
+    # The same file, moved a little: two coarse and two full steps from where it was.
+    old = read_lora(place / "collection.safetensors").modules
+    distances = {
+        name: float((module.delta() - old[name].delta()).norm() / old[name].delta().norm())
+        for name, module in read_lora(path).modules.items()
+    }
+    assert max(distances.values()) < 0.5 and min(distances.values()) > 1e-3
+    log = read_log(tmp_path / "out" / "extend")
+    assert [("critic_loss" in row) for row in log] == [False, False, True, True]
+    editor = load_editor(str(random_base), path, dtype=torch.float32)
+    (picture,) = editor.edit([Image.new("RGB", (64, 64), "red")], ["warm"])
+    assert picture.size == (64, 64)
+    # Extended again, the version counts on and all three are old.
+    again = make_config(random_base, place, tmp_path / "again", "extend.max_train_steps=1", name="warmer")
+    third = read_catalogue(extend(path, again, console=QUIET))
+    assert third.version == 3 and [entry.name for entry in third.effects] == ["first", "second", "warm", "warmer"]
+
+
+def test_extend_resumes_bitwise_equal(
+    random_base: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = place / "collection.safetensors"
+    whole = extend(collection, make_config(random_base, place, tmp_path / "whole"), console=QUIET)
+    extend(collection, make_config(random_base, place, tmp_path / "split", "train.max_train_seconds=1e-9"))
+    (stopped,) = (tmp_path / "split" / "extend").glob("checkpoint-*")
+    assert int(stopped.name.partition("-")[2]) == 1
+    # Nothing is sampled or encoded twice.
+    monkeypatch.setattr("clora.targets.few_step_sample", None)
+    resumed = extend(collection, make_config(random_base, place, tmp_path / "split"), "latest", QUIET)
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, place: Path, tmp_path: Path) -> None:
+    collection = place / "collection.safetensors"
+    catalogue = read_catalogue(collection)
+    config = extended_config(collection, catalogue, make_config(random_base, place, tmp_path / "out"))
+    workspace = open_workspace(config, QUIET)
+    bank = open_bank(workspace)
+    assert bank is not None and bank.capacity == 2  # the new effect's teacher, and one slot for both old effects
+    slots = bank.slots_for(["first", "second", "warm"])
+    assert slots[0] == slots[1] != slots[2]
+    filled = rehearsal_targets(workspace, bank.slots_for, catalogue, "0" * 64, QUIET)
+    assert {name: len(examples) for name, examples in filled.items()} == {"first": 2, "second": 2}
+
+    workspace.adapters.add_lora("by_hand", read_lora(collection).modules)
+    prompts = {"first": "<first>paint it", "second": "<second>"}
+    for name, examples in filled.items():
+        for example in examples:
+            texts = workspace.backbone.count_prompt_tokens(prompts[name])
+            assert texts and torch.equal(example.texts["student"], example.texts["teacher"])
+            assert torch.equal(example.texts["negative"], example.texts["teacher"])
+    first = filled["first"][0]
+    (key,) = [p.stem for p in (tmp_path / "out" / "cache").rglob("*.safetensors") if _holds(p, first.y[0])]
+
+    def velocity(x: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
+        return workspace.backbone.velocity(x, sigma, cond, ["by_hand"])
+
+    shape = (first.num_tokens, workspace.backbone.token_channels)
+    cond = collate([first], "student", workspace.backbone.device)
+    seed = step_generator(int(key[:12], 16), 0, "target", "cpu").initial_seed()
+    y = few_step_sample_ref(velocity, cond, shape, few_step_sigmas(2, 3.0), [seed])
+    torch.testing.assert_close(first.y[0], y[0], rtol=1e-4, atol=1e-4)
+
+
+def _holds(path: Path, latents: torch.Tensor) -> bool:
+    from safetensors.torch import load_file
+
+    found = load_file(path).get("latents")
+    return found is not None and found.shape == latents.shape and torch.equal(found, latents)
+
+
+def test_extended_config_starts_from_the_collection(random_base: Path, place: Path, tmp_path: Path) -> None:
+    collection = place / "collection.safetensors"
+    catalogue = read_catalogue(collection)
+    config = make_config(random_base, place, tmp_path / "out", "student.acceleration=base")
+    extended = extended_config(collection, catalogue, config)
+    assert (extended.student.rank, extended.student.alpha, extended.student.acceleration) == (6, 6.0, None)
+    assert extended.student.init_from == collection
+    assert (extended.train.max_train_steps, extended.train.coarse_steps) == (4, 2)
+    assert [effect.name for effect in extended.effects] == ["warm", "first", "second"]
+    assert teacher_files(extended)["first"] == teacher_files(extended)["second"] == collection
+    rows = (tmp_path / "out" / "rehearsal" / "second.jsonl").read_text().splitlines()
+    # Two sources each, taken in turn: the first effect has 0 and 1, the second 2 and 0.
+    sources = [Path(json.loads(row)["source_images"][0]).name for row in rows]
+    assert sources == ["2.png", "0.png"]
+    alone = extended_config(
+        collection, catalogue, make_config(random_base, place, tmp_path, "extend.rehearsal_share=0")
+    )
+    assert [effect.name for effect in alone.effects] == ["warm"]
+    larger = make_config(random_base, place, tmp_path, "student.rank=8")
+    assert extended_config(collection, catalogue, larger).student.rank == 8
+
+
+def test_extend_faults_lists_every_misfit(random_base: Path, place: Path) -> None:
+    collection = place / "collection.safetensors"
+    catalogue = read_catalogue(collection)
+    fitting = make_config(random_base, place, place / "out")
+    assert extend_faults(collection, catalogue, fitting) == []
+    config = make_config(random_base, place, place, "base.model=tiny", "schedule.num_steps=8", name="First")
+    effects = [config.effects[0].model_copy(update={"trigger": "<SECOND>"})]
+    config = config.model_copy(update={"effects": effects})
+    faults = extend_faults(collection, catalogue, config)
+    for number, start in enumerate(
+        ("effect First: the collection has one", "effect First: the collection has its trigger", "base: is tiny")
+    ):
+        assert faults[number].startswith(start)
+    assert faults[3] == "schedule: differs from the collection's; set schedule.num_steps=2 schedule.shift=3"
+    assert faults[4].startswith("output_dir: ") and len(faults) == 5
+    with pytest.raises(InputErrors) as caught:
+        extend(collection, config, console=QUIET)
+    assert caught.value.faults == faults
+    plain = make_config(random_base, place, place / "out", "objective.aop=false")
+    assert extend_faults(collection, catalogue, plain) == ["objective.aop: the collection has triggers; set it to true"]
+
+
+def test_merge_catalogue_keeps_a_file_without_version(place: Path) -> None:
+    """A catalogue written before there were versions is its version 1."""
+    catalogue = read_catalogue(place / "collection.safetensors")
+    old = Catalogue.model_validate({k: v for k, v in catalogue.model_dump().items() if k != "version"})
+    merged = merge_catalogue(old, [CatalogueEntry(name="third", student_prompt="x")])
+    assert (old.version, merged.version, len(merged.effects)) == (1, 2, 3)
+    with pytest.raises(ValueError, match="name given to more than one effect: first"):
+        merge_catalogue(old, [CatalogueEntry(name="first", student_prompt="x")])
+
+
+@pytest.mark.parametrize(("num_new", "num_old", "share"), [(3, 50, 0.5), (1, 2, 0.5), (6, 2, 0.5), (3, 50, 0.8)])
+def test_deal_names_comes_near_the_share(num_new: int, num_old: int, share: float) -> None:
+    new, old = [f"new{i}" for i in range(num_new)], [f"old{i}" for i in range(num_old)]
+    deal = deal_names(new, old, share)
+    counts = {name: deal.count(name) for name in (*new, *old)}
+    assert len({counts[name] for name in new}) == len({counts[name] for name in old}) == 1
+    assert sum(counts[name] for name in old) / len(deal) == pytest.approx(share, abs=0.05)
+    assert deal_names(new, old, 0) == new
+
+
+def test_command_prints_what_the_collection_holds_now(random_base: Path, place: Path, tmp_path: Path) -> None:
+    config = make_config(random_base, place, tmp_path / "out", "extend.max_train_steps=1", "extend.coarse_steps=1")
+    file = tmp_path / "new.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    result = CliRunner().invoke(cli.app, ["extend", str(place / "collection.safetensors"), str(file), "--json"])
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 0 and answer["version"] == 2 and answer["effects"] == ["first", "second", "warm"]
+    assert Path(answer["output"]).is_file()
