@@ -229,7 +229,10 @@ class TrainConfig(Section):
     lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 100
     ema_decay: Annotated[Decay, doc("Decay of the student's average, which is exported; 0 = off.")] = 0.999
     ema_start: Annotated[Natural, doc("Update at which the average starts.")] = 500
-    gradient_checkpointing: Annotated[bool, doc("Recompute activations in the backward pass.")] = True
+    gradient_checkpointing: Annotated[bool, doc("Recompute the activations that memory has no room for.")] = True
+    memory_budget_gb: Annotated[
+        Positive | None, doc("Memory of a process, 1e9 bytes; null: its GPU's, or what is free without one.")
+    ] = None
     kernels: Annotated[
         Kernels, doc("Transformer blocks: 'fused' on clora's ops, 'reference' as in diffusers; auto fuses on a GPU.")
     ] = "auto"
@@ -354,6 +357,7 @@ class Config(Section):
 _UNFELT_TRAIN_KEYS = (
     "max_train_seconds", "checkpointing_steps", "checkpoints_total_limit", "report_to", "sample_steps",
     "log_every", "teacher_slots", "shard_base", "deterministic", "timeout_seconds",
+    "gradient_checkpointing", "memory_budget_gb",
 )  # fmt: skip
 
 
