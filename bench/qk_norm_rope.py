@@ -2,9 +2,8 @@
 
 RMSNorm and rotary of q and k, and the text's tokens joined to the image's, forward alone and forward with backward,
 at the width of Qwen-Image-Edit: "ours", "compiled" (the reference under torch.compile) and "eager", which is what
-diffusers does: RMSNorm modules, complex rotary, three torch.cat. On a GPU the result is checked against fp64 first;
-bytes count each tensor once, and the share is that of torch's copy of 1 GiB. Without a GPU the kernels cannot run, and
-eager is timed alone.
+diffusers does: RMSNorm modules, complex rotary, three torch.cat. The result is checked against fp64 first; bytes
+count each tensor once. For shares, and for what is timed without a GPU, see `bench.timing`.
 """
 
 from __future__ import annotations
@@ -76,9 +75,8 @@ def make_cases(shape: Shape, dtype: torch.dtype, device: str) -> list[Case]:
         for place, three in enumerate(zip(ours, same_dtype, exact, strict=True)):
             check_accuracy(f"qk_norm_rope, result {place}", *three)
 
-    ways: dict[str, Op] = {"eager": stock}
-    if device == "cuda":
-        ways = {"ours": qk_norm_rope, "compiled": torch.compile(qk_norm_rope_ref, dynamic=False), "eager": stock}
+    compiled = torch.compile(qk_norm_rope_ref, dynamic=False)
+    ways: dict[str, Op] = {"ours": qk_norm_rope, "compiled": compiled, "eager": stock}
     what = f"qk_norm_rope {B}x({L_txt}+{L_img})x{H}x{D} {str(dtype).removeprefix('torch.')}"
     numel = B * (L_txt + L_img) * H * D
     table_bytes = 2 * tables[0].nbytes
