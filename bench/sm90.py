@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from clora.kernels import adaln, dmd_score, lora_linear, qk_norm_rope, renoise
+from clora.kernels import adaln, dmd_score, lora_linear, lora_qkv, qk_norm_rope, renoise
 
 MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,6 +104,16 @@ def launch_lora_linear(
     lora_linear.launch_backward(y, x, weight, A, B, scale, slot, down, h, epilogue, wanted, way)
 
 
+def launch_lora_qkv(dtype: torch.dtype, D: int, rank: int) -> None:
+    """Forward and backward for 8192 tokens and three slots."""
+    L, S = 8192, 3
+    x, weights, biases = empty(1, L, D, dtype=dtype), [empty(D, D, dtype=dtype)] * 3, [empty(D, dtype=dtype)] * 3
+    A, B, scale = [empty(S, rank, D, dtype=dtype)] * 3, [empty(S, D, rank, dtype=dtype)] * 3, [empty(S)] * 3
+    slot = empty(1).long()
+    *projections, down = lora_qkv.launch_forward(x, weights, biases, A, B, scale, slot)
+    lora_qkv.launch_backward(projections, x, weights, A, B, scale, slot, down, (True, True, True))
+
+
 def launch_qk_norm_rope(dtype: torch.dtype, H: int, D: int) -> None:
     """Forward and backward for 8192 tokens of the image and 512 of the text, whose projections are parts of one row."""
     B, L_img, L_txt = 1, 8192, 512
@@ -136,6 +146,10 @@ CASES: dict[str, dict[str, Callable[[torch.dtype], None]]] = {
         "3072x3072 r256": partial(launch_lora_linear, K=3072, N=3072, rank=256),
         "3072x12288 gelu": partial(launch_lora_linear, K=3072, N=12288, epilogue="gelu_tanh"),
         "in place gelu": partial(launch_lora_linear, K=3072, N=12288, epilogue="gelu_tanh", way="in_place"),
+    },
+    "lora_qkv": {
+        "D=3072": partial(launch_lora_qkv, D=3072, rank=128),
+        "D=3072 r256": partial(launch_lora_qkv, D=3072, rank=256),
     },
     "qk_norm_rope": {
         "24x128": partial(launch_qk_norm_rope, H=24, D=128),

@@ -48,7 +48,9 @@ def lora_linear(
     epilogue: Epilogue = "none",
 ) -> Tensor:
     """y (B, L, N), typed like x. Raises ValueError for shapes and dtypes other than above, and for another epilogue."""
-    _check(x_BLK, weight_NK, bias_N, A_SrK, B_SNr, scale_S, slot_B, epilogue)
+    if epilogue not in get_args(Epilogue):
+        raise ValueError(f"epilogue is {epilogue!r}; one of {', '.join(get_args(Epilogue))} is needed")
+    check_inputs(x_BLK, weight_NK, bias_N, A_SrK, B_SNr, scale_S, slot_B)
     if not x_BLK.is_cuda or torch.compiler.is_exporting():
         return lora_linear_ref(x_BLK, weight_NK, bias_N, A_SrK, B_SNr, scale_S, slot_B, epilogue)
     # Only a backward pass wants h, which without one is never written.
@@ -80,18 +82,10 @@ def lora_linear_ref(
     return F.gelu(h, approximate="tanh") if epilogue == "gelu_tanh" else h
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: Tensor,
-    slot: Tensor,
-    epilogue: str,
+def check_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, slot: Tensor
 ) -> None:
-    if epilogue not in get_args(Epilogue):
-        raise ValueError(f"epilogue is {epilogue!r}; one of {', '.join(get_args(Epilogue))} is needed")
+    """Raise ValueError for shapes and dtypes other than above."""
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] != x.shape[2]:
         raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; (B, L, K) and (N, K) are needed")
     N, K = weight.shape

@@ -27,18 +27,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def slot_block(
-    matrix_ptr: tl.tensor, c: tl.tensor, r: tl.tensor, C: tl.constexpr, RANK: tl.constexpr, STACK_IS_CR: tl.constexpr
-) -> tl.tensor:
-    """Rows c and columns r of a slot's matrix as (C, r), zeros outside."""
-    if STACK_IS_CR:
-        places = c[:, None] * RANK + r[None, :]
-    else:
-        places = c[:, None] + r[None, :] * C
-    return tl.load(matrix_ptr + places, mask=(c[:, None] < C) & (r[None, :] < RANK), other=0.0)
-
-
-@triton.jit
 def down_kernel(
     x_ptr: tl.tensor,
     stack0_ptr: tl.tensor,
@@ -74,12 +62,17 @@ def down_kernel(
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             x = tl.load(x_at + c[None, :], mask=(token[:, None] < L) & (c[None, :] < C), other=0.0)
-            block = slot_block(stack0_ptr + matrix, c, r, C, RANK, STACK_IS_CR)
+            if STACK_IS_CR:
+                places = c[:, None] * RANK + r[None, :]
+            else:
+                places = c[:, None] + r[None, :] * C
+            inside = (c[:, None] < C) & (r[None, :] < RANK)
+            block = tl.load(stack0_ptr + matrix + places, mask=inside, other=0.0)
             acc0 = tl.dot(x, block, acc0, input_precision="ieee")
             if PARTS == 3:
-                block = slot_block(stack1_ptr + matrix, c, r, C, RANK, STACK_IS_CR)
+                block = tl.load(stack1_ptr + matrix + places, mask=inside, other=0.0)
                 acc1 = tl.dot(x, block, acc1, input_precision="ieee")
-                block = slot_block(stack2_ptr + matrix, c, r, C, RANK, STACK_IS_CR)
+                block = tl.load(stack2_ptr + matrix + places, mask=inside, other=0.0)
                 acc2 = tl.dot(x, block, acc2, input_precision="ieee")
         acc0 *= tl.load(scale0_ptr + slot)
         if PARTS == 3:

@@ -21,10 +21,10 @@ from clora.kernels.lora_low_rank import MAX_RANK, TOKENS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The fused way is for half precision.
 WAYS = [("in_place", dtype) for dtype in DTYPES] + [("fused", dtype) for dtype in DTYPES[1:]]
-GROUPS, SHAPES = 3, {"in_place": 16, "fused": 10}  # a way and dtype has so many groups of so many shapes
-LENGTHS = {"in_place": [1, 2, 5, 17, 31, 65], "fused": [1, 2, 31, 64, BLOCK_L, BLOCK_L + 3]}
+GROUPS, SHAPES = 3, {"in_place": 18, "fused": 7}  # a way and dtype has so many groups of so many shapes
+LENGTHS = {"in_place": [1, 2, 5, 17, 33, 65], "fused": [1, 2, 31, 64, BLOCK_L, BLOCK_L + 3]}
 # What TMA takes: rows of multiples of 16 bytes.
-WIDTHS = {"in_place": [1, 3, 16, 31, 64, 97], "fused": [8, 16, 56, 72, 136, BLOCK_N + 8]}
+WIDTHS = {"in_place": [1, 3, 16, 31, 65, 67], "fused": [8, 16, 56, 72, 136, BLOCK_N + 8]}
 RANKS = {
     "in_place": [1, 2, 3, 7, 8, 16, 17, 48, 64, 100, 127, 128, 131, 200, 256],
     "fused": [8, 16, 24, 48, 64, 72, 128, 136, 200, 256],
