@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from clora.kernels.adaln import EPS, adaln, gated_residual_adaln
 from clora.kernels.lora_linear import Epilogue, lora_linear
+from clora.kernels.lora_qkv import lora_qkv
 from clora.kernels.qk_norm_rope import qk_norm_rope, rotary_tables
 from clora.slots import SlotLinear
 
@@ -95,8 +96,8 @@ class FusedBlock(nn.Module):
         """The joint attention of image and text, with its projections: (B, L, D) and (B, M, D)."""
         attn = self.attn
         q, k, v = qk_norm_rope(
-            linear(attn.to_q, x_img), linear(attn.to_k, x_img), linear(attn.to_v, x_img),
-            linear(attn.add_q_proj, x_txt), linear(attn.add_k_proj, x_txt), linear(attn.add_v_proj, x_txt),
+            *three_linears((attn.to_q, attn.to_k, attn.to_v), x_img),
+            *three_linears((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), x_txt),
             attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight, *tables,
         )  # fmt: skip
         backend = attn.processor._attention_backend
@@ -130,6 +131,18 @@ def linear(layer: nn.Linear, x_BLK: Tensor, epilogue: Epilogue = "none") -> Tens
         weight = layer.weight
     y = F.linear(x_BLK, weight, layer.bias)
     return F.gelu(y, approximate="tanh") if epilogue == "gelu_tanh" else y
+
+
+def three_linears(layers: tuple[nn.Linear, nn.Linear, nn.Linear], x_BLK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The projections of one input to q, k and v, with one pass over it for the adapters of all three."""
+    asked = [layer.lanes(x_BLK.shape[0]) for layer in layers if isinstance(layer, SlotLinear)]
+    lanes = [of_layer for of_layer in asked if of_layer is not None]
+    if len(lanes) == 3:
+        A, B, scale, slot = zip(*lanes, strict=True)
+        weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
+        return lora_qkv(x_BLK, weights, biases, A, B, scale, slot[0])
+    q, k, v = (linear(layer, x_BLK) for layer in layers)
+    return q, k, v
 
 
 def joint_attention(

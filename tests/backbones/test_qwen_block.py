@@ -20,6 +20,7 @@ from clora.backbones.qwen_block import FusedBlock, fuse_blocks, joint_attention
 from clora.backbones.qwen_image import KEPT, Kernels, QwenImageBackbone, load_backbone
 from clora.kernels.adaln import adaln_op, gated_residual_adaln_op
 from clora.kernels.lora_linear import lora_linear_op
+from clora.kernels.lora_qkv import lora_qkv_op
 from clora.kernels.qk_norm_rope import qk_norm_rope_op
 from clora.lora import Adapters
 from clora.slots import Slot
@@ -157,7 +158,14 @@ def test_fused_blocks_run_on_the_kernels_themselves(
         "gated_residual_adaln",
         lambda x, y, gate, scale, shift, index=None: gated_residual_adaln_op(x, y, gate, scale, shift, index),
     )
-    monkeypatch.setattr(qwen_block, "lora_linear", lambda *given: lora_linear_op(*given, True)[0])
+    monkeypatch.setattr(qwen_block, "lora_linear", lambda *given: lora_linear_op(*given, True, None)[0])
+    monkeypatch.setattr(
+        qwen_block,
+        "lora_qkv",
+        lambda x, weights, biases, A, B, scale, slot: lora_qkv_op(
+            x, list(weights), *biases, list(A), list(B), list(scale), slot, None
+        )[:3],
+    )
     monkeypatch.setattr(qwen_block, "qk_norm_rope", qk_norm_rope_op)
     results = []
     for kernels in KERNELS:
