@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from bench.cycle_models import Size, authors_cycle, make_authors, make_data, make_ours, narrow, steps_of
 from clora.flow import few_step_sigmas
@@ -29,8 +30,8 @@ class Work:
 
 
 @contextmanager
-def counted(*models: Any) -> Iterator[list[tuple[str, int]]]:
-    """Within it every forward and backward of the transformers is noted in order, with its samples."""
+def counted(models: Sequence[Any], optimizers: Iterable[Optimizer]) -> Iterator[list[tuple[str, int]]]:
+    """Within it the transformers' forwards and backwards are noted in order, with their samples, and all updates."""
     events: list[tuple[str, int]] = []
 
     def saw_backward(grad: Tensor) -> None:
@@ -42,6 +43,7 @@ def counted(*models: Any) -> Iterator[list[tuple[str, int]]]:
             output[0].register_hook(saw_backward)
 
     handles = [model.register_forward_hook(saw_forward) for model in models]
+    handles += [one.register_step_post_hook(lambda *_: events.append(("update", 0))) for one in optimizers]
     try:
         yield events
     finally:
@@ -50,14 +52,14 @@ def counted(*models: Any) -> Iterator[list[tuple[str, int]]]:
 
 
 def updates_of(events: list[tuple[str, int]]) -> list[Work]:
-    """The events cut into updates: one begins with the first forward after a backward."""
-    updates: list[Work] = []
-    last = "backward"
+    """The work before each update, since the one before."""
+    updates, work = [], Work(0, 0)
     for kind, samples in events:
-        if kind == "forward" and last == "backward":
-            updates.append(Work(0, 0))
-        work, last = updates[-1], kind
-        updates[-1] = replace(work, **{f"{kind}s": getattr(work, f"{kind}s") + samples})
+        if kind == "update":
+            updates.append(work)
+            work = Work(0, 0)
+        else:
+            work = replace(work, **{f"{kind}s": getattr(work, f"{kind}s") + samples})
     return updates
 
 
@@ -87,11 +89,12 @@ def rehearse(size: Size, device: str, rehearsals: int = REHEARSALS) -> Rehearsal
             kinds = {kind: len(work) for kind, work in seen["ours"].items()}
             if done >= rehearsals and all(kinds[kind] == num_exits for kind in ("critic", f"{stream}_generator")):
                 break
-            with counted(ours.backbone.transformer) as events:
+            with counted([ours.backbone.transformer], [ours.student.optimizer, ours.critic.optimizer]) as events:
                 ours.full_step(step)
             lengths[stream][step] = sum(work.forwards for work in _note(seen["ours"], stream, events))
             if done == 0:  # theirs does the same work at every step
-                with counted(authors.student, authors.critic, authors.real) as events:
+                models = [authors.student, authors.critic, authors.real]
+                with counted(models, authors.optimizers.values()) as events:
                     authors_cycle(authors, ours, step)()
                 _note(seen["authors"], stream, events)
     counts: dict[Schedule, dict[str, Work]] = {

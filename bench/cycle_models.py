@@ -20,6 +20,7 @@ from clora.config import Config, build_config
 from clora.data.examples import Example
 from clora.distill import CRITIC, STUDENT, Distiller
 from clora.lora_files import LoraFile, LoraModule
+from clora.plan import TrainSettings, budget, choose_whole_blocks, device_memory, model_shapes
 from clora.routing import Stream, step_generator
 from clora.teachers import TeacherBank
 from clora.tiny.train_base import TRANSFORMER_CONFIG
@@ -94,14 +95,14 @@ def random_transformer(size: Size, device: str) -> Any:
     finally:
         torch.set_default_dtype(before)
     if device == "cpu" and size.dtype == torch.bfloat16:  # as a training job on a CPU sets it
-        as_backbone(transformer, size, device).use_plain_attention()
+        as_backbone(transformer).use_plain_attention()
     return transformer
 
 
-def as_backbone(transformer: Any, size: Size, device: str) -> QwenImageBackbone:
+def as_backbone(transformer: Any) -> QwenImageBackbone:
     """A backbone of this transformer alone."""
-    pipeline = SimpleNamespace(transformer=transformer)
-    return QwenImageBackbone("random", pipeline, BaseSizes.model_validate({}), torch.device(device), size.dtype)
+    pipeline, sizes = SimpleNamespace(transformer=transformer), BaseSizes.model_validate({})
+    return QwenImageBackbone("random", pipeline, sizes, transformer.device, transformer.dtype)
 
 
 def random_lora(size: Size, targets: tuple[str, ...], seed: int, dtype: torch.dtype) -> Lora:
@@ -164,19 +165,43 @@ def make_data(size: Size, critic_updates: int) -> Data:
 
 
 def make_ours(data: Data, device: str) -> Distiller:
+    """clora's own step on a random transformer."""
+    return make_distiller(data, as_backbone(random_transformer(data.size, device)))
+
+
+def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:
     """clora's own step: one base, three adapters on it."""
     size, config = data.size, data.config
-    backbone = as_backbone(random_transformer(size, device), size, device)
     adapters = backbone.add_adapters(config.student.targets)
-    backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
+    backbone.use_kernels(config.train.kernels)
+    whole = choose_whole_blocks(model_shapes(size.transformer), plan_settings(data), budget(config, device_memory()))
+    backbone.set_gradient_checkpointing(config.train.gradient_checkpointing, whole)
     files = {name: LoraFile(Path(name), lora, "diffusers", {}, "") for name, lora in data.teachers.items()}
     bank = TeacherBank(adapters, files, config.train.teacher_slots, dtype=size.dtype)
     for slot in (STUDENT, CRITIC):
         adapters.add_stack(slot, [slot], size.rank, size.rank, trainable=True)
         adapters.init_slot(slot, data.student)
     student = trainable_group(adapters, [STUDENT], config, config.train.learning_rate, ema=True)
-    critic = trainable_group(adapters, [CRITIC], config, config.train.critic_learning_rate)
+    critic = trainable_group(adapters, [CRITIC], config, config.train.critic_learning_rate, gradients_of=student)
     return Distiller(config, backbone, bank, data.effects, data.general, student, critic)
+
+
+def plan_settings(data: Data) -> TrainSettings:
+    """What `clora.plan` asks of these sizes."""
+    size, train = data.size, data.config.train
+    return TrainSettings(
+        image_tokens=size.grid[0] * size.grid[1],
+        reference_tokens=size.grid[0] * size.grid[1],
+        text_tokens=size.text_tokens,
+        batch_size=train.batch_size,
+        anchor_batch_size=train.anchor_batch_size or train.batch_size,
+        rank=size.rank,
+        targets=tuple(data.config.student.targets),
+        teacher_rank=size.rank,
+        teacher_slots=train.teacher_slots,
+        base_bytes=size.dtype.itemsize,
+        checkpointing=train.gradient_checkpointing,
+    )
 
 
 def make_source(size: Size, critic_updates: int, device: str) -> Distiller:

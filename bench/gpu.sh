@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, with what the machine has and nothing fetched: builds clora._C in the tree, runs the
-# tests marked `gpu`, then every bench with --json into bench/results/. Usage: bench/gpu.sh [BENCH ...]
-# PYTHON chooses the interpreter (default python3); it needs torch, pytest, pybind11, cmake and a C++ compiler.
+# Everything that needs a GPU, with what the machine has and nothing fetched: builds clora._C in the tree, then runs
+# the parts named, or all: `tests` (those marked gpu), `sanitizer` (the kernels' tests under compute-sanitizer), and
+# benches by name, with --json into bench/results/. Where a call is limited to ten minutes:
+#     bench/gpu.sh tests lora_linear lora_qkv adaln renoise dmd_score sampler tiny_step
+#     bench/gpu.sh block forward sanitizer
+#     bench/gpu.sh train_cycle
+# PYTHON chooses the interpreter (default python3); it needs torch, pytest, pybind11, cmake and a C++ compiler, and
+# diffusers and peft for block, forward and train_cycle.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -23,23 +28,41 @@ cmake --install build/gpu --prefix .
 
 failed=()
 
-# Only files that hold such tests are collected: the others may import packages that this machine lacks.
-mapfile -t files < <(grep -rlE 'mark\.gpu|pytestmark.*gpu' tests --include='test_*.py' | sort)
-if ((${#files[@]})); then
+gpu_tests() {
+  # Only files that hold such tests are collected: the others may import packages that this machine lacks.
+  local files
+  mapfile -t files < <(grep -rlE 'mark\.gpu|pytestmark.*gpu' tests --include='test_*.py' | sort)
   echo "== pytest -m gpu ${files[*]}"
-  # A file that cannot be collected here is reported and fails the run, after all others have run. Exit status 5
-  # says that nothing was selected.
-  "$python" -m pytest -m gpu -rs --continue-on-collection-errors "${files[@]}" || (($? == 5)) || failed+=("pytest -m gpu")
-else
-  echo "== no test is marked gpu"
-fi
+  # A file that cannot be collected here is reported and fails the run, after all others have run.
+  "$python" -m pytest -m gpu -rs --continue-on-collection-errors "${files[@]}" || failed+=("pytest -m gpu")
+}
+
+sanitizer() {
+  local tool
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "== compute-sanitizer is not installed: memory and races are not checked"
+    return
+  fi
+  # Without torch's cache of memory each tensor is an allocation, whose ends are then known.
+  for tool in memcheck racecheck; do
+    echo "== compute-sanitizer --tool $tool"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
+      "$python" -m pytest -q -o timeout=0 -m gpu -k "many_tiles or repeats_bit_for_bit or layouts_and_dtypes" tests/kernels ||
+      failed+=("compute-sanitizer --tool $tool")
+  done
+}
 
 mkdir -p bench/results
-benches=("$@")
-if ((${#benches[@]} == 0)); then
+parts=("$@")
+if ((${#parts[@]} == 0)); then
   mapfile -t benches < <(grep -lF -e '[--json]' bench/*.py | xargs -r -n1 basename -s .py | sort)
+  parts=(tests sanitizer "${benches[@]}")
 fi
-for name in "${benches[@]}"; do
+for name in "${parts[@]}"; do
+  case "$name" in
+    tests) gpu_tests && continue ;;
+    sanitizer) sanitizer && continue ;;
+  esac
   echo "== python -m bench.$name --json > bench/results/$name.json"
   if "$python" -m "bench.$name" --json >"bench/results/$name.json.tmp"; then
     mv "bench/results/$name.json.tmp" "bench/results/$name.json"

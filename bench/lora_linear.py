@@ -1,10 +1,12 @@
 """The linear with adapter slots against torch, eager and compiled: `python -m bench.lora_linear [--json] [--rounds N]`.
 
 Forward, and forward and backward, at the widths of Qwen-Image-Edit with rank-128 adapters: one sample of 8192 tokens;
-then three samples with three adapters and with one. The ways are ours; the reference compiled; "eager", which is what
-PEFT does; "addmm", the update fused with the addition by a second cuBLAS product; and "gemm", the linear alone. Each
-case's name says what the forward of ours and of PEFT moves beyond the linear alone, by `forward_bytes`. On a GPU the
-result is checked against fp64 first. Without a GPU the kernels cannot run: "eager" is timed alone, at a small size.
+then three samples with three adapters and with one. The ways are "ours", by the rule; both of its ways, "fused" and
+"in_place"; the reference "compiled"; "eager", which is what PEFT does; "addmm", the update fused with the addition by
+a second cuBLAS product; "wide", one cuBLAS product of [x | down] and [W | scale B], where one adapter serves all and
+what feeds the linear writes into a wider buffer (forward alone); and "gemm", the linear alone. A case's name says what
+the forward of ours and of PEFT moves beyond the linear alone, by `forward_bytes`. Results are checked against fp64
+first. Without a GPU "ours", which is then the reference, and "eager" are timed, at a small size.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import Case, check_accuracy, run
-from clora.kernels.lora_linear import lora_linear, lora_linear_ref
+from clora.kernels.lora_gemm import best_way
+from clora.kernels.lora_linear import lora_linear, lora_linear_op, lora_linear_ref
 
 # x, weight, bias, A, B, scale, slot, epilogue -> y
 Op = Callable[..., Tensor]
@@ -60,24 +63,47 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def forced(way: str) -> Op:
+    """Our operator, one way; h, which only an epilogue would need, is not kept."""
+    return lambda *inputs: lora_linear_op(*inputs, "none", False, way)[0]
+
+
+def wide(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, slot: int
+) -> Callable[[], Tensor]:
+    """y in one product, all samples with the adapter of one slot; x and the weights are laid out beforehand."""
+    K = x.shape[2]
+    buffer = torch.cat([x, x.new_zeros(*x.shape[:2], A.shape[1])], dim=2).detach().flatten(0, 1)
+    weights, down = torch.cat([weight, (scale[slot] * B[slot]).to(weight.dtype)], dim=1).detach(), A[slot].detach().t()
+
+    def run() -> Tensor:
+        torch.mm(buffer[:, :K], down, out=buffer[:, K:])
+        return F.linear(buffer, weights, bias).view(*x.shape[:2], -1)
+
+    return run
+
+
 def forward_bytes(tokens: int, K: int, N: int, rank: int, adapters: int, itemsize: int = 2) -> dict[str, int]:
     """Bytes that the forward reads and writes by way, each tensor once for each kernel that touches it.
 
-    Beyond the linear (x, W and y once), ours reads x, A, down, B and y and writes down and y. PEFT reads and writes
-    those too, and writes, scales (a read and a write) and reads the update. Biases, scales and slots are left out.
+    Beyond the linear (x, W and y once), the down-projection reads x and A and writes down, and what adds the update
+    reads down and B. In place it reads and writes y as well. PEFT reads and writes all of those, and writes, scales (a
+    read and a write) and reads the update. Biases, scales and slots are left out.
     """
     x, y, down = tokens * K, tokens * N, tokens * rank
     linear = x + N * K + y
-    update = x + 2 * down + adapters * rank * (K + N)  # the two small products, less what the second writes
-    counted = {"gemm": linear, "ours": linear + update + 2 * y, "eager": linear + update + 6 * y}
-    return {way: itemsize * numbers for way, numbers in counted.items()}
+    update = x + 2 * down + adapters * rank * (K + N)
+    beyond = {"gemm": 0, "fused": update, "in_place": update + 2 * y, "eager": update + 6 * y}
+    return {way: itemsize * (linear + numbers) for way, numbers in beyond.items()}
 
 
-def backward_bytes(tokens: int, K: int, N: int, rank: int, adapters: int, itemsize: int = 2) -> int:
-    """The same of our backward: beyond dx = dy W it reads dy twice, x, dx, down and d_down twice, and writes dx and
-    d_down; the stacks are read and their gradients written. The small first stage of these is left out."""
+def backward_bytes(tokens: int, K: int, N: int, rank: int, adapters: int, itemsize: int = 2) -> dict[str, int]:
+    """The same of our backward's two ways: beyond dx = dy W they read dy twice, x, down and d_down twice, and write
+    d_down; the stacks are read and their gradients written; in place dx is read and written again. The small first
+    stage of the gradients is left out."""
     linear = tokens * (K + N) + N * K
-    return itemsize * (linear + tokens * (2 * N + 3 * K + 4 * rank) + 2 * adapters * rank * (K + N))
+    fused = linear + tokens * (2 * N + K + 4 * rank) + 2 * adapters * rank * (K + N)
+    return {"fused": itemsize * fused, "in_place": itemsize * (fused + 2 * tokens * K)}
 
 
 def check(inputs: Sequence[Tensor], gradient: Tensor) -> None:
@@ -114,29 +140,31 @@ def make_cases(
     A, B = normal(3, rank, K, std=K**-0.5), normal(3, N, rank, std=rank**-0.5)
     scale, slot = torch.tensor([1.0, 0.5, 2.0], device=device), torch.tensor(slots, device=device)
     inputs, gradient = (x, weight, bias, A, B, scale, slot), normal(samples, tokens, N)
-    ways: dict[str, Op] = {"eager": peft(slots)}
-    if device == "cuda":
-        compiled = torch.compile(lora_linear_ref, dynamic=False)
-        ways = {"ours": lora_linear, "compiled": compiled, **ways, "addmm": addmm(slots), "gemm": gemm}
+    compiled = torch.compile(lora_linear_ref, dynamic=False)
+    ways: dict[str, Op] = {"ours": lora_linear, "fused": forced("fused"), "in_place": forced("in_place")}
+    ways |= {"compiled": compiled, "eager": peft(slots), "addmm": addmm(slots), "gemm": gemm}
+    forwards: dict[str, Callable[[], Tensor]] = {way: partial(forward, op, inputs) for way, op in ways.items()}
+    if len(set(slots)) == 1:
+        forwards["wide"] = partial(forward, wide(*inputs[:6], slots[0]), ())
     sizes = (samples * tokens, K, N, rank, len(set(slots)), dtype.itemsize)
-    counted = forward_bytes(*sizes)
-    ours, eager = ((counted[way] - counted["gemm"]) / 1e6 for way in ("ours", "eager"))
+    counted, way = forward_bytes(*sizes), best_way(x, weight, A, B)
+    ours, eager = ((counted[name] - counted["gemm"]) / 1e6 for name in (way, "eager"))
     what = f"{K}->{N} r{rank} {samples}x{tokens} slots {','.join(map(str, slots))} {str(dtype).removeprefix('torch.')}"
-    what += f", beyond gemm {ours:.1f} MB (PEFT {eager:.1f})"
+    what += f", {way}, beyond gemm {ours:.1f} MB (PEFT {eager:.1f})"
     flops, small_flops = 2 * samples * tokens * K * N, 2 * samples * tokens * rank * (K + N)
     return [
         Case(
             f"{what} forward",
             partial(check, inputs, gradient),
-            {way: partial(forward, op, inputs) for way, op in ways.items()},
-            counted["ours"],
+            forwards,
+            counted[way],
             flops + small_flops,
         ),
         Case(
             f"{what} forward and backward",
             partial(check, inputs, gradient),
             {way: partial(forward_and_backward, op, inputs, gradient) for way, op in ways.items()},
-            counted["ours"] + backward_bytes(*sizes),
+            counted[way] + backward_bytes(*sizes)[way],
             2 * flops + 3 * small_flops,
         ),
     ]

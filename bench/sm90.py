@@ -2,7 +2,8 @@
 
 Every op is launched on tensors of the sizes it meets that hold no data, and each kernel that would run is compiled
 for sm_90 instead. The bundled ptxas then counts its registers, spilled bytes and shared memory; "wgmma" says whether
-the kernel multiplies matrices on the tensor cores. One row a kernel and case, in each dtype.
+the kernel multiplies matrices on the tensor cores, "tma" whether it copies tiles by TMA. One row a kernel and case, in
+each dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from clora.kernels import adaln, dmd_score, lora_linear, qk_norm_rope, renoise
+from clora.kernels import adaln, dmd_score, lora_linear, lora_qkv, qk_norm_rope, renoise
 
 MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,13 +92,26 @@ def launch_dmd_score(dtype: torch.dtype, C: int, guided: bool) -> None:
     dmd_score.launch(x, sigma, x, x, x, x if guided else None, 4.0 if guided else 1.0, "norm", 1e-3)
 
 
-def launch_lora_linear(dtype: torch.dtype, K: int, N: int, epilogue: str) -> None:
-    """Forward and backward for 8192 tokens, three slots and rank 128."""
-    L, S, rank = 8192, 3, 128
+def launch_lora_linear(
+    dtype: torch.dtype, K: int, N: int, epilogue: str = "none", rank: int = 128, way: str | None = None
+) -> None:
+    """Forward and backward for 8192 tokens and three slots, as the rule says or one way; h is kept."""
+    L, S = 8192, 3
     x, weight, bias = empty(1, L, K, dtype=dtype), empty(N, K, dtype=dtype), empty(N, dtype=dtype)
     A, B, scale, slot = empty(S, rank, K, dtype=dtype), empty(S, N, rank, dtype=dtype), empty(S), empty(1).long()
-    y, down, h = lora_linear.launch_forward(x, weight, bias, A, B, scale, slot, epilogue, keep_h=True)
-    lora_linear.launch_backward(y, x, weight, A, B, scale, slot, down, h, epilogue, (True, True, True))
+    y, down, h = lora_linear.launch_forward(x, weight, bias, A, B, scale, slot, epilogue, keep_h=True, way=way)
+    wanted = (True, True, True)
+    lora_linear.launch_backward(y, x, weight, A, B, scale, slot, down, h, epilogue, wanted, way)
+
+
+def launch_lora_qkv(dtype: torch.dtype, D: int, rank: int) -> None:
+    """Forward and backward for 8192 tokens and three slots."""
+    L, S = 8192, 3
+    x, weights, biases = empty(1, L, D, dtype=dtype), [empty(D, D, dtype=dtype)] * 3, [empty(D, dtype=dtype)] * 3
+    A, B, scale = [empty(S, rank, D, dtype=dtype)] * 3, [empty(S, D, rank, dtype=dtype)] * 3, [empty(S)] * 3
+    slot = empty(1).long()
+    *projections, down = lora_qkv.launch_forward(x, weights, biases, A, B, scale, slot)
+    lora_qkv.launch_backward(projections, x, weights, A, B, scale, slot, down, (True, True, True))
 
 
 def launch_qk_norm_rope(dtype: torch.dtype, H: int, D: int) -> None:
@@ -128,9 +142,14 @@ CASES: dict[str, dict[str, Callable[[torch.dtype], None]]] = {
         "C=4096 guided": partial(launch_dmd_score, C=4096, guided=True),
     },
     "lora_linear": {
-        "3072x3072": partial(launch_lora_linear, K=3072, N=3072, epilogue="none"),
+        "3072x3072": partial(launch_lora_linear, K=3072, N=3072),
+        "3072x3072 r256": partial(launch_lora_linear, K=3072, N=3072, rank=256),
         "3072x12288 gelu": partial(launch_lora_linear, K=3072, N=12288, epilogue="gelu_tanh"),
-        "12288x3072": partial(launch_lora_linear, K=12288, N=3072, epilogue="none"),
+        "in place gelu": partial(launch_lora_linear, K=3072, N=12288, epilogue="gelu_tanh", way="in_place"),
+    },
+    "lora_qkv": {
+        "D=3072": partial(launch_lora_qkv, D=3072, rank=128),
+        "D=3072 r256": partial(launch_lora_qkv, D=3072, rank=256),
     },
     "qk_norm_rope": {
         "24x128": partial(launch_qk_norm_rope, H=24, D=128),
@@ -140,6 +159,7 @@ CASES: dict[str, dict[str, Callable[[torch.dtype], None]]] = {
 }
 
 
+@cache  # cases may come to the same kernel
 def resources(ptx: str) -> dict[str, int]:
     """Registers a thread, spilled bytes and stack bytes, as the bundled ptxas reports them for sm_90a."""
     with tempfile.TemporaryDirectory() as folder:
@@ -171,6 +191,7 @@ def measure() -> list[dict[str, Any]]:
                     row = {"op": op, "case": case, "dtype": dtype_name, "kernel": kernel_name}
                     figures = {**resources(kernel.asm["ptx"]), "shared_bytes": kernel.metadata.shared}
                     figures["wgmma"] = "wgmma.mma_async" in kernel.asm["ptx"]
+                    figures["tma"] = "cp.async.bulk.tensor" in kernel.asm["ptx"]
                     row |= {**figures, "warps": kernel.metadata.num_warps}
                     if row not in rows:  # one launch for the text and one for the image give the same kernel
                         rows.append(row)

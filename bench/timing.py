@@ -1,4 +1,9 @@
-"""What the benches of the Triton ops share: the gate of correctness, timing in turns, the copy ceiling, the report."""
+"""What the benches of the Triton ops share: the gate of correctness, timing in turns, the ceilings, the report.
+
+On a GPU all ways are timed, and a row says what share it reaches of two ceilings that are measured with it: torch's
+copy of 1 GiB, and cuBLAS's bf16 product of matrices of 8192. On a CPU kernels cannot run: there the public function,
+which takes the reference, and the eager way are timed, so that the code is proved and the counts are given.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,8 @@ from torch import Tensor
 
 WARM_UP_ROUNDS = 3
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2 cache
+MATMUL_SIZE = 8192
+ON_CPU = ("ours", "eager")
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Case:
 
     name: str
     gate: Callable[[], None]  # raises AssertionError where the op is wrong
-    variants: dict[str, Callable[[], object]]  # "ours", "compiled" and "eager"
+    variants: dict[str, Callable[[], object]]  # "ours", "eager", "compiled" and others; on a CPU ON_CPU are run
     bytes: int  # that must be read and written, each tensor once
     flops: int
 
@@ -93,30 +100,37 @@ def copy_gb_per_s(rounds: int) -> float:
     return 2 * source.numel() / median_us / 1e3
 
 
+def matmul_tflop_per_s(rounds: int) -> float:
+    """Operations in a second of cuBLAS's bf16 product of two square matrices on the GPU, in 10^12."""
+    left, right = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device="cuda").bfloat16()
+    out = torch.empty_like(left)
+    runs = {"matmul": lambda: torch.mm(left, right, out=out)}
+    return 2 * MATMUL_SIZE**3 / time_in_turns(runs, rounds, "cuda")["matmul"]["median_us"] / 1e6
+
+
 def measure(bench: str, cases: Sequence[Case], rounds: int) -> dict[str, Any]:
-    """The bench's document. Without a GPU the kernels cannot run: then bytes, FLOPs and the eager reference alone."""
+    """The bench's document: a row a case, with the shares of the ceilings on a GPU."""
     on_gpu = torch.cuda.is_available()
     document: dict[str, Any] = {
         "bench": bench,
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, eager reference only",
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, reference only",
         "torch": torch.__version__,
         "rounds": rounds,
         "rows": [],
     }
     if on_gpu:
         document["copy_gb_per_s"] = round(copy_gb_per_s(rounds), 1)
+        document["matmul_tflop_per_s"] = round(matmul_tflop_per_s(rounds), 1)
     for case in cases:
-        variants = case.variants if on_gpu else {"eager": case.variants["eager"]}
-        if on_gpu:
-            case.gate()
+        case.gate()
+        variants = case.variants if on_gpu else {name: case.variants[name] for name in ON_CPU}
         times = time_in_turns(variants, rounds, "cuda" if on_gpu else "cpu")
+        ours = times["ours"]["median_us"]
         row = {"case": case.name, "bytes": case.bytes, "flops": case.flops, **times}
+        row |= {f"{way}_over_ours": round(t["median_us"] / ours, 2) for way, t in times.items() if way != "ours"}
         if on_gpu:
-            ours = times["ours"]["median_us"]
-            row["ours_gb_per_s"] = round(case.bytes / ours / 1e3, 1)
             row["share_of_copy"] = round(case.bytes / ours / 1e3 / document["copy_gb_per_s"], 3)
-            row["compiled_over_ours"] = round(times["compiled"]["median_us"] / ours, 2)
-            row["eager_over_ours"] = round(times["eager"]["median_us"] / ours, 2)
+            row["share_of_matmul"] = round(case.flops / ours / 1e6 / document["matmul_tflop_per_s"], 3)
         document["rows"].append(row)
     return document
 
@@ -138,12 +152,14 @@ def report(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=1))
         return
-    copy = f"; copy {document['copy_gb_per_s']} GB/s" if "copy_gb_per_s" in document else ""
-    print(f"{document['bench']} on {document['device']}{copy}; microseconds: median (20 to 80 %)")
+    ceilings = ""
+    if "copy_gb_per_s" in document:
+        ceilings = "; copy {copy_gb_per_s} GB/s, matmul {matmul_tflop_per_s} TFLOP/s".format(**document)
+    print(f"{document['bench']} on {document['device']}{ceilings}; microseconds: median (20 to 80 %)")
     for row in document["rows"]:
         times = {name: figure for name, figure in row.items() if isinstance(figure, dict)}
-        cells = [f"{name} {t['median_us']} ({t['p20_us']} to {t['p80_us']})" for name, t in times.items()]
-        share = [f"{row['share_of_copy']:.0%} of copy"] if "share_of_copy" in row else []
-        print(
-            "  ".join([f"{row['case']:34s} {row['bytes'] / 1e6:.1f} MB {row['flops'] / 1e6:.1f} MFLOP", *cells, *share])
-        )
+        cells = [f"{row['case']:34s} {row['bytes'] / 1e6:.1f} MB {row['flops'] / 1e6:.1f} MFLOP"]
+        cells += [f"{name} {t['median_us']} ({t['p20_us']} to {t['p80_us']})" for name, t in times.items()]
+        cells += [f"{name.replace('_', ' ')} {row[name]}" for name in row if name.endswith("_over_ours")]
+        cells += [f"{row[f'share_of_{ceiling}']:.0%} of {ceiling}" for ceiling in ("copy", "matmul") if ceilings]
+        print("  ".join(cells))

@@ -57,6 +57,7 @@ TaFmSigma = Literal["uniform", "shifted", "above_dmd"]
 Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 Tracker = Literal["none", "tensorboard", "wandb"]
+Kernels = Literal["auto", "reference", "fused"]
 Job = Literal["train", "teach", "joint", "extend"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
 
@@ -212,6 +213,7 @@ class TrainConfig(Section):
     coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone, before the full objective.")] = 500
     max_train_seconds: Annotated[Positive | None, doc("Save and stop after this; null = no limit.")] = None
     critic_updates: Annotated[Count, doc("Critic updates per student update.")] = 5
+    critic_reuse: Annotated[bool, doc("The critic's last update of a step learns from the student's samples.")] = False
     batch_size: Annotated[Count, doc("Samples per process and update.")] = 1
     anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
     gradient_accumulation_steps: Annotated[Count, doc("Batches per update.")] = 1
@@ -227,7 +229,13 @@ class TrainConfig(Section):
     lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 100
     ema_decay: Annotated[Decay, doc("Decay of the student's average, which is exported; 0 = off.")] = 0.999
     ema_start: Annotated[Natural, doc("Update at which the average starts.")] = 500
-    gradient_checkpointing: Annotated[bool, doc("Recompute activations in the backward pass.")] = True
+    gradient_checkpointing: Annotated[bool, doc("Recompute the activations that memory has no room for.")] = True
+    memory_budget_gb: Annotated[
+        Positive | None, doc("Memory of a process, 1e9 bytes; null: its GPU's, or what is free without one.")
+    ] = None
+    kernels: Annotated[
+        Kernels, doc("Transformer blocks: 'fused' on clora's ops, 'reference' as in diffusers; auto fuses on a GPU.")
+    ] = "auto"
     checkpointing_steps: Annotated[Count, doc("Updates between checkpoints.")] = 500
     checkpoints_total_limit: Annotated[Count | None, doc("Newest checkpoints kept; null keeps all.")] = 3
     report_to: Annotated[Tracker, doc("Where the figures go besides the log.")] = "none"
@@ -350,6 +358,7 @@ class Config(Section):
 _UNFELT_TRAIN_KEYS = (
     "max_train_seconds", "checkpointing_steps", "checkpoints_total_limit", "report_to", "sample_steps",
     "log_every", "teacher_slots", "shard_base", "deterministic", "timeout_seconds",
+    "gradient_checkpointing", "memory_budget_gb",
 )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ A batch is shared by the processes that train together: each draws the whole of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from clora.config_schema import TrainConfig
 from clora.data.examples import Example, collate
 from clora.errors import InputError
 from clora.loop import lr_factor
-from clora.objective import DistillBatch, Networks, critic_loss, ta_fm_loss, total_loss
+from clora.objective import Backward, DistillBatch, Networks, critic_loss, student_sample, ta_fm_loss, total_loss
 from clora.optimizer import Group, apply_gradients, check_finite
 from clora.routing import Draws, Rows, Stream, draw_effects, draw_stream, split_rows, step_generator
 from clora.slots import Slot
@@ -32,8 +33,12 @@ from clora.teachers import TeacherBank
 
 # The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one.
 STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
+# A forward of no more tokens than this takes about as long as one of a third: `bench.train_cycle` at its small sizes.
+JOINT_TOKENS = 512
 Role = Literal["coarse", "student", "anchor", "critic"]
-LossOf = Callable[[int, int], tuple[Tensor, dict[str, Tensor], DistillBatch]]
+# From the number of a batch and of all batches of an update to the figures, gradients taken by the third argument.
+BackwardOf = Callable[[DistillBatch], Backward]
+LossOf = Callable[[int, int, BackwardOf], dict[str, Tensor]]
 BatchRows = tuple[Rows, Rows | None]  # of the batch, of the anchors where there are any
 
 
@@ -57,11 +62,13 @@ class Distiller:
     deal: Sequence[str] = ()
     rehearsed: frozenset[str] = frozenset()
     _names: list[str] = field(init=False)
+    _joint_scores: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self._names = list(self.deal or self.effects)
         if not self._names and not self.general:
             raise InputError("nothing to distil: give effects, general data, or both")
+        self._joint_scores = self._join_scores()
 
     @property
     def coarse_steps(self) -> int:
@@ -82,7 +89,30 @@ class Distiller:
             slots: Sequence[Any] = [None] if self.bank is None else self.bank.slots_for(cond.effects)
             return self.backbone.velocity(x_sigma, sigma, cond, slots)
 
-        return Networks(student, critic, teacher, cat_conds, self._rehearse if self.rehearsed else None)
+        def scores(x_sigma: Tensor, sigma: Tensor, student_cond: Cond, teacher_conds: list[Cond]) -> list[Tensor]:
+            conds, count = cat_conds([student_cond, *teacher_conds]), 1 + len(teacher_conds)
+            taught = [None] * len(x_sigma) if self.bank is None else self.bank.slots_for(teacher_conds[0].effects)
+            slots = [CRITIC] * len(x_sigma) + [*taught] * len(teacher_conds)
+            v = self.backbone.velocity(x_sigma.repeat(count, 1, 1), sigma.repeat(count), conds, slots)
+            return list(v.chunk(count))
+
+        return Networks(
+            student,
+            critic,
+            teacher,
+            cat_conds,
+            scores=scores if self._joint_scores else None,
+            rehearse=self._rehearse if self.rehearsed else None,
+        )
+
+    def _join_scores(self) -> bool:
+        """Whether critic and teacher share a forward: where it has few tokens, so that reading the weights is what it
+        costs, or where the weights come from other processes."""
+        examples = [*self.general, *(example for pool in self.effects.values() for example in pool)]
+        images = max(e.num_tokens + sum(height * width for height, width in e.ref_grids) for e in examples)
+        text = max(len(one) for e in examples for one in e.texts.values())
+        sharded = self.config.train.shard_base and distributed.world() > 1
+        return sharded or 3 * self.config.train.batch_size * (images + text) <= JOINT_TOKENS
 
     @torch.no_grad()
     def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
@@ -178,34 +208,57 @@ class Distiller:
     def coarse_step(self, step: int) -> dict[str, Tensor]:
         """The coarse stage: TA-FM alone (Eq. 6), on effect batches; no critic, no teacher."""
 
-        def loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
-            batch, rows = self.batch(step, "effect", "coarse", part, parts)
-            rng = Draws(step_generator(self.config.seed, step, f"coarse/{part}", self.backbone.device), *rows)
-            return *ta_fm_loss(self.networks(step), batch, self.config, rng), batch
+        def loss_of(part: int, parts: int, backward_of: BackwardOf) -> dict[str, Tensor]:
+            batch, rng = self._drawn(step, "effect", "coarse", part, parts)
+            loss, figures = ta_fm_loss(self.networks(step), batch, self.config, rng)
+            backward_of(batch)(loss)
+            return figures
 
         return self._update(self.student, loss_of, step)
 
     def full_step(self, step: int) -> dict[str, Tensor]:
-        """`critic_updates` updates of the critic, then one of the student on the total loss (Eq. 9)."""
+        """`critic_updates` updates of the critic, then one of the student on the total loss (Eq. 9).
+
+        Each critic update sees samples of its own; with `critic_reuse` the last one takes the student's, which stays
+        what it was until its own update: a rollout less.
+        """
         stream, nets, updates = self.stream(step), self.networks(step), self.config.train.critic_updates
+        # By number of the student's batch: what was made of it for the critic already.
+        shared: dict[int, tuple[DistillBatch, Draws, Tensor]] = {}
+
+        def critic_loss_of(part: int, parts: int, backward_of: BackwardOf, k: int) -> dict[str, Tensor]:
+            batch, rng = self._drawn(step, stream, "critic", k * parts + part, updates * parts, f"critic/{k}/{part}")
+            x0 = None
+            if self.config.train.critic_reuse and k == updates - 1:
+                batch, student_rng = self._drawn(step, stream, "student", part, parts)
+                x0 = student_sample(nets, batch, self.config, student_rng)
+                shared[part] = batch, student_rng, x0
+                rng = replace(student_rng, generator=rng.generator)
+            loss, figures = critic_loss(nets, batch, self.config, rng, x0)
+            backward_of(batch)(loss)
+            return figures
+
+        def student_loss_of(part: int, parts: int, backward_of: BackwardOf) -> dict[str, Tensor]:
+            x0 = None
+            if part in shared:
+                batch, rng, x0 = shared.pop(part)
+            else:
+                batch, rng = self._drawn(step, stream, "student", part, parts)
+            return total_loss(nets, batch, self.config, rng, backward_of(batch), x0)[1]
+
         figures: dict[str, Tensor] = {}
         for k in range(updates):
-
-            def critic_loss_of(part: int, parts: int, k: int = k) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
-                # Each critic update sees samples of its own; none of them is a step of the student.
-                batch, rows = self.batch(step, stream, "critic", k * parts + part, updates * parts)
-                rng = Draws(step_generator(self.config.seed, step, f"critic/{k}/{part}", self.backbone.device), *rows)
-                return *critic_loss(nets, batch, self.config, rng), batch
-
-            figures |= self._update(self.critic, critic_loss_of, step)
-
-        def student_loss_of(part: int, parts: int) -> tuple[Tensor, dict[str, Tensor], DistillBatch]:
-            batch, rows = self.batch(step, stream, "student", part, parts)
-            rng = Draws(step_generator(self.config.seed, step, f"student/{part}", self.backbone.device), *rows)
-            return *total_loss(nets, batch, self.config, rng), batch
-
+            figures |= self._update(self.critic, partial(critic_loss_of, k=k), step)
         student_figures = self._update(self.student, student_loss_of, step)
         return figures | {f"{stream}/{name}": value for name, value in student_figures.items()}
+
+    def _drawn(
+        self, step: int, stream: Stream, role: Role, part: int, parts: int, purpose: str | None = None
+    ) -> tuple[DistillBatch, Draws]:
+        """A batch with the random numbers of `purpose` (else ROLE/PART) for it."""
+        batch, rows = self.batch(step, stream, role, part, parts)
+        generator = step_generator(self.config.seed, step, purpose or f"{role}/{part}", self.backbone.device)
+        return batch, Draws(generator, *rows)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One step of training, coarse or full. The critic starts where the coarse stage left the student."""
@@ -226,11 +279,14 @@ class Distiller:
         parts = self.config.train.gradient_accumulation_steps
         where = ""
         figures: dict[str, Tensor] = {}
-        for part in range(parts):
-            loss, figures, batch = loss_of(part, parts)
+
+        def backward_of(batch: DistillBatch) -> Backward:
+            nonlocal where
             where = f"step {step} ({name}, {batch.stream} stream: {', '.join(sorted(batch.samples))})"
-            check_finite(loss, where)
-            (loss / parts).backward()
+            return lambda loss: (check_finite(loss, where) / parts).backward()
+
+        for part in range(parts):
+            figures = loss_of(part, parts, backward_of)
         train, coarse = self.config.train, self.coarse_steps
         if group is self.student:
             factor = student_lr_factor(train, coarse, step)

@@ -79,7 +79,7 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
     yield
     # Not after an error: the others may be gone, and this would wait for them.
     meet()
-    dist.barrier()  # the first process may keep the store: none leaves before all have read it
+    leave_together()
     dist.destroy_process_group()
     _store = None
 
@@ -184,6 +184,13 @@ def meet() -> None:
         if _store.add(f"{key}/arrived", 1) == world():
             _store.set(f"{key}/all", "1")
         wait_for([f"{key}/all"])
+
+
+def leave_together() -> None:
+    """Wait for the others at the end: the store may be kept by the first process, and all must have read it."""
+    if world() > 1:
+        with guard("the end"):
+            dist.barrier()
 
 
 def post(key: str, text: str) -> None:

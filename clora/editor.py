@@ -248,6 +248,7 @@ def load_editor(
         backbone.add_adapters()  # without any slot
     else:
         _add_lora(backbone, file)
+    backbone.use_kernels("auto")
     return Editor(backbone, catalogue, default_sampling(base, catalogue), lora is not None)
 
 

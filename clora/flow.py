@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clora.kernels.renoise import renoise
+
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]
 """velocity(x_sigma, sigma_B, cond) -> predicted velocity, shaped like x_sigma."""
 
@@ -89,9 +91,9 @@ def consistency_step(
     x0 = x_sigma - sigma velocity; returns (1 - sigma_next) x0 + sigma_next eps, which is x0 where sigma_next
     is 0. eps is fresh N(0, I) shaped like x_sigma; None is right for a step to 0 only, else ValueError.
     """
-    x0 = x0_from_velocity(x_sigma, velocity, sigma)
     if eps is not None:
-        return add_noise(x0, eps, sigma_next)
+        batch = x_sigma.shape[:1]
+        return renoise(x_sigma, velocity, sigma.expand(batch), sigma_next.expand(batch), eps)[1]
     if bool((sigma_next != 0).any()):
         raise ValueError(f"eps is None, but sigma_next is {sigma_next.tolist()}; only a step to 0 needs none")
-    return x0
+    return x0_from_velocity(x_sigma, velocity, sigma)

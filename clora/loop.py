@@ -32,7 +32,7 @@ from rich.progress import (
 from clora import distributed
 from clora.checkpoint import Checkpoint, CheckpointWriter, GroupPart, open_checkpoint, open_latest
 from clora.errors import InputError
-from clora.optimizer import Group
+from clora.optimizer import Group, NonFiniteError
 from clora.tracker import Figures, Tracker
 
 
@@ -175,7 +175,9 @@ class _Saver:
 
     def stop(self, step: int, signum: int) -> None:
         """End the run on a signal, its state saved: `Interrupted`; `OSError` when it could not be."""
-        if failure := self.wait():
+        failure = self.wait()
+        distributed.leave_together()
+        if failure:
             raise OSError(f"stopped by {signal.Signals(signum).name}; step {step} could not be saved: {failure}")
         raise Interrupted(signum, self._writer.path(step))
 
@@ -240,6 +242,10 @@ def run_loop(
                 saver.stop(step, int(signum))
         except distributed.ProcessLost:
             raise  # a checkpoint in flight needs the others as well
+        except NonFiniteError:  # which all processes raise
+            saver.wait()
+            distributed.leave_together()
+            raise
         except BaseException:
             saver.wait()
             raise

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from clora.errors import InputError, raise_faults
 from clora.lora_files import LoraModule
@@ -310,25 +310,35 @@ def inject_adapters(transformer: nn.Module, targets: Sequence[str] = DEFAULT_TAR
     return Adapters(linears, choice)
 
 
-def checkpoint_fn(adapters: Adapters) -> Callable[..., Any]:
+def checkpoint_fn(adapters: Adapters, keep: Sequence[Any] = (), whole: Sequence[nn.Module] = ()) -> Callable[..., Any]:
     """A `gradient_checkpointing_func` for diffusers whose recomputation sees the forward's slot choice.
 
     The backward pass usually runs after `use` was left (and on another thread on CUDA); without this the
-    blocks would be recomputed as the base.
+    blocks would be recomputed as the base. What the operators in `keep` gave is kept and not computed again; such a
+    graph can be walked only once. Modules in `whole` keep everything.
     """
+    not_again = {id(module) for module in whole}
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        again = _SamePlan(adapters._choice)
+        if not keep:
+            return nullcontext(), again
+        keeping, kept = create_selective_checkpoint_contexts(list(keep))
+        return keeping, _both(again, kept)
 
     def run(module: nn.Module, *args: Any) -> Any:
-        again = _SamePlan(adapters._choice)
+        if id(module) in not_again:
+            return module(*args)
         # No random numbers are drawn in a frozen base without dropout, so their state need not be kept.
-        return checkpoint(
-            module.__call__,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), again),
-        )
+        return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     return run
+
+
+@contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 class _SamePlan(AbstractContextManager[None]):

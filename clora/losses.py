@@ -12,13 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clora.flow import velocity_target, x0_from_velocity
+from clora.flow import velocity_target
+from clora.kernels.dmd_score import LEAST_NORM, dmd_score
 
 Figures = dict[str, Tensor]
 GuidanceRescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
-
-LEAST_NORM = 1e-12  # a token whose guided velocity is zero stays zero
 
 
 def flow_matching_loss(velocity_pred: Tensor, x0: Tensor, eps: Tensor) -> tuple[Tensor, Figures]:
@@ -67,8 +66,11 @@ def dmd_loss(
     x_sigma: Tensor,
     sigma: Tensor,
     v_critic: Tensor,
-    v_real: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None = None,
     *,
+    guidance: float = 1.0,
+    rescale: GuidanceRescale = "none",
     norm: DmdNorm,
     norm_floor: float,
 ) -> tuple[Tensor, Figures]:
@@ -79,30 +81,22 @@ def dmd_loss(
     each sample's gradient by `max(mean |x0_student - x0_real|, norm_floor)`. Where student and teacher agree
     that mean is 0 and DMD2's 0/0 needs a NaN mask; the floor keeps the gradient finite and lets it go to 0.
 
-    The surrogate is `0.5 * mean((x0_student - (x0_student - grad).detach())^2)`: `numel * dL/dx0 == grad`.
-    No gradient reaches v_critic, v_real or x_sigma.
+    The surrogate is `0.5 * mean((x0_student - x0_student.detach() + grad)^2)`: `numel * dL/dx0 == grad`. (With
+    `x0 - (x0 - grad)`, grad would be rounded to the precision of x0.) No gradient reaches the velocities or x_sigma.
+    On a GPU this is one pass over the latents.
 
     Args:
         x0_student: (B, T, C) with grad, the student's sample.
         x_sigma: (B, T, C), that sample noised to `sigma` (B,).
-        v_critic, v_real: (B, T, C), velocities of the critic and of the (guided) teacher at x_sigma.
+        v_critic, v_cond: (B, T, C), velocities of the critic and of the teacher at x_sigma.
+        v_uncond: the teacher's without its condition; the real score is `guided_velocity`'s. None at guidance 1.
         norm_floor: in latent units, > 0.
 
     Returns:
         The surrogate, and `{"grad_abs": mean |grad|, "normaliser": its mean over the samples}`.
     """
-    with torch.no_grad():
-        x_sigma = _at_least_fp32(x_sigma)
-        x0_critic = x0_from_velocity(x_sigma, _at_least_fp32(v_critic), sigma)
-        x0_real = x0_from_velocity(x_sigma, _at_least_fp32(v_real), sigma)
-        grad = x0_critic - x0_real
-        distance = (_at_least_fp32(x0_student) - x0_real).abs().flatten(1).mean(1)
-        normaliser = distance.clamp_min(norm_floor) if norm == "sample" else torch.ones_like(distance)
-        grad = grad / normaliser.view(-1, *[1] * (grad.ndim - 1))
-    # x - x.detach() is exactly 0, where x - (x - grad) would round grad to the precision of x.
-    x0 = _at_least_fp32(x0_student)
-    loss = 0.5 * (x0 - x0.detach() + grad).square().mean()
-    return loss, {"grad_abs": grad.abs().mean(), "normaliser": normaliser.mean()}
+    floor = norm_floor if norm == "sample" else None
+    return dmd_score(x_sigma, sigma, x0_student, v_critic, v_cond, v_uncond, guidance, rescale, floor)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

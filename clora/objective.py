@@ -23,11 +23,12 @@ from torch import Tensor
 from clora.config import ObjectiveConfig, ScheduleConfig
 from clora.errors import InputError
 from clora.flow import Velocity, add_noise, few_step_sigmas, shift_sigma
-from clora.losses import Figures, dmd_loss, flow_matching_loss, guided_velocity
+from clora.losses import Figures, dmd_loss, flow_matching_loss
 from clora.routing import Draws, Rng, Stream, as_draws
 from clora.simulate import backward_simulate, target_simulate
 
 Loss = tuple[Tensor, Figures]
+Backward = Callable[[Tensor], None]
 
 
 class DistillConfig(Protocol):
@@ -52,6 +53,9 @@ class Networks:
     # What TA-FM takes for y, and the samples' weights (B, 1, 1), from (y, eps, x_sigma, sigma, cond); needed only to
     # rehearse what the student knows.
     rehearse: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None
+    # scores(x_sigma, sigma, student_cond, teacher_conds): the critic's velocity and the teacher's for each of its
+    # conds, in one call; None asks one after the other.
+    scores: Callable[[Tensor, Tensor, Any, list[Any]], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,13 @@ def total_loss(
     batch: DistillBatch,
     cfg: DistillConfig,
     rng: Rng,
+    backward: Backward | None = None,
+    x0_student: Tensor | None = None,
 ) -> Loss:
     """Eq. 9: the loss of one student step.
+
+    `backward` is called with each weighted term as soon as it is there, so that only one term's graph is in memory
+    at a time; the loss returned is then without grad. `x0_student`: see `dmd_bs_loss`.
 
     Returns:
         The 0-d loss, and detached 0-d figures: `total_loss` and those of each term that ran.
@@ -88,9 +97,11 @@ def total_loss(
     """
     if batch.stream == "general":  # teacher = the base, adapters off
         weight = cfg.objective.dmd_bs_weight
-        loss, figures = _weighted_sum(batch, (weight, lambda: dmd_bs_loss(nets, batch, cfg, rng)))
+        loss, figures = _weighted_sum(
+            batch, backward, (weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, None, x0_student))
+        )
     else:  # teacher = effect i
-        loss, figures = c2f_do_loss(nets, batch, cfg, rng)
+        loss, figures = c2f_do_loss(nets, batch, cfg, rng, backward, x0_student)
     return loss, {"total_loss": loss.detach(), **figures}
 
 
@@ -99,17 +110,23 @@ def c2f_do_loss(
     batch: DistillBatch,
     cfg: DistillConfig,
     rng: Rng,
+    backward: Backward | None = None,
+    x0_student: Tensor | None = None,
 ) -> Loss:
-    """Eq. 8, with weights: TA-FM + DMD-TS + DMD-BS. A term of weight 0 is not computed."""
+    """Eq. 8, with weights: TA-FM + DMD-TS + DMD-BS. A term of weight 0 is not computed.
+
+    `backward` and `x0_student` as in `total_loss`.
+    """
     objective = cfg.objective
     draws = as_draws(rng, batch.batch_size)
     sigma_all = draw_dmd_sigma(draws.rows.total, objective, draws.generator)
     sigma_dmd = draws.own(sigma_all)
     return _weighted_sum(
         batch,
+        backward,
         (objective.ta_fm_weight, lambda: ta_fm_loss(nets, batch, cfg, rng, sigma_all)),
         (objective.dmd_ts_weight, lambda: dmd_ts_loss(nets, batch, cfg, rng)),
-        (objective.dmd_bs_weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, sigma_dmd)),
+        (objective.dmd_bs_weight, lambda: dmd_bs_loss(nets, batch, cfg, rng, sigma_dmd, x0_student)),
     )
 
 
@@ -155,13 +172,16 @@ def dmd_bs_loss(
     cfg: DistillConfig,
     rng: Rng,
     sigma: Tensor | None = None,
+    x0_student: Tensor | None = None,
 ) -> Loss:
     """Eq. 1, distribution matching of backward-simulated samples.
 
     Student k + 1 forwards for the drawn exit step k, critic 1, teacher 1 (2 guided). `sigma` (B,) is the
-    critic's noise level; None draws it.
+    critic's noise level; None draws it. `x0_student`: the batch's `student_sample`, with its grad, where it was made
+    before.
     """
-    x0_student = _backward_sample(nets, batch, cfg, rng)
+    if x0_student is None:
+        x0_student = student_sample(nets, batch, cfg, rng)
     if sigma is None:
         sigma = draw_dmd_sigma(batch.batch_size, cfg.objective, rng)
     return _match_distributions("dmd_bs", x0_student, sigma, nets, batch, cfg, rng)
@@ -172,24 +192,28 @@ def critic_loss(
     batch: DistillBatch,
     cfg: DistillConfig,
     rng: Rng,
+    x0: Tensor | None = None,
 ) -> Loss:
     """The critic's update: flow matching (Eq. 2) on the student's samples, which carry no grad.
 
     The samples are backward simulated; on effect steps a share `critic_target_share` of the updates takes
-    target-simulated ones (Eq. 7's y-hat) instead, for the critic is asked about those too.
+    target-simulated ones (Eq. 7's y-hat) instead, for the critic is asked about those too. `x0`: the batch's samples,
+    where they were made before.
 
     Returns:
         The 0-d loss, and `{"critic_loss", "critic_on_target"}` (1 for an update on target-simulated samples).
     """
     objective = cfg.objective
-    on_target = batch.stream == "effect" and _chance(objective.critic_target_share, rng)
+    on_target = x0 is None and batch.stream == "effect" and _chance(objective.critic_target_share, rng)
     with torch.no_grad():
-        if on_target:
+        if x0 is not None:
+            x0 = x0.detach()
+        elif on_target:
             y = _targets(batch, "critic_target_share")
             sigma_gen = draw_ts_gen_sigma(len(y), cfg, rng)
             x0 = target_simulate(nets.student, y, batch.student_cond, sigma_gen, _normal(y.shape, rng))
         else:
-            x0 = _backward_sample(nets, batch, cfg, rng)
+            x0 = student_sample(nets, batch, cfg, rng)
     sigma = shift_sigma(_uniform(batch.batch_size, 0.0, 1.0, rng), objective.critic_sigma_shift)
     eps = _normal(x0.shape, rng)
     v_critic = nets.critic(add_noise(x0, eps, sigma), sigma, batch.student_cond)
@@ -198,19 +222,41 @@ def critic_loss(
     return _own_share(loss, figures, as_draws(rng, batch.batch_size))
 
 
-def guided_teacher(nets: Networks, batch: DistillBatch, cfg: DistillConfig, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-    """The real score's velocity: cond and uncond in one call of twice the batch; cond alone at guidance 1."""
-    guidance = cfg.objective.guidance
-    if guidance == 1.0:
-        return nets.teacher(x_sigma, sigma, batch.teacher_cond)
-    if batch.uncond is None or nets.cat_conds is None:
+def ask_scores(
+    nets: Networks, batch: DistillBatch, cfg: DistillConfig, x_sigma: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The velocities of critic, teacher, and teacher without its condition (None at guidance 1), without grad.
+
+    The teacher's two are one call of twice the batch; all three are where `nets.scores` is given.
+    """
+    guided = cfg.objective.guidance != 1.0
+    if guided and (batch.uncond is None or nets.cat_conds is None):
         raise ValueError(
-            f"objective.guidance is {guidance:g}, but the batch has no uncond or the networks no cat_conds"
+            f"objective.guidance is {cfg.objective.guidance:g}, but the batch has no uncond or the networks no"
+            " cat_conds"
         )
-    both = nets.cat_conds([batch.teacher_cond, batch.uncond])
-    v_both = nets.teacher(torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
-    v_cond, v_uncond = v_both.chunk(2)
-    return guided_velocity(v_cond, v_uncond, guidance, cfg.objective.guidance_rescale)
+    teacher_conds = [batch.teacher_cond, batch.uncond] if guided else [batch.teacher_cond]
+    with torch.no_grad():
+        if nets.scores is not None:
+            v_critic, *v_teacher = nets.scores(x_sigma, sigma, batch.student_cond, teacher_conds)
+        else:
+            v_critic = nets.critic(x_sigma, sigma, batch.student_cond)
+            count = len(teacher_conds)
+            cond = nets.cat_conds(teacher_conds) if guided and nets.cat_conds is not None else batch.teacher_cond
+            v_teacher = list(nets.teacher(x_sigma.repeat(count, 1, 1), sigma.repeat(count), cond).chunk(count))
+    return v_critic, v_teacher[0], v_teacher[1] if guided else None
+
+
+def student_sample(nets: Networks, batch: DistillBatch, cfg: DistillConfig, rng: Rng) -> Tensor:
+    """The batch's backward-simulated samples x0 (B, T, C) at a drawn exit step, the same for all; with grad."""
+    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
+    generator = as_draws(rng, batch.batch_size).generator
+    step = int(torch.randint(len(sigmas), (), generator=generator, device=generator.device))
+    shape = (batch.batch_size, *batch.latent_shape)
+    x0, _ = backward_simulate(
+        nets.student, batch.student_cond, _normal(shape, rng), step, sigmas, lambda _: _normal(shape, rng)
+    )
+    return x0
 
 
 # Draws of sigma, one a sample: (n,) fp32 on rng's device. With `Draws`, n is what this process has of the batch.
@@ -276,37 +322,27 @@ def _match_distributions(
     objective = cfg.objective
     with torch.no_grad():
         x_sigma = add_noise(x0_student, _normal(x0_student.shape, rng), sigma)
-        v_critic = nets.critic(x_sigma, sigma, batch.student_cond)
-        v_real = guided_teacher(nets, batch, cfg, x_sigma, sigma)
-    norm, floor = objective.dmd_norm, objective.dmd_norm_floor
-    loss, figures = dmd_loss(x0_student, x_sigma, sigma, v_critic, v_real, norm=norm, norm_floor=floor)
+    v_critic, v_cond, v_uncond = ask_scores(nets, batch, cfg, x_sigma, sigma)
+    loss, figures = dmd_loss(
+        x0_student, x_sigma, sigma, v_critic, v_cond, v_uncond,
+        guidance=objective.guidance, rescale=objective.guidance_rescale,
+        norm=objective.dmd_norm, norm_floor=objective.dmd_norm_floor,
+    )  # fmt: skip
     figures = {f"{name}_loss": loss.detach(), **{f"{name}_{key}": v for key, v in figures.items()}}
     return _own_share(loss, figures, as_draws(rng, batch.batch_size))
 
 
-def _backward_sample(
-    nets: Networks,
-    batch: DistillBatch,
-    cfg: DistillConfig,
-    rng: Rng,
-) -> Tensor:
-    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
-    generator = as_draws(rng, batch.batch_size).generator
-    step = int(torch.randint(len(sigmas), (), generator=generator, device=generator.device))
-    shape = (batch.batch_size, *batch.latent_shape)
-    x0, _ = backward_simulate(
-        nets.student, batch.student_cond, _normal(shape, rng), step, sigmas, lambda _: _normal(shape, rng)
-    )
-    return x0
-
-
-def _weighted_sum(batch: DistillBatch, *terms: tuple[float, Callable[[], Loss]]) -> Loss:
+def _weighted_sum(batch: DistillBatch, backward: Backward | None, *terms: tuple[float, Callable[[], Loss]]) -> Loss:
     losses, figures = [], {}
     for weight, term in terms:
         if weight != 0:
             loss, figures_of_term = term()
             losses.append(weight * loss)
             figures.update(figures_of_term)
+            if backward is not None:
+                backward(losses[-1])
+                del loss
+                losses[-1] = losses[-1].detach()
     if not losses:
         raise InputError(
             f"objective: step {batch.step} is of the {batch.stream} stream, whose weights are all 0: raise"

@@ -37,6 +37,8 @@ class Group:
     """Parameters with one AdamW and one learning-rate schedule; `ema_decay` 0 keeps no average.
 
     Parameters that had no gradient since the last update are left alone by it, decay included, as in torch.
+    `gradients_of`: another group whose buffer of gradients serves for these too; between the first gradient and the
+    update of one of them the other must get none.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -48,6 +50,7 @@ class Group:
     ema_decay: float = 0.0
     ema_start: int = 0
     per_slot: bool = False  # parameters are stacked (S, ...): S independent jobs, each clipped by its own norm
+    gradients_of: Group | None = None
     optimizer: torch.optim.AdamW = field(init=False)
     updates: int = field(init=False, default=0)
     steps: dict[str, int] = field(init=False)  # updates of each parameter
@@ -85,7 +88,10 @@ class Group:
     def _allocate(self, part: int, device: torch.device) -> None:
         """The buffers; the parameters move into theirs, and their gradients are collected in the other."""
         whole = part * distributed.world()
-        self._flat, self._grad = (torch.zeros(whole, device=device) for _ in range(2))
+        self._flat = torch.zeros(whole, device=device)
+        lent: Tensor | None = None if self.gradients_of is None else self.gradients_of._grad
+        fits = lent is not None and len(lent) >= whole
+        self._grad: Tensor = lent[:whole] if lent is not None and fits else torch.zeros(whole, device=device)
         # Kept apart from the sum, so that a gradient that is not finite can be traced to its process.
         self._own_grad = self._grad if distributed.world() == 1 else torch.zeros(part, device=device)
         for name, parameter in self.parameters.items():

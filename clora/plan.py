@@ -17,14 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from clora.backbones.loading import encoder_parameters, pixels_per_token, transformer_config
 from clora.base_dir import read_sizes, resolve_base
 from clora.config import Config
 from clora.lora_files import check_lora
-from clora.train import TARGET_BATCH, acceleration_of
-from clora.workspace import base_dtype
+from clora.targets import TARGET_BATCH
+from clora.workspace import acceleration_of, base_dtype
 
 GB = 1e9
 RESERVED = 1.5 * GB  # CUDA context and the libraries' workspaces
@@ -108,6 +109,7 @@ class TrainSettings:
     terms: tuple[bool, bool, bool] = (True, True, True)  # TA-FM, DMD-TS, DMD-BS
     num_steps: int = 8
     checkpointing: bool = True
+    whole_blocks: int = 0  # of them, blocks that checkpointing leaves as they are
     targets_batch: int = 0  # samples in one forward while targets are made
     text_encoder_parameters: int = 0  # on the device until everything is encoded
     vae_parameters: int = 0
@@ -160,12 +162,17 @@ def saved_by_block(shapes: ModelShapes, settings: TrainSettings, batch: int) -> 
 
 
 def saved_by_forward(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
-    """Bytes that a forward with grad keeps until its backward: all blocks', or only their inputs (checkpointing)."""
+    """Bytes that a forward with grad keeps until its backward: all blocks', or with checkpointing `whole_blocks` and of
+    the others the inputs and the attention's result."""
     width = batch * shapes.width * settings.base_bytes
     head = width * (settings.image_tokens + settings.reference_tokens)
-    if settings.checkpointing:
-        return shapes.num_layers * width * settings.tokens + head
-    return shapes.num_layers * saved_by_block(shapes, settings, batch) + head
+    whole = min(settings.whole_blocks, shapes.num_layers) if settings.checkpointing else shapes.num_layers
+    again = 2 * width * settings.tokens + _attention_statistics(shapes, settings, batch)
+    return whole * saved_by_block(shapes, settings, batch) + (shapes.num_layers - whole) * again + head
+
+
+def _attention_statistics(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
+    return 4 * batch * settings.tokens * shapes.num_heads
 
 
 def forward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
@@ -178,8 +185,10 @@ def forward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) 
 def backward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
     """Most bytes of a backward beyond what its forward kept; with checkpointing one block is run again."""
     width = batch * settings.tokens * shapes.width * settings.base_bytes
-    # The block's own input is kept already.
-    again = saved_by_block(shapes, settings, batch) - width if settings.checkpointing else 0
+    again = 0
+    if settings.checkpointing and settings.whole_blocks < shapes.num_layers:
+        # The block's own input and its attention are kept already.
+        again = saved_by_block(shapes, settings, batch) - 2 * width - _attention_statistics(shapes, settings, batch)
     return BACKWARD * width + again + _gathered(shapes, settings)
 
 
@@ -194,8 +203,8 @@ def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
         "student and critic, fp32": 4 * (student + critic),
         "AdamW": _part(8 * (student + critic), s.num_gpus),
         "EMA": _part(4 * student, s.num_gpus) if s.ema else 0,
-        # Buffers that stay; of several processes each has its part of the sum besides.
-        "gradients": 4 * (student + critic) + (_part(4 * (student + critic), s.num_gpus) if s.num_gpus > 1 else 0),
+        # One buffer that stays for both; of several processes each has its part of the sums besides.
+        "gradients": 4 * student + (_part(4 * (student + critic), s.num_gpus) if s.num_gpus > 1 else 0),
     }
     critic_update = {
         "kept for backward": saved_by_forward(shapes, s, s.batch_size),
@@ -219,17 +228,25 @@ def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
 
 
 def _student_update(shapes: ModelShapes, settings: TrainSettings) -> dict[str, int]:
-    """The fullest moment of a student update, which keeps the graphs of all its terms until their one backward."""
+    """The fullest moment of a student update: each term's graph is walked before the next is built."""
     s = settings
-    sizes = (s.anchor_batch_size, s.batch_size, s.batch_size)
-    batches = [size for on, size in zip(s.terms, sizes, strict=True) if on]
-    kept = [saved_by_forward(shapes, s, size) for size in batches]
-    back = [backward_workspace(shapes, s, size) for size in batches]
-    # While the last term's teacher is asked, no graph has been walked; backwards run from the last term to the first.
-    teacher = forward_workspace(shapes, s, s.batch_size * (2 if s.guided else 1))
-    moments = [{"kept for backward": sum(kept), "workspace": teacher}]
-    moments += [{"kept for backward": sum(kept[: i + 1]), "workspace": back[i]} for i in range(len(batches))]
+    moments = []
+    for term, (on, batch) in enumerate(zip(s.terms, (s.anchor_batch_size, s.batch_size, s.batch_size), strict=True)):
+        kept = saved_by_forward(shapes, s, batch)
+        # Distribution matching asks the teacher while its own graph waits.
+        teacher = forward_workspace(shapes, s, batch * (2 if s.guided else 1)) if term else 0
+        if on:
+            workspace = max(backward_workspace(shapes, s, batch), teacher)
+            moments.append({"kept for backward": kept, "workspace": workspace})
     return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def choose_whole_blocks(shapes: ModelShapes, settings: TrainSettings, memory: float) -> int:
+    """The most blocks that checkpointing may leave whole within this memory (bytes); 0 where not even none fits."""
+    for count in range(shapes.num_layers, 0, -1):
+        if memory_plan(shapes, replace(settings, checkpointing=True, whole_blocks=count)).needed <= memory:
+            return count
+    return 0
 
 
 def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str, dict[str, int]]:
@@ -311,6 +328,8 @@ class TrainPlan:
     settings: TrainSettings
     memory_gb: float
     memory: MemoryPlan
+    least: float  # bytes that would do, no block left whole
+    num_layers: int
     communication: dict[str, dict[str, int]]
     fits: bool
     mends: list[str]
@@ -320,9 +339,11 @@ class TrainPlan:
     def verdict(self) -> str:
         """One sentence: whether it fits, and what to do where it does not."""
         gpus = f"{self.settings.num_gpus} GPU{'s' if self.settings.num_gpus > 1 else ''} of {self.memory_gb:g} GB"
-        needs = f"needs {self.memory.needed / GB:.1f} GB a GPU in its {self.memory.peak_phase}"
+        needs = f"needs {self.least / GB:.1f} GB a GPU in its {self.memory.peak_phase}"
         if self.fits:
-            return f"fits {gpus}: {needs}"
+            whole = self.settings.whole_blocks
+            spare = f"; with {self.memory.needed / GB:.1f} GB {whole} of {self.num_layers} blocks are not recomputed"
+            return f"fits {gpus}: {needs}{spare if whole else ''}"
         if self.mends_suffice:
             return f"does not fit {gpus}: {needs}; it fits with {' '.join(self.mends)}"
         tried = f", and would not with {' '.join(self.mends)}" if self.mends else ""
@@ -338,6 +359,7 @@ class TrainPlan:
             "mends_suffice": self.mends_suffice,
             "memory_gb": self.memory_gb,
             "needed": round(self.memory.needed),
+            "least": round(self.least),
             "peak": self.memory.peak,
             "peak_phase": self.memory.peak_phase,
             "phases": phases,
@@ -356,11 +378,37 @@ def plan_training(config: Config, num_gpus: int, memory_gb: float) -> TrainPlan:
     memory = memory_gb * GB
     shard_base = config.train.shard_base and num_gpus > 1
     settings = replace(read_settings(config), num_gpus=num_gpus, shard_base=shard_base)
+    if settings.checkpointing:
+        settings = replace(settings, whole_blocks=choose_whole_blocks(shapes, settings, budget(config, memory)))
     planned = memory_plan(shapes, settings)
     fits = planned.needed <= memory
     mends, suffice = ([], True) if fits else find_mends(shapes, settings, memory)
     communication = communication_plan(shapes, settings)
-    return TrainPlan(settings, memory_gb, planned, communication, fits, mends, suffice)
+    least = memory_plan(shapes, replace(settings, whole_blocks=0)).needed
+    layers = shapes.num_layers
+    return TrainPlan(settings, memory_gb, planned, least, layers, communication, fits, mends, suffice)
+
+
+def whole_blocks(config: Config, num_gpus: int) -> int:
+    """Blocks that activation checkpointing leaves whole in a run that starts here: as many as `train.memory_budget_gb`
+    has room for, or this device's memory."""
+    shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
+    shard_base = config.train.shard_base and num_gpus > 1
+    settings = replace(read_settings(config), num_gpus=num_gpus, shard_base=shard_base)
+    return choose_whole_blocks(shapes, settings, budget(config, device_memory()))
+
+
+def device_memory() -> float:
+    """Bytes: all of this process's GPU, or what is free on a machine without one."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return float(psutil.virtual_memory().available)
+
+
+def budget(config: Config, memory: float) -> float:
+    """Bytes that a process may take of a device with this much: `train.memory_budget_gb`, or all."""
+    limit = config.train.memory_budget_gb
+    return memory if limit is None else min(memory, limit * GB)
 
 
 def read_settings(config: Config) -> TrainSettings:

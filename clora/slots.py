@@ -32,11 +32,26 @@ class Term:
 
 
 @dataclass(frozen=True, eq=False)
+class Lanes:
+    """The same choice as `clora.kernels.lora_linear` takes it: matrices, and one place among them per sample.
+
+    Where every sample uses at most one slot and all are of one stack, that stack's own matrices serve. Else each
+    distinct sum of slots becomes one adapter (`SlotLinear.matrices`).
+    """
+
+    stack: str | None  # the one stack; None where `sums` serve
+    sums: tuple[tuple[tuple[str, Tensor], ...], ...]  # the distinct sums: (stack, index (1,)) of each slot in it
+    place_B: Tensor  # int32, the slot in `stack` or the place in `sums`, -1 = the base; (1,) where it serves any batch
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """The terms of a forward. `num_samples` is the batch they were made for; 0 = any."""
+    """The terms of a forward, and the same as lanes (None where there is no term). `num_samples` is the batch they
+    were made for; 0 = any."""
 
     terms: tuple[Term, ...]
     num_samples: int
+    lanes: Lanes | None
 
 
 class SlotChoice:
@@ -71,14 +86,42 @@ class SlotLinear(nn.Linear):
         plan = self.choice.plan
         if plan is None:
             return out
-        if plan.num_samples and x.shape[0] % plan.num_samples:
-            raise ValueError(
-                f"{x.shape[0]} rows are no multiple of the {plan.num_samples} samples slots were given for"
-            )
+        _check_rows(x.shape[0], plan)
         for term in plan.terms:
             if self.max_rank(term):
                 out = self._add_shared(x, out, term) if len(term.slots) == 1 else self._add_grouped(x, out, term)
         return out
+
+    def lanes(self, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """What `lora_linear` takes beside x, weight and bias for an input of this many rows: A (S, r, K),
+        B (S, N, r), scale (S,) and each row's slot (R,), int32. None where no adapter is in use.
+
+        Padded ranks are zero and slots that do nothing have scale 0, so that the true ranks need not be known.
+        """
+        plan = self.choice.plan
+        if self.merged is not None or plan is None or plan.lanes is None:
+            return None
+        _check_rows(rows, plan)
+        lanes = plan.lanes
+        place_R = lanes.place_B.repeat(rows // len(lanes.place_B))
+        if lanes.stack is None:
+            return *self._summed(lanes), place_R
+        return self.A[lanes.stack], self.B[lanes.stack], self.get_buffer(f"scale_{lanes.stack}"), place_R
+
+    def _summed(self, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
+        """One adapter for each sum of slots: their matrices side by side along the rank, the scales folded into B."""
+        As, Bs = [], []
+        for members in lanes.sums:
+            As.append(torch.cat([self.A[stack].index_select(0, index)[0] for stack, index in members]))
+            scaled = [
+                self.B[stack].index_select(0, index)[0] * self.get_buffer(f"scale_{stack}").index_select(0, index)
+                for stack, index in members
+            ]
+            Bs.append(torch.cat(scaled, dim=1))
+        rank = max(len(A) for A in As)
+        A_SrK = torch.stack([F.pad(A, (0, 0, 0, rank - len(A))) for A in As])
+        B_SNr = torch.stack([F.pad(B, (0, rank - B.shape[1])) for B in Bs])
+        return A_SrK, B_SNr, torch.ones(len(As), dtype=torch.float32, device=A_SrK.device)
 
     def max_rank(self, term: Term) -> int:
         """The largest true rank among a term's slots."""
@@ -144,6 +187,11 @@ class SlotLinear(nn.Linear):
         return _by_sample(out, term).index_add(1, term.rows, update).view(out.shape)
 
 
+def _check_rows(rows: int, plan: Plan) -> None:
+    if plan.num_samples and rows % plan.num_samples:
+        raise ValueError(f"{rows} rows are no multiple of the {plan.num_samples} samples slots were given for")
+
+
 def _by_sample(x: Tensor, term: Term) -> Tensor:
     """(m B, ..., C) as (m, B, T, C): m repeats of the batch."""
     repeats = x.shape[0] // term.num_samples
@@ -187,13 +235,15 @@ def make_plan(
     """
     if not slots:
         raise ValueError("slots is empty; give one entry per sample")
-    shared = len(slots) == 1
+    members = [
+        tuple(place(name) for name in (() if entry is None else (entry,) if isinstance(entry, str) else entry))
+        for entry in slots
+    ]
     # layers[stack][k]: the k-th slot that each sample uses in this stack, as (sample, slot index).
     layers: dict[str, list[list[tuple[int, int]]]] = {}
-    for sample, entry in enumerate(slots):
+    for sample, places in enumerate(members):
         depth: dict[str, int] = {}
-        for name in () if entry is None else (entry,) if isinstance(entry, str) else entry:
-            stack, index = place(name)
+        for stack, index in places:
             layer = depth.get(stack, 0)
             depth[stack] = layer + 1
             table = layers.setdefault(stack, [])
@@ -205,7 +255,20 @@ def make_plan(
         for stack, table in layers.items()
         for pairs in table
     )
-    return Plan(terms, 0 if shared else len(slots))
+    return Plan(terms, 0 if len(slots) == 1 else len(slots), _make_lanes(members, device) if terms else None)
+
+
+def _make_lanes(members: Sequence[tuple[tuple[str, int], ...]], device: torch.device) -> Lanes:
+    stacks = {stack for places in members for stack, _ in places}
+    if len(stacks) == 1 and all(len(places) <= 1 for places in members):
+        indices = [places[0][1] if places else -1 for places in members]
+        return Lanes(stacks.pop(), (), torch.tensor(indices, dtype=torch.int32, device=device))
+    sums = list(dict.fromkeys(places for places in members if places))
+    indices = [sums.index(places) if places else -1 for places in members]
+    on_device = tuple(
+        tuple((stack, torch.tensor([index], device=device)) for stack, index in places) for places in sums
+    )
+    return Lanes(None, on_device, torch.tensor(indices, dtype=torch.int32, device=device))
 
 
 def _make_term(

@@ -28,6 +28,7 @@ from clora.workspace import Workspace, in_batches
 
 TARGETS_VERSION = "targets/1"
 REHEARSAL_VERSION = "rehearsal/1"
+TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images
 Slots = Callable[[Sequence[str | None]], Sequence[Any]]
 
 

@@ -13,25 +13,26 @@ from PIL import Image
 from rich.console import Console
 
 from clora import distributed
-from clora.base_dir import acceleration_lora
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.config import Config
 from clora.config_schema import Job
 from clora.data.examples import Example, collate
 from clora.distill import ACCELERATION, CRITIC, STUDENT, Distiller
-from clora.errors import InputError, raise_faults
+from clora.errors import raise_faults
 from clora.evaluate.pictures import grid_image
 from clora.flow import few_step_sigmas
 from clora.loop import LoopConfig, run_loop
 from clora.lora_files import join_modules, read_lora, write_lora
+from clora.plan import whole_blocks
 from clora.prompts import EffectPrompt
 from clora.provenance import git_revision, hash_files, write_run
 from clora.sample import few_step_sample
-from clora.targets import make_targets, targets_from_pairs
+from clora.targets import TARGET_BATCH, make_targets, targets_from_pairs
 from clora.teachers import TeacherBank
 from clora.tracker import Tracker
 from clora.workspace import (
     Workspace,
+    acceleration_of,
     averaged_weights,
     determinism,
     open_workspace,
@@ -39,8 +40,6 @@ from clora.workspace import (
     slot_to_cpu,
     trainable_group,
 )
-
-TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images
 
 
 def train(config: Config, resume: str | None = None, console: Console | None = None) -> Path:
@@ -164,31 +163,24 @@ def make_distiller(
         adapters.add_lora(ACCELERATION, read_lora(path, adapters.module_shapes).modules, trainable=True)
         stacks.append(ACCELERATION)
     train_config = config.train
+    if train_config.gradient_checkpointing:
+        workspace.backbone.set_gradient_checkpointing(True, whole_blocks(config, distributed.world()))
+    student_group = trainable_group(adapters, stacks, config, train_config.learning_rate, ema=True)
+    critic_group = trainable_group(
+        adapters, [CRITIC], config, train_config.critic_learning_rate, gradients_of=student_group
+    )
     return Distiller(
         config,
         workspace.backbone,
         bank,
         workspace.effects,
         workspace.general,
-        student=trainable_group(adapters, stacks, config, train_config.learning_rate, ema=True),
-        critic=trainable_group(adapters, [CRITIC], config, train_config.critic_learning_rate),
+        student=student_group,
+        critic=critic_group,
         accelerated=path is not None,
         deal=deal,
         rehearsed=frozenset(rehearsed),
     )
-
-
-def acceleration_of(config: Config) -> Path | None:
-    """The acceleration LoRA that joins the student, as `student.acceleration` says; none without effects."""
-    named = config.student.acceleration
-    if named is None or not config.effects:
-        return None
-    path = acceleration_lora(config.base.model) if named == "base" else named
-    if path is None:
-        raise InputError(
-            f"student.acceleration: base {config.base.model} brings no acceleration LoRA; give a file, or null"
-        )
-    return path
 
 
 def write_student(workspace: Workspace) -> Path:

@@ -25,7 +25,7 @@ from clora.data.pairs import Pair, read_pairs
 from clora.errors import InputError, InputErrors
 from clora.lora_files import check_lora
 from clora.prompts import effect_prompts
-from clora.train import acceleration_of
+from clora.workspace import acceleration_of
 
 # Source and target of other shapes are cropped differently, which the model learns as a shift.
 MAX_SHAPE_DIFFERENCE = 0.02

@@ -21,7 +21,7 @@ from rich.progress import track
 from clora import distributed
 from clora.backbones.loading import COMPONENTS
 from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
-from clora.base_dir import general_data, resolve_base
+from clora.base_dir import acceleration_lora, general_data, resolve_base
 from clora.config import Config, EffectConfig
 from clora.data.cache import TensorCache
 from clora.data.examples import Example, ExampleEncoder
@@ -129,6 +129,7 @@ def open_workspace(
     if not keep_encoders:
         backbone.free_encoders()
     adapters = backbone.add_adapters(config.student.targets)
+    backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     if shards:
         whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks))
@@ -237,10 +238,31 @@ def base_identity(base: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
+def acceleration_of(config: Config) -> Path | None:
+    """The acceleration LoRA that joins the student, as `student.acceleration` says; none without effects."""
+    named = config.student.acceleration
+    if named is None or not config.effects:
+        return None
+    path = acceleration_lora(config.base.model) if named == "base" else named
+    if path is None:
+        raise InputError(
+            f"student.acceleration: base {config.base.model} brings no acceleration LoRA; give a file, or null"
+        )
+    return path
+
+
 def trainable_group(
-    adapters: Adapters, stacks: Sequence[str], config: Config, learning_rate: float, ema: bool = False
+    adapters: Adapters,
+    stacks: Sequence[str],
+    config: Config,
+    learning_rate: float,
+    ema: bool = False,
+    gradients_of: Group | None = None,
 ) -> Group:
-    """The stacks' parameters, as `STACK.MODULE.A`, with AdamW as `train` says; with `ema` the average is kept too."""
+    """The stacks' parameters, as `STACK.MODULE.A`, with AdamW as `train` says; with `ema` the average is kept too.
+
+    `gradients_of`: see `Group`.
+    """
     train = config.train
     return Group(
         {f"{stack}.{name}": value for stack in stacks for name, value in adapters.named_parameters(stack).items()},
@@ -251,6 +273,7 @@ def trainable_group(
         max_grad_norm=train.max_grad_norm,
         ema_decay=train.ema_decay if ema else 0.0,
         ema_start=train.ema_start,
+        gradients_of=gradients_of,
     )
 
 

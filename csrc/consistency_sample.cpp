@@ -1,11 +1,14 @@
 #include "consistency_sample.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <string>
+#include <tuple>
 
 namespace clora {
 namespace {
@@ -119,6 +122,18 @@ void noise_afresh(const at::Tensor& x0_BTC, float sigma, at::Tensor& eps_BTC, at
   for (int64_t i = 0; i < count; ++i) x[i] = keep * x0[i] + sigma * eps[i];
 }
 
+// (x0, next x) of fp32 latents on a GPU in one pass, by the Triton op that clora/kernels/renoise.py
+// registers.
+std::tuple<at::Tensor, at::Tensor> renoise(const at::Tensor& x_BTC, const at::Tensor& v_BTC,
+                                           const at::Tensor& sigma_B, const at::Tensor& sigma_next_B,
+                                           const at::Tensor& eps_BTC) {
+  using Op = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                const at::Tensor&, const std::optional<at::Tensor>&,
+                                                const std::optional<at::Tensor>&, c10::SymInt);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("clora::renoise", "").typed<Op>();
+  return op.call(x_BTC, v_BTC, sigma_B, sigma_next_B, eps_BTC, std::nullopt, 0);
+}
+
 }  // namespace
 
 at::Tensor consistency_sample(const Velocity& velocity, const at::Tensor& noise_BTC,
@@ -137,13 +152,17 @@ at::Tensor consistency_sample(const Velocity& velocity, const at::Tensor& noise_
 
   for (size_t step = 0; step < levels.size(); ++step) {
     const float sigma = levels[step];
-    const at::Tensor v = checked_velocity(velocity(x, sigma_SB[static_cast<int64_t>(step)]), x, step, sigma);
-    predict_data(v, sigma, x, x0);
-    if (step + 1 < levels.size()) {
-      draw_noise(generators, draw, eps);
-      noise_afresh(x0, levels[step + 1], eps, x);
+    const auto k = static_cast<int64_t>(step);
+    const bool last = step + 1 == levels.size();
+    const at::Tensor v = checked_velocity(velocity(x, sigma_SB[k]), x, step, sigma);
+    if (!last) draw_noise(generators, draw, eps);
+    if (!last && x.is_cuda() && x.scalar_type() == at::kFloat) {
+      std::tie(x0, x) = renoise(x, v, sigma_SB[k], sigma_SB[k + 1], eps);
+    } else {
+      predict_data(v, sigma, x, x0);
+      if (!last) noise_afresh(x0, levels[step + 1], eps, x);
     }
-    if (on_step) on_step(static_cast<int64_t>(step), sigma, x0.clone());
+    if (on_step) on_step(k, sigma, x0.clone());
   }
   return x0;
 }

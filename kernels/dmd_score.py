@@ -6,8 +6,8 @@
     g          = (x0_critic - x0_real) / normaliser
     loss       = 0.5 mean((x0_student - x0_student.detach() + g)^2)                  so dloss/dx0_student = g / numel
 
-with rescale "norm", v_real has the norm of v_cond at each token. These are `clora.losses.guided_velocity` and
-`clora.losses.dmd_loss(norm="sample")`, with the same figures.
+with rescale "norm", v_real has the norm of v_cond at each token; with floor None the normaliser is 1. What the loss is
+for says `clora.losses.dmd_loss`, which calls it.
 
 Shapes: latents and velocities (B, T, C) in fp32, bf16 or fp16, C at most 4096; sigma (B,) fp32, 1 = noise. All is
 computed in fp32. The forward kernel writes g's numerator, and a few sums per block of tokens that a second kernel
@@ -42,7 +42,7 @@ def dmd_score(
     v_teacher_uncond: Tensor | None,
     guidance: float,
     rescale: Rescale,
-    floor: float = 1e-3,
+    floor: float | None = 1e-3,
 ) -> tuple[Tensor, Figures]:
     """The 0-d loss in fp32, and the figures `{"grad_abs": mean |g|, "normaliser": its mean over the samples}`.
 
@@ -69,7 +69,7 @@ def dmd_score_ref(
     v_teacher_uncond: Tensor | None,
     guidance: float,
     rescale: Rescale,
-    floor: float = 1e-3,
+    floor: float | None = 1e-3,
 ) -> tuple[Tensor, Figures]:
     """`dmd_score` in plain torch."""
     with torch.no_grad():
@@ -83,7 +83,7 @@ def dmd_score_ref(
                 v_real = v_real * (norm_cond / norm_real.clamp_min(LEAST_NORM))
         x0_real = x - level * v_real
         distance = (_at_least_fp32(x0_student) - x0_real).abs().flatten(1).mean(1)
-        normaliser = distance.clamp_min(floor)
+        normaliser = torch.ones_like(distance) if floor is None else distance.clamp_min(floor)
         grad = (x - level * _at_least_fp32(v_critic) - x0_real) / normaliser.reshape(-1, 1, 1)
     x0 = _at_least_fp32(x0_student)
     loss = 0.5 * (x0 - x0.detach() + grad).square().mean()
@@ -166,6 +166,7 @@ def dmd_score_finish_kernel(
     B: tl.int64,
     blocks: tl.int64,
     numel_of_sample: tl.float32,
+    NORMALISED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """One program for the batch: each sample's normaliser, then loss, mean |g| and mean normaliser."""
@@ -184,7 +185,9 @@ def dmd_score_finish_kernel(
             absolutes += tl.load(at + B * blocks, mask=inside, other=0.0)
             squares += tl.load(at + 2 * B * blocks, mask=inside, other=0.0)
         distance = tl.sum(distances, 0) / numel_of_sample
-        normaliser = tl.maximum(distance, floor, propagate_nan=tl.PropagateNan.ALL)
+        normaliser = 1.0
+        if NORMALISED:
+            normaliser = tl.maximum(distance, floor, propagate_nan=tl.PropagateNan.ALL)
         tl.store(normaliser_ptr + sample, normaliser)
         loss += 0.5 * (tl.sum(squares, 0) / normaliser / normaliser / numel_of_sample / B)
         grad_abs += tl.sum(absolutes, 0) / normaliser / numel_of_sample / B
@@ -203,7 +206,7 @@ def launch(
     v_teacher_uncond: Tensor | None,
     guidance: float,
     rescale: str,
-    floor: float,
+    floor: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(figures, g's numerator, normaliser) of both kernels: (3,) loss, grad_abs, mean normaliser; (B, T, C); (B,)."""
     B, T, C = x_sigma.shape
@@ -224,7 +227,10 @@ def launch(
             guidance, T, C, LEAST_NORM=LEAST_NORM, GUIDED=uncond is not None, RESCALED=rescale == "norm",
             BLOCK_T=block_t, BLOCK_C=block_c, num_warps=min(max(block_t * block_c // 512, 1), 16),
         )  # fmt: skip
-        dmd_score_finish_kernel[(1,)](sums, figures, normaliser, floor, B, blocks, T * C, BLOCK=FINISH_BLOCK)
+        dmd_score_finish_kernel[(1,)](
+            sums, figures, normaliser, 0.0 if floor is None else floor, B, blocks, T * C,
+            NORMALISED=floor is not None, BLOCK=FINISH_BLOCK,
+        )  # fmt: skip
     return figures, surrogate, normaliser
 
 
@@ -238,7 +244,7 @@ def dmd_score_op(
     v_teacher_uncond: Tensor | None,
     guidance: float,
     rescale: str,
-    floor: float,
+    floor: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return launch(x_sigma, sigma, x0_student, v_critic, v_teacher_cond, v_teacher_uncond, guidance, rescale, floor)
 

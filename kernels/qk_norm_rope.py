@@ -1,15 +1,18 @@
 """What joint attention takes of the projections: q and k normed and rotated, q, k and v of text and image in one row.
 
-    q = [rope(norm(q_txt) norm_added_q), rope(norm(q_img) norm_q)]    the text's tokens first, then the image's
-    k = [rope(norm(k_txt) norm_added_k), rope(norm(k_img) norm_k)]
-    v = [v_txt, v_img]
+    q = [rope(norm(q_img) norm_q), rope(norm(q_txt) norm_added_q)]    the image's tokens first, then the text's
+    k = [rope(norm(k_img) norm_k), rope(norm(k_txt) norm_added_k)]
+    v = [v_img, v_txt]
 
     norm(x)   = x / sqrt(mean(x^2) + 1e-6) over a head
     rope(y)_j = y_j (cos_j + i sin_j), where y_j is the head's j-th pair of neighbours as a complex number
 
+Text that is padded on the right thus ends each row, so that a sample's real tokens are the first of its row and
+attention needs no mask.
+
 Shapes: q_txt, k_txt, v_txt (B, L_txt, H D) and q_img, k_img, v_img (B, L_img, H D), which may be parts of wider rows;
-the four norm weights (D,), D even and at most 256; cos, sin (L_txt + L_img, D / 2) fp32, in the order of the result.
-q, k and v are (B, L_txt + L_img, H, D), which FlashAttention takes as they are and torch's attention transposed.
+the four norm weights (D,), D even and at most 256; cos, sin (L_img + L_txt, D / 2) fp32, in the order of the result.
+q, k and v are (B, L_img + L_txt, H, D), which FlashAttention takes as they are and torch's attention transposed.
 Either stream may be empty. The projections have one dtype (fp32, bf16 or fp16), which the results have too; the norm
 weights may be of others.
 
@@ -47,7 +50,7 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, k, v), each (B, L_txt + L_img, H, D). Raises ValueError for shapes or dtypes other than above.
+    """(q, k, v), each (B, L_img + L_txt, H, D). Raises ValueError for shapes or dtypes other than above.
 
     The weights have the names that diffusers' `Attention` gives them; `rotary_tables` makes cos and sin.
     """
@@ -65,7 +68,7 @@ def rotary_tables(freqs_img: Tensor, freqs_txt: Tensor) -> tuple[Tensor, Tensor]
     """cos and sin for `qk_norm_rope` of diffusers' complex `image_rotary_emb`: to be made once, not in every block."""
     if not (freqs_img.is_complex() and freqs_txt.is_complex()):
         raise ValueError(f"freqs_img is {freqs_img.dtype} and freqs_txt {freqs_txt.dtype}; complex numbers are needed")
-    freqs = torch.cat([freqs_txt, freqs_img])
+    freqs = torch.cat([freqs_img, freqs_txt])
     return freqs.real.float().contiguous(), freqs.imag.float().contiguous()
 
 
@@ -84,18 +87,18 @@ def qk_norm_rope_ref(
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope` in plain torch: what diffusers' Qwen-Image attention computes, rounding where that rounds."""
-    L_txt, D = q_txt.shape[1], norm_q.shape[0]
+    L_img, D = q_img.shape[1], norm_q.shape[0]
     q, k = (
         torch.cat(
             [
-                _rotated(_normed(_heads(txt, D), norm_txt), cos[:L_txt], sin[:L_txt]),
-                _rotated(_normed(_heads(img, D), norm_img), cos[L_txt:], sin[L_txt:]),
+                _rotated(_normed(_heads(img, D), norm_img), cos[:L_img], sin[:L_img]),
+                _rotated(_normed(_heads(txt, D), norm_txt), cos[L_img:], sin[L_img:]),
             ],
             dim=1,
         ).to(img.dtype)
-        for txt, img, norm_txt, norm_img in ((q_txt, q_img, norm_added_q, norm_q), (k_txt, k_img, norm_added_k, norm_k))
+        for img, txt, norm_img, norm_txt in ((q_img, q_txt, norm_q, norm_added_q), (k_img, k_txt, norm_k, norm_added_k))
     )
-    return q, k, torch.cat([_heads(v_txt, D), _heads(v_img, D)], dim=1)
+    return q, k, torch.cat([_heads(v_img, D), _heads(v_txt, D)], dim=1)
 
 
 def _heads(x: Tensor, D: int) -> Tensor:
@@ -140,11 +143,11 @@ def _check(
                 f"q_{name}, k_{name} and v_{name} are {_shapes(stream)} in {' and '.join(dtypes)}; one shape "
                 f"({q.shape[0]}, L_{name}, {q.shape[2]}) and q_img's {q.dtype} are needed"
             )
-    table = (text[0].shape[1] + q.shape[1], D // 2)
+    table = (q.shape[1] + text[0].shape[1], D // 2)
     if any(x.shape != table or x.dtype != torch.float32 for x in (cos, sin)):
         raise ValueError(
-            f"cos is {cos.dtype} {tuple(cos.shape)} and sin {sin.dtype} {tuple(sin.shape)}; fp32 {table}, the text's "
-            "rows first, is needed"
+            f"cos is {cos.dtype} {tuple(cos.shape)} and sin {sin.dtype} {tuple(sin.shape)}; fp32 {table}, the "
+            "image's rows first, is needed"
         )
 
 
@@ -292,10 +295,10 @@ def launch_forward(
     out_q, out_k, out_v = (q_img.new_empty(B, L_joint, H, D) for _ in range(3))
     block_h, block_d, warps = _blocks(H, D)
     cos, sin = cos.contiguous(), sin.contiguous()
-    text = (q_txt, k_txt, v_txt, norm_added_q, norm_added_k, 0)
-    image = (q_img, k_img, v_img, norm_q, norm_k, q_txt.shape[1])
+    image = (q_img, k_img, v_img, norm_q, norm_k, 0)
+    text = (q_txt, k_txt, v_txt, norm_added_q, norm_added_k, q_img.shape[1])
     with torch.cuda.device_of(q_img):
-        for q, k, v, weight_q, weight_k, start in (text, image):
+        for q, k, v, weight_q, weight_k, start in (image, text):
             L, q, k, v = q.shape[1], _rows(q), _rows(k), _rows(v)
             qk_norm_rope_kernel[(B * L, triton.cdiv(H, block_h))](
                 q, k, v, weight_q.contiguous(), weight_k.contiguous(), cos, sin, out_q, out_k, out_v,
@@ -324,10 +327,10 @@ def launch_backward(
     dq_img, dk_img, dq_txt, dk_txt = (x.new_empty(x.shape) for x in (q_img, k_img, q_txt, k_txt))
     block_h, block_d, warps = _blocks(H, D)
     grad_q, grad_k, cos, sin = grad_q.contiguous(), grad_k.contiguous(), cos.contiguous(), sin.contiguous()
-    text = (q_txt, k_txt, norm_added_q, norm_added_k, dq_txt, dk_txt, 0)
-    image = (q_img, k_img, norm_q, norm_k, dq_img, dk_img, q_txt.shape[1])
+    image = (q_img, k_img, norm_q, norm_k, dq_img, dk_img, 0)
+    text = (q_txt, k_txt, norm_added_q, norm_added_k, dq_txt, dk_txt, q_img.shape[1])
     with torch.cuda.device_of(q_img):
-        for q, k, weight_q, weight_k, dq, dk, start in (text, image):
+        for q, k, weight_q, weight_k, dq, dk, start in (image, text):
             L, q, k = q.shape[1], _rows(q), _rows(k)
             qk_norm_rope_backward_kernel[(B * L, triton.cdiv(H, block_h))](
                 grad_q, grad_k, q, k, weight_q.contiguous(), weight_k.contiguous(), cos, sin, dq, dk,
@@ -338,12 +341,12 @@ def launch_backward(
 
 
 def _joint_shape(q_img: Tensor, q_txt: Tensor, norm_q: Tensor) -> tuple[int, int, int, int]:
-    """(B, L_txt + L_img, H, D), where the kernels take it."""
+    """(B, L_img + L_txt, H, D), where the kernels take it."""
     B, L_img, width = q_img.shape
     D = norm_q.shape[0]
     if D > MAX_D or q_img.dtype not in FLOATS:
         raise ValueError(f"q_img is {q_img.dtype} with heads of {D}; fp32, bf16 or fp16 and at most {MAX_D} are needed")
-    return B, q_txt.shape[1] + L_img, width // D, D
+    return B, L_img + q_txt.shape[1], width // D, D
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -401,7 +404,7 @@ def qk_norm_rope_backward_op(
 @qk_norm_rope_op.register_fake
 def _fake(q_img: Tensor, k_img: Tensor, v_img: Tensor, q_txt: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     D = others[2].shape[0]  # after k_txt and v_txt comes norm_q
-    shape = (q_img.shape[0], q_txt.shape[1] + q_img.shape[1], q_img.shape[2] // D, D)
+    shape = (q_img.shape[0], q_img.shape[1] + q_txt.shape[1], q_img.shape[2] // D, D)
     return tuple(q_img.new_empty(shape) for _ in range(3))
 
 
@@ -419,7 +422,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
     dq_img, dk_img, dq_txt, dk_txt = qk_norm_rope_backward_op(grad_q, grad_k, *ctx.saved_tensors)
-    dv_txt, dv_img = grad_v.flatten(2).split([dq_txt.shape[1], dq_img.shape[1]], dim=1)  # as torch.cat's gradients are
+    dv_img, dv_txt = grad_v.flatten(2).split([dq_img.shape[1], dq_txt.shape[1]], dim=1)  # as torch.cat's gradients are
     return dq_img, dk_img, dv_img, dq_txt, dk_txt, dv_txt, None, None, None, None, None, None
 
 

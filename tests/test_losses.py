@@ -22,7 +22,7 @@ def _draws(seed: int, count: int, dtype: torch.dtype = torch.float32) -> list[to
 
 
 def _dmd_inputs(dtype: torch.dtype = torch.float32, offset: float = 0.0) -> dict[str, torch.Tensor]:
-    x0, eps, v_critic, v_real = _draws(0, 4, dtype)
+    x0, eps, v_critic, v_cond = _draws(0, 4, dtype)
     sigma = torch.tensor([0.2, 0.6, 0.95])
     x0 = x0 + offset
     return dict(
@@ -30,7 +30,7 @@ def _dmd_inputs(dtype: torch.dtype = torch.float32, offset: float = 0.0) -> dict
         x_sigma=add_noise(x0.detach(), eps, sigma),
         sigma=sigma,
         v_critic=v_critic,
-        v_real=v_real,
+        v_cond=v_cond,
     )
 
 
@@ -38,7 +38,7 @@ def _reference_gradient(inputs: dict[str, torch.Tensor], floor: float) -> torch.
     """fp64, from the scores themselves: (s_fake - s_real) sigma^2 / a over mean |x0 - x0_real|."""
     x, sigma = inputs["x_sigma"].double(), inputs["sigma"].double().view(-1, 1, 1)
     a = 1 - sigma
-    x0_fake, x0_real = (x - sigma * inputs[key].double() for key in ("v_critic", "v_real"))
+    x0_fake, x0_real = (x - sigma * inputs[key].double() for key in ("v_critic", "v_cond"))
     s_fake, s_real = ((a * x0 - x) / sigma**2 for x0 in (x0_fake, x0_real))
     distance = (inputs["x0_student"].detach().double() - x0_real).abs().mean((1, 2), keepdim=True)
     return (s_fake - s_real) * sigma**2 / a / distance.clamp(min=floor)
@@ -108,7 +108,7 @@ def test_dmd_loss_gradient_times_numel_is_the_score_difference(norm: str) -> Non
     loss.backward()
     want = _reference_gradient(inputs, 1e-3)
     if norm == "none":
-        want = inputs["sigma"].double().view(-1, 1, 1) * (inputs["v_real"] - inputs["v_critic"]).double()
+        want = inputs["sigma"].double().view(-1, 1, 1) * (inputs["v_cond"] - inputs["v_critic"]).double()
     got = inputs["x0_student"].grad.double() * want.numel()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.detach().double(), 0.5 * (want**2).mean(), rtol=1e-5, atol=0)
@@ -117,14 +117,14 @@ def test_dmd_loss_gradient_times_numel_is_the_score_difference(norm: str) -> Non
 
 def test_dmd_loss_gradient_survives_large_latents_where_the_plain_surrogate_rounds() -> None:
     inputs = _dmd_inputs(offset=1000.0)
-    inputs["v_real"] = inputs["v_critic"] + 1e-3  # small beside the latents
+    inputs["v_cond"] = inputs["v_critic"] + 1e-3  # small beside the latents
     x0 = inputs["x0_student"]
     dmd_loss(**inputs, norm="sample", norm_floor=1e-3)[0].backward()
     right = x0.grad * x0.numel()
     plain = torch.autograd.grad(0.5 * (x0 - (x0 - right).detach()).square().mean(), x0)[0] * x0.numel()
     scale = right.abs().mean()
     x, sigma = inputs["x_sigma"], inputs["sigma"]
-    x0_critic, x0_real = (x0_from_velocity(x, inputs[key], sigma) for key in ("v_critic", "v_real"))
+    x0_critic, x0_real = (x0_from_velocity(x, inputs[key], sigma) for key in ("v_critic", "v_cond"))
     g = (x0_critic - x0_real) / (x0.detach() - x0_real).abs().mean((1, 2), keepdim=True)
     assert (right - g).abs().mean() < 1e-5 * scale
     assert (plain - right).abs().mean() > 1e-2 * scale
@@ -136,7 +136,7 @@ def test_dmd_loss_step_lowers_the_distance_to_the_teacher(variant: str) -> None:
     x0 = inputs["x0_student"]
     # This critic knows the sample.
     inputs["v_critic"] = velocity_from_x0(inputs["x_sigma"], x0.detach(), inputs["sigma"])
-    x0_real = x0_from_velocity(inputs["x_sigma"], inputs["v_real"], inputs["sigma"])
+    x0_real = x0_from_velocity(inputs["x_sigma"], inputs["v_cond"], inputs["sigma"])
     loss, _ = dmd_loss(**inputs, norm="sample", norm_floor=1e-3)
     if variant == "missing detach":
         grad = (x0.detach() - x0_real) / (x0.detach() - x0_real).abs().mean((1, 2), keepdim=True)
@@ -165,7 +165,7 @@ def test_dmd_loss_normaliser_is_each_samples_own() -> None:
 def test_dmd_loss_floor_is_finite_where_dmd2_divides_zero_by_zero() -> None:
     inputs = _dmd_inputs()
     # Velocity 0 of both: critic and teacher return the sample.
-    inputs["v_real"], inputs["v_critic"] = torch.zeros(SHAPE), torch.zeros(SHAPE)
+    inputs["v_cond"], inputs["v_critic"] = torch.zeros(SHAPE), torch.zeros(SHAPE)
     inputs["x0_student"] = inputs["x_sigma"].clone().requires_grad_()
     loss, figures = dmd_loss(**inputs, norm="sample", norm_floor=1e-3)
     loss.backward()
@@ -181,16 +181,16 @@ def test_dmd_loss_floor_is_finite_where_dmd2_divides_zero_by_zero() -> None:
 
 def test_dmd_loss_sends_no_gradient_to_critic_teacher_or_noised_sample() -> None:
     inputs = _dmd_inputs()
-    for key in ("v_critic", "v_real", "x_sigma"):
+    for key in ("v_critic", "v_cond", "x_sigma"):
         inputs[key] = inputs[key].clone().requires_grad_()
     dmd_loss(**inputs, norm="sample", norm_floor=1e-3)[0].backward()
     assert inputs["x0_student"].grad.abs().sum() > 0
-    assert all(inputs[key].grad is None for key in ("v_critic", "v_real", "x_sigma"))
+    assert all(inputs[key].grad is None for key in ("v_critic", "v_cond", "x_sigma"))
 
 
 def test_dmd_loss_of_bf16_networks_has_fp32_gradient() -> None:
     inputs = _dmd_inputs()
-    for key in ("v_critic", "v_real", "x_sigma"):
+    for key in ("v_critic", "v_cond", "x_sigma"):
         inputs[key] = inputs[key].bfloat16()
     loss, _ = dmd_loss(**inputs, norm="sample", norm_floor=1e-3)
     loss.backward()

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from clora.errors import InputError
 from clora.flow import shift_sigma
+from clora.losses import guided_velocity
 from clora.objective import (
     DistillBatch,
     Networks,
+    ask_scores,
     c2f_do_loss,
     critic_loss,
     dmd_bs_loss,
@@ -27,7 +29,6 @@ from clora.objective import (
     draw_ta_fm_sigma,
     draw_ts_critic_sigma,
     draw_ts_gen_sigma,
-    guided_teacher,
     ta_fm_loss,
     total_loss,
 )
@@ -305,26 +306,47 @@ def test_dmd_losses_ask_critic_and_teacher_at_the_same_point() -> None:
 # Guidance.
 
 
-def test_guided_teacher_evaluates_cond_and_uncond_in_one_call() -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_ask_scores_evaluates_cond_and_uncond_in_one_call(joint: bool) -> None:
     cond = make_effect_cond(8, rng())
-    nets, batch = make_nets(), make_batch(cond)
+    nets, batch = make_nets(critic=lambda *given: 2 * base_velocity(*given)), make_batch(cond)
     x, sigma = torch.randn(8, 1, 2, generator=rng()), torch.rand(8, generator=rng())
-    got = guided_teacher(nets, batch, config(guidance=4.0), x, sigma)
-    assert len(nets.teacher.calls) == 1 and len(nets.teacher.calls[0][0]) == 16
-    v_cond, v_uncond = (teacher_velocity(LEAK)(x, sigma, c) for c in (cond, unconditional(cond)))
-    torch.testing.assert_close(got, v_uncond + 4.0 * (v_cond - v_uncond), rtol=1e-4, atol=1e-5)
-    rescaled = guided_teacher(nets, batch, config(guidance=4.0, guidance_rescale="norm"), x, sigma)
-    want = got * v_cond.norm(dim=-1, keepdim=True) / got.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(rescaled, want)
+    if joint:
+        critic, teacher = nets.critic, nets.teacher
+
+        def scores(x: Tensor, sigma: Tensor, student_cond: Any, teacher_conds: list[Any]) -> list[Tensor]:
+            return [critic(x, sigma, student_cond), *(teacher(x, sigma, one) for one in teacher_conds)]
+
+        nets = replace(nets, scores=scores)
+    got = ask_scores(nets, batch, config(guidance=4.0), x, sigma)
+    assert [len(given[0]) for given in nets.teacher.calls] == ([8, 8] if joint else [16])
+    wanted = 2 * base_velocity(x, sigma, batch.student_cond)
+    wanted = [wanted, *(teacher_velocity(LEAK)(x, sigma, one) for one in (cond, unconditional(cond)))]
+    for velocity, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(velocity, want, rtol=1e-4, atol=1e-5)
 
 
-def test_guided_teacher_at_one_never_asks_uncond() -> None:
+@pytest.mark.parametrize("rescale", ["none", "norm"])
+def test_dmd_bs_loss_is_of_the_guided_teacher(rescale: str) -> None:
+    batch, sigma = make_batch(make_effect_cond(8, rng())), torch.full((8,), 0.6)
+    settings = config(guidance=4.0, guidance_rescale=rescale)
+    nets = make_nets()
+    got, _ = dmd_bs_loss(nets, batch, settings, rng(), sigma=sigma)
+    x_sigma = nets.critic.calls[-1][0]
+    v_cond, v_uncond = (teacher_velocity(LEAK)(x_sigma, sigma, c) for c in (batch.teacher_cond, batch.uncond))
+    real = guided_velocity(v_cond, v_uncond, 4.0, rescale)
+    guided = replace(nets, teacher=lambda *_: real)
+    want, _ = dmd_bs_loss(guided, batch, config(guidance=1.0), rng(), sigma=sigma)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_ask_scores_at_one_never_asks_uncond() -> None:
     nets, batch = make_nets(), make_batch(make_effect_cond(8, rng()), uncond=None)
     total_loss(replace(nets, cat_conds=None), batch, config(guidance=1.0), rng())
     assert all(len(x) == 8 for x, *_ in nets.teacher.calls)
 
 
-def test_guided_teacher_refuses_guidance_without_uncond() -> None:
+def test_ask_scores_refuses_guidance_without_uncond() -> None:
     batch = make_batch(make_effect_cond(8, rng()), uncond=None)
     with pytest.raises(ValueError, match="no uncond"):
         total_loss(make_nets(), batch, config(guidance=4.0), rng())
@@ -397,6 +419,30 @@ def test_losses_on_targets_refuse_a_batch_without_them(loss: Any) -> None:
 
 
 # Sums, figures, randomness.
+
+
+@pytest.mark.parametrize("stream", ["effect", "general"])
+def test_total_loss_hands_each_term_to_backward_before_the_next_is_computed(stream: str) -> None:
+    batch = make_batch(make_effect_cond(8, rng()) if stream == "effect" else make_cond(8, rng()))
+    points = torch.randn(8, 1, 2, generator=rng(3))
+
+    def student(scale: Tensor) -> Any:
+        return lambda x, sigma, cond: base_velocity(x, sigma, cond) * scale + points
+
+    scales = [torch.ones((), requires_grad=True) for _ in range(2)]
+    whole, figures = total_loss(make_nets(student(scales[0])), batch, config(), rng())
+    whole.backward()
+    nets = make_nets(student(scales[1]))
+    calls_with_grad: list[int] = []
+
+    def backward(term: Tensor) -> None:
+        calls_with_grad.append(sum(grad for *_, grad in nets.student.calls))
+        term.backward()
+
+    loss, same = total_loss(nets, batch, config(), rng(), backward)
+    assert calls_with_grad == list(range(1, 4 if stream == "effect" else 2))
+    assert not loss.requires_grad and loss == whole and same == figures
+    torch.testing.assert_close(scales[1].grad, scales[0].grad, rtol=1e-6, atol=0)
 
 
 def test_c2f_do_loss_is_the_weighted_sum_of_its_terms() -> None:

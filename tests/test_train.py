@@ -24,8 +24,8 @@ from clora.lora_files import read_lora
 from clora.targets import targets_from_pairs
 from clora.teach import teach
 from clora.tracker import read_log
-from clora.train import acceleration_of, make_caches, open_bank, train
-from clora.workspace import base_dtype, open_workspace
+from clora.train import make_caches, open_bank, train
+from clora.workspace import acceleration_of, base_dtype, open_workspace
 from tests.small_job import NAMES, make_config, write_dataset
 
 

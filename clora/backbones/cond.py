@@ -19,14 +19,13 @@ class Cond:
     """Conditioning of B samples. All share the grids of the result and of the references, as the model
     demands.
 
-    text_BLD: prompt embeddings, padded right. text_mask_BL: bool, True at real tokens; None when all are (a
-    mask that masks nothing would cost attention its fast path). refs: per reference image packed latents (B,
-    Tr, C). grid, ref_grids: (height, width) in tokens. effects: each sample's effect, None for the base's own
-    skill.
+    text_BLD: prompt embeddings, padded right. text_lengths: each sample's real tokens; None when all are (a mask
+    that masks nothing would cost attention its fast path). refs: per reference image packed latents (B, Tr, C).
+    grid, ref_grids: (height, width) in tokens. effects: each sample's effect, None for the base's own skill.
     """
 
     text_BLD: Tensor
-    text_mask_BL: Tensor | None
+    text_lengths: tuple[int, ...] | None
     refs: tuple[Tensor, ...]
     ref_grids: tuple[Grid, ...]
     grid: Grid
@@ -38,22 +37,27 @@ class Cond:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cond:
         """The same on another device, text and references in `dtype` if given."""
-        mask = None if self.text_mask_BL is None else self.text_mask_BL.to(device)
         refs = tuple(ref.to(device, dtype) for ref in self.refs)
-        return replace(self, text_BLD=self.text_BLD.to(device, dtype), text_mask_BL=mask, refs=refs)
+        return replace(self, text_BLD=self.text_BLD.to(device, dtype), refs=refs)
+
+    @property
+    def text_mask_BL(self) -> Tensor | None:
+        """bool, True at real tokens; None when all are."""
+        if self.text_lengths is None:
+            return None
+        lengths = torch.tensor(self.text_lengths, device=self.text_BLD.device)
+        return torch.arange(self.text_BLD.shape[1], device=self.text_BLD.device) < lengths[:, None]
 
     def select(self, indices: Sequence[int]) -> Cond:
         """The samples at `indices`, in that order; text is cut to the longest of them."""
         index = torch.tensor(list(indices), device=self.text_BLD.device)
-        text, mask = self.text_BLD[index], None
-        if self.text_mask_BL is not None:
-            mask = self.text_mask_BL[index]
-            length = int(mask.sum(1).max())
-            text, mask = text[:, :length], mask[:, :length]
-            mask = None if bool(mask.all()) else mask
+        text, lengths = self.text_BLD[index], None
+        if self.text_lengths is not None:
+            lengths = tuple(self.text_lengths[i] for i in indices)
+            text, lengths = text[:, : max(lengths)], None if len(set(lengths)) == 1 else lengths
         refs = tuple(ref[index] for ref in self.refs)
         effects = tuple(self.effects[i] for i in indices)
-        return replace(self, text_BLD=text, text_mask_BL=mask, refs=refs, effects=effects)
+        return replace(self, text_BLD=text, text_lengths=lengths, refs=refs, effects=effects)
 
 
 def make_cond(
@@ -64,7 +68,7 @@ def make_cond(
 ) -> Cond:
     """A `Cond` from B prompt embeddings (L_i, D) and, per reference image, packed latents (B, Tr, C) and
     their grid."""
-    text_BLD, mask = pad_text(text)
+    text_BLD, lengths = pad_text(text)
     for latents, (height, width) in refs:
         if latents.shape[:2] != (len(text), height * width):
             expected = (len(text), height * width)
@@ -72,16 +76,14 @@ def make_cond(
     chosen = (None,) * len(text) if effects is None else tuple(effects)
     if len(chosen) != len(text):
         raise ValueError(f"{len(chosen)} effects for {len(text)} prompts")
-    return Cond(text_BLD, mask, tuple(ref for ref, _ in refs), tuple(g for _, g in refs), grid, chosen)
+    return Cond(text_BLD, lengths, tuple(ref for ref, _ in refs), tuple(g for _, g in refs), grid, chosen)
 
 
-def pad_text(text: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stack embeddings (L_i, D), padding right with zeros; the mask (B, L) is None when nothing is padded."""
-    lengths = torch.tensor([len(one) for one in text])
+def pad_text(text: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...] | None]:
+    """Stack embeddings (L_i, D), padding right with zeros; the lengths are None when nothing is padded."""
+    lengths = tuple(len(one) for one in text)
     padded = torch.nn.utils.rnn.pad_sequence(list(text), batch_first=True)
-    if bool((lengths == lengths[0]).all()):
-        return padded, None
-    return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).to(padded.device)
+    return padded, None if len(set(lengths)) == 1 else lengths
 
 
 def cat_conds(conds: Sequence[Cond]) -> Cond:
@@ -91,15 +93,14 @@ def cat_conds(conds: Sequence[Cond]) -> Cond:
     grids = {(cond.grid, cond.ref_grids) for cond in conds}
     if len(grids) > 1:
         raise ValueError(f"conds of different grids cannot share a batch: {sorted(grids)}; bucket by size")
-    text, mask = pad_text([row for cond in conds for row in _text_rows(cond)])
+    text, lengths = pad_text([row for cond in conds for row in _text_rows(cond)])
     refs = tuple(torch.cat(parts) for parts in zip(*(cond.refs for cond in conds), strict=True))
     effects = tuple(effect for cond in conds for effect in cond.effects)
-    return Cond(text, mask, refs, conds[0].ref_grids, conds[0].grid, effects)
+    return Cond(text, lengths, refs, conds[0].ref_grids, conds[0].grid, effects)
 
 
 def _text_rows(cond: Cond) -> list[Tensor]:
     """The samples' embeddings without padding."""
-    if cond.text_mask_BL is None:
+    if cond.text_lengths is None:
         return list(cond.text_BLD)
-    lengths = cond.text_mask_BL.sum(1).tolist()
-    return [row[:length] for row, length in zip(cond.text_BLD, lengths, strict=True)]
+    return [row[:length] for row, length in zip(cond.text_BLD, cond.text_lengths, strict=True)]

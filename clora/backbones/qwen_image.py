@@ -16,7 +16,7 @@ import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
@@ -26,12 +26,23 @@ from torch import Tensor
 
 from clora.backbones.cond import Cond, Grid, make_cond
 from clora.backbones.loading import COMPONENTS, load_pipeline
+from clora.backbones.qwen_block import fastest_attention, fuse_blocks
 from clora.base_dir import BaseSizes, read_sizes, resolve_base
 from clora.errors import InputError
+from clora.kernels.qk_norm_rope import rotary_tables
 from clora.lora import DEFAULT_TARGETS, Adapters, checkpoint_fn, inject_adapters
 from clora.slots import Slot
 
 Size = tuple[int, int]  # height and width in pixels
+Kernels = Literal["auto", "reference", "fused"]
+
+# What a recomputed block does not compute again: attention, by whichever of torch's kernels.
+KEPT = (
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 class QwenImageBackbone:
@@ -44,6 +55,8 @@ class QwenImageBackbone:
         self.sizes = sizes
         self.device, self.dtype = device, dtype
         self.adapters: Adapters | None = None
+        self.fused = False
+        self._rotary: tuple[Any, tuple[Tensor, Tensor]] | None = None  # the last tables, and what they are of
 
     make_cond = staticmethod(make_cond)
 
@@ -68,20 +81,46 @@ class QwenImageBackbone:
         self.adapters = inject_adapters(self.transformer, targets)
         return self.adapters
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass, with the slots its forward used."""
+    def set_gradient_checkpointing(self, enabled: bool, whole_blocks: int = 0) -> None:
+        """Recompute each block but the last `whole_blocks` in the backward pass, with the slots its forward used.
+
+        With adapters all is recomputed but attention, a third of a block's arithmetic at 1024 x 1024 pixels and a
+        small part of its memory. The last blocks are the first that a backward pass frees. Blocks are known by
+        identity: call this after `use_kernels`.
+        """
         if not enabled:
             self.transformer.disable_gradient_checkpointing()
         elif self.adapters is None:
             self.transformer.enable_gradient_checkpointing()
         else:
-            self.transformer.enable_gradient_checkpointing(checkpoint_fn(self.adapters))
+            blocks = list(self.transformer.transformer_blocks)
+            whole = blocks[max(0, len(blocks) - whole_blocks) :]
+            self.transformer.enable_gradient_checkpointing(checkpoint_fn(self.adapters, KEPT, whole))
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Run the transformer's blocks on `clora.kernels` ("fused"), or as diffusers does ("reference").
+
+        "auto" fuses on a GPU, where the ops are kernels; elsewhere they are plain torch, and diffusers' blocks are
+        as fast. On a GPU attention is `fastest_attention`'s. Fusing is for good: blocks cannot be put back.
+        """
+        if kernels == "fused" or (kernels == "auto" and self.device.type == "cuda"):
+            fuse_blocks(self.transformer)
+            self.fused = True
+            # The fast kernels are of half precision; fp32 keeps diffusers' choice.
+            on_gpu = self.device.type == "cuda" and self.dtype != torch.float32
+            if on_gpu and (backend := fastest_attention()) is not None:
+                self._use_attention(backend)
+        elif kernels == "reference" and self.fused:
+            raise RuntimeError("the blocks are fused already; load the base anew to run diffusers' own")
 
     def use_plain_attention(self) -> None:
         """Attention by plain matrix products: on a CPU in bf16 the fused kernel's backward pass is slow."""
+        self._use_attention("_native_math")
+
+    def _use_attention(self, backend: str) -> None:
         verbosity = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity_error()  # it announces that choosing a backend is experimental
-        self.transformer.set_attention_backend("_native_math")
+        self.transformer.set_attention_backend(backend)
         diffusers_logging.set_verbosity(verbosity)
 
     def free_encoders(self, vae: bool = False) -> None:
@@ -233,11 +272,21 @@ class QwenImageBackbone:
                 hidden_states=tokens,
                 timestep=timestep.expand(num_samples),
                 encoder_hidden_states=cond.text_BLD.to(self.dtype),
-                encoder_hidden_states_mask=cond.text_mask_BL,
+                encoder_hidden_states_mask=None if self.fused else cond.text_mask_BL,
                 img_shapes=[shapes] * num_samples,
+                attention_kwargs=self._for_fused_blocks(cond, shapes) if self.fused else None,
                 return_dict=False,
             )[0]
         return velocity[:, :num_tokens].to(x_BTC.dtype)
+
+    def _for_fused_blocks(self, cond: Cond, shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
+        """What all blocks share, made once: the rotary tables (kept for the next call), and lengths for a mask."""
+        text_tokens = cond.text_BLD.shape[1]
+        key = (tuple(shapes), text_tokens)
+        if self._rotary is None or self._rotary[0] != key:
+            freqs = self.transformer.pos_embed([shapes], max_txt_seq_len=text_tokens, device=self.device)
+            self._rotary = key, rotary_tables(*freqs)
+        return {"rotary": self._rotary[1], "text_lengths": cond.text_lengths}
 
     def _slots(self, slots: Sequence[Slot] | None) -> Any:
         if slots is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench.authors_schedule import AuthorsSchedule, CriticDraws, GeneratorDraws, Noise, RolloutDraws, draw_generator
-from bench.cycle_counts import Work, rehearse, updates_of
+from bench.cycle_counts import Work, counted, rehearse, updates_of
 from bench.cycle_models import SIZES, make_authors, make_data, make_ours, narrow, steps_of
 from bench.train_cycle import flops, matmul_ceiling, row, time_cycles
 from clora.distill import Distiller
@@ -40,9 +41,40 @@ def test_both_schedules_do_the_work_that_is_claimed() -> None:
     assert rehearsal.cycle("authors", "effect") == rehearsal.cycle("authors", "general") == Work(61, 8)
 
 
-def test_updates_of_begins_an_update_after_the_backwards_of_the_last() -> None:
-    events = [("forward", 1), ("forward", 2), ("backward", 1), ("backward", 1), ("forward", 1), ("backward", 1)]
-    assert updates_of(events) == [Work(3, 2), Work(1, 1)]
+def test_updates_of_cuts_after_each_update() -> None:
+    events = [("forward", 1), ("backward", 1), ("forward", 2), ("backward", 1), ("update", 0), ("forward", 1)]
+    assert updates_of([*events, ("backward", 1), ("update", 0)]) == [Work(3, 2), Work(1, 1)]
+
+
+def test_critic_reuse_saves_the_last_critic_updates_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critic then learns from the very samples that the student is judged by, which keep their grad."""
+    data = make_data(narrow(SIZES["tiny"]), critic_updates=2)
+    train = data.config.train.model_copy(update={"critic_reuse": True})
+    ours = make_ours(replace(data, config=data.config.model_copy(update={"train": train})), "cpu")
+    given: list[tuple[DistillBatch, Tensor | None]] = []
+
+    def watched_critic_loss(nets: Any, batch: DistillBatch, cfg: Any, rng: Any, x0: Tensor | None) -> Any:
+        given.append((batch, x0))
+        return critic_loss(nets, batch, cfg, rng, x0)
+
+    def watched_total_loss(nets: Any, batch: DistillBatch, cfg: Any, rng: Any, backward: Any, x0: Tensor) -> Any:
+        given.append((batch, x0))
+        return total_loss(nets, batch, cfg, rng, backward, x0)
+
+    monkeypatch.setattr("clora.distill.critic_loss", watched_critic_loss)
+    monkeypatch.setattr("clora.distill.total_loss", watched_total_loss)
+    rollouts = set()
+    for step in range(30):
+        with counted([ours.backbone.transformer], [ours.student.optimizer, ours.critic.optimizer]) as events:
+            ours.full_step(step)
+        first, last, student = updates_of(events)
+        assert first.backwards == last.backwards == 1
+        assert student == (Work(8, 3) if ours.stream(step) == "effect" else Work(3, 1))
+        rollouts.add(last.forwards)
+        assert given[0][1] is None and given[1][1] is not None and given[1][1].requires_grad
+        assert given[1][0] is given[2][0] and given[1][1] is given[2][1]
+        given.clear()
+    assert rollouts == {float(k + 1) for k in range(1, 9)}
 
 
 # Where the schedules coincide the losses agree: same weights, same noise.
