@@ -114,7 +114,8 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
             if grid is not None:
                 tracker.image("samples", grid, step)
 
-    identity = workspace.hashes | {f"teacher of {n}": h for n, h in hash_files(teacher_files(config)).items()}
+    teachers = hash_files(teacher_files(config))  # as they are now: the catalogue must not depend on them at the end
+    identity = workspace.hashes | {f"teacher of {name}": sha256 for name, sha256 in teachers.items()}
     write_run(config, "train", identity)
     loop = LoopConfig(
         title="train",
@@ -132,7 +133,7 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
     )
     run_loop(loop, groups, distiller.step, on_step, console)
     with averaged_weights(distiller.student):
-        return write_student(workspace)  # of several processes each has it all, and the first writes
+        return write_student(workspace, teachers)  # of several processes each has it all, and the first writes
 
 
 def make_distiller(workspace: Workspace, bank: TeacherBank | None) -> Distiller:
@@ -176,8 +177,11 @@ def acceleration_of(config: Config) -> Path | None:
     return path
 
 
-def write_student(workspace: Workspace) -> Path:
-    """Write the student's slots, summed, with the catalogue; without effects a plain LoRA, the acceleration LoRA."""
+def write_student(workspace: Workspace, teachers: dict[str, str]) -> Path:
+    """Write the student's slots, summed, with the catalogue; without effects a plain LoRA, the acceleration LoRA.
+
+    `teachers`: the sha256 of each effect's teacher.
+    """
     config, adapters = workspace.config, workspace.adapters
     modules = slot_to_cpu(adapters, STUDENT)
     if ACCELERATION in adapters.slot_names:
@@ -187,13 +191,12 @@ def write_student(workspace: Workspace) -> Path:
         if distributed.is_main():
             write_lora(path, modules, {"clora.role": "acceleration"})
         return path
-    hashes = hash_files(teacher_files(config))
     entries = [
         CatalogueEntry(
             name=name,
             trigger=prompt.trigger if config.objective.aop else "",
             student_prompt=prompt.text if config.objective.aop else prompt.teacher_prompt,
-            teacher_sha256=hashes[name],
+            teacher_sha256=teachers[name],
         )
         for name, prompt in workspace.prompts.items()
     ]
