@@ -89,10 +89,11 @@ def test_train_on_two_processes_equals_one(alone: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_with_a_sharded_base_equals_one(job: Path, random_base: Path, alone: Path) -> None:
-    out = train_on(2, job, random_base, "sharded", "train.shard_base=true")
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_train_with_a_sharded_base_equals_one(job: Path, random_base: Path, alone: Path, kernels: str) -> None:
+    out = train_on(2, job, random_base, f"sharded_{kernels}", "train.shard_base=true", f"train.kernels={kernels}")
     assert_same_training(out, alone)
-    said = (job / "sharded-output" / "process-0.txt").read_text()
+    said = (job / f"sharded_{kernels}-output" / "process-0.txt").read_text()
     whole, part = map(float, re.search(r"base of ([\d.]+) MB split: ([\d.]+) MB in each of 2", said).groups())  # type: ignore[union-attr]
     assert 0.5 * whole <= part + 0.05 <= 0.6 * whole
 
