@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench. Each target sets up what it needs: .venv with the pinned packages of
+# make setup | demo | test | lint | bench | torture. Each target sets up what it needs: .venv with the pinned packages of
 # requirements/cpu.lock and clora built into it. Needed beforehand: python3 >= 3.11, a C++ compiler, make.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
@@ -11,7 +11,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
 # Two threads that spin for work on a busy machine slow small models down a hundredfold.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench torture clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -45,6 +45,10 @@ format: setup
 bench: setup
 	@for name in $$(grep -lF -e '[--json]' bench/*.py | xargs -n1 basename -s .py); do \
 	  echo "== python -m bench.$$name"; $(BIN)/python -m "bench.$$name" || exit 1; done
+
+# Every kill, damage, fault and signal of tests/torture.py; the test suite runs some of each.
+torture: setup
+	$(BIN)/python -m tests.torture --out docs/results/torture.json
 
 clean:
 	rm -rf .venv build dist runs

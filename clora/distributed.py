@@ -20,6 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from clora.errors import InputError
+
 _POLL_SECONDS = 0.05
 _store: Store | None = None
 _meetings = 0
@@ -58,7 +60,10 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
     """
     global _store, _meetings, _groups
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise InputError(f"process {local} of this machine has no GPU of its own; start {gpus} (--nproc_per_node)")
+        torch.cuda.set_device(local)
     if world() == 1:
         yield
         return

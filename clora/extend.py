@@ -66,12 +66,12 @@ def extend(collection: Path, config: Config, resume: str | None = None, console:
         old, new = [entry.name for entry in catalogue.effects], [effect.name for effect in config.effects]
         share = config.extend.rehearsal_share
         distiller = make_distiller(workspace, bank, deal_names(new, old, share), old if share > 0 else ())
-        run_distillation(workspace, distiller, "extend", resume, console)
+        teachers = run_distillation(workspace, distiller, "extend", resume, console)
         path = config.output_dir / "collection.safetensors"
         with averaged_weights(distiller.student):
             modules = slot_to_cpu(workspace.adapters, STUDENT)
         if distributed.is_main():
-            entries = catalogue_entries(config, [workspace.prompts[name] for name in new])
+            entries = catalogue_entries(config, [workspace.prompts[name] for name in new], teachers)
             write_collection(path, modules, merge_catalogue(catalogue, entries))
     return path
 

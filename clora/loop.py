@@ -204,14 +204,8 @@ def run_loop(
     """
     console = console or Console(stderr=True, quiet=not distributed.is_main())
     with distributed.guard("the start"):
-        checkpoint = find_checkpoint(config.resume, config.folder, console.print)
-        step, seconds, sums = 0, 0.0, None
-        if checkpoint is not None:
-            _check_belongs(config, checkpoint)
-            restore_job(groups, checkpoint)
-            step, seconds, sums = checkpoint.step, float(checkpoint.state["seconds"]), checkpoint.state["sums"]
-            console.print(f"{config.title}: goes on after step {step} from {checkpoint.path}")
-        saver = _Saver(config, groups, None if checkpoint is None else step, console.print)
+        step, seconds, sums = _resume(config, groups, console)
+        saver = _Saver(config, groups, step or None, console.print)
     device = next(iter(groups.values())).state["param"].device
     with _signals() as received, _tracker(config, step, sums) as tracker, _progress(console) as progress:
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
@@ -252,6 +246,19 @@ def run_loop(
     return step
 
 
+def _resume(
+    config: LoopConfig, groups: Mapping[str, Group], console: Console
+) -> tuple[int, float, Mapping[str, list[float]]]:
+    """Step, seconds and figures since the last line of the log, with the groups as they were then."""
+    checkpoint = find_checkpoint(config.resume, config.folder, console.print)
+    if checkpoint is None:
+        return 0, 0.0, {}
+    _check_belongs(config, checkpoint)
+    restore_job(groups, checkpoint)
+    console.print(f"{config.title}: goes on after step {checkpoint.step} from {checkpoint.path}")
+    return checkpoint.step, float(checkpoint.state["seconds"]), checkpoint.state["sums"]
+
+
 def _check_belongs(config: LoopConfig, checkpoint: Checkpoint) -> None:
     if checkpoint.state["fingerprint"] != config.fingerprint:
         raise InputError(
@@ -269,7 +276,7 @@ def _counted(figures: Figures, failures: int) -> Figures:
     return {**figures, "failed_checkpoints": float(failures)} if failures else figures
 
 
-def _tracker(config: LoopConfig, step: int, sums: Mapping[str, list[float]] | None) -> Tracker:
+def _tracker(config: LoopConfig, step: int, sums: Mapping[str, list[float]]) -> Tracker:
     return Tracker(
         config.title,
         config.folder,

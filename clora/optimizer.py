@@ -114,8 +114,9 @@ class Group:
             start, stop = max(offset, self.own.start), min(offset + parameter.numel(), self.own.stop)
             if start < stop:
                 value = nn.Parameter(self._flat[start:stop])
-                value.grad = self._own_grad[start - self.own.start : stop - self.own.start]
-                yield Piece(name, start - offset, value)
+                piece = Piece(name, start - offset, value)
+                value.grad = self._of_piece(self._own_grad, piece)
+                yield piece
 
     def _of_piece(self, own: Tensor, piece: Piece) -> Tensor:
         start = self._offsets[piece.name] + piece.start - self.own.start
@@ -158,17 +159,16 @@ class Group:
             distributed.reduce_scatter(self._own_grad, self._grad)
         return [piece for piece in self._pieces if piece.name in self._touched]
 
-    def update(self, pieces: list[Piece], learning_rate: float) -> None:
+    def update(self, learning_rate: float) -> None:
         """AdamW and average on this process's part; then every process has all parameters again."""
-        kept = {piece.value: piece.value.grad for piece in self._pieces}
-        for piece in self._pieces:
-            if piece.name not in self._touched:
-                piece.value.grad = None
+        idle = [piece for piece in self._pieces if piece.name not in self._touched]
+        for piece in idle:
+            piece.value.grad = None  # torch leaves it alone then
         for settings in self.optimizer.param_groups:
             settings["lr"] = learning_rate
         self.optimizer.step()
-        for value, grad in kept.items():
-            value.grad = grad
+        for piece in idle:
+            piece.value.grad = self._of_piece(self._own_grad, piece)
         for name in self._touched:
             self.steps[name] += 1
         self.forget_gradients()
@@ -217,7 +217,7 @@ def apply_gradients(group: Group, factor: float, where: str) -> float:
         sound = all(bool(grad.isfinite().all()) for grad in own if grad is not None)
         group.forget_gradients()
         raise NonFiniteError(f"gradient is not finite at {_whose('' if sound else where)}; nothing was updated")
-    group.update(pieces, group.learning_rate * factor)
+    group.update(group.learning_rate * factor)
     return norm
 
 

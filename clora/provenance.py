@@ -17,6 +17,7 @@ import torch
 from clora import distributed
 from clora.config import Config
 from clora.config_schema import Job
+from clora.data.cache import file_digest
 from clora.data.pairs import Pair
 from clora.safetensors_io import write_text
 
@@ -48,22 +49,21 @@ def versions() -> dict[str, str | None]:
 
 
 def hash_pairs(pairs: Sequence[Pair]) -> str:
-    """SHA-256 (hex) over the contents of all images and the prompts of a dataset, in order; names do not count."""
+    """SHA-256 (hex) over the contents of all images and the prompts of a dataset, in order; names do not count.
+
+    Raises `InputError` for an image that cannot be read.
+    """
     digest = hashlib.sha256()
     for pair in pairs:
         for path in (*pair.sources, *([pair.target] if pair.target else [])):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(file_digest(path))
         digest.update(hashlib.sha256(repr((len(pair.sources), pair.target is None, pair.prompt)).encode()).digest())
     return digest.hexdigest()
 
 
 def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
     """sha256 (hex) of each file; one that several names share is read once."""
-    found: dict[Path, str] = {}
-    for path in dict.fromkeys(files.values()):
-        with path.open("rb") as file:
-            found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    found = {path: file_digest(path).hex() for path in dict.fromkeys(files.values())}
     return {name: found[path] for name, path in files.items()}
 
 

@@ -107,15 +107,16 @@ def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dic
 def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, console: Console) -> Path:
     """Run the distillation on an open workspace whose targets are made; writes and returns the student's file."""
     distiller = make_distiller(workspace, bank)
-    run_distillation(workspace, distiller, "train", resume, console)
+    teachers = run_distillation(workspace, distiller, "train", resume, console)
     with averaged_weights(distiller.student):
-        return write_student(workspace)  # of several processes each has it all, and the first writes
+        return write_student(workspace, teachers)  # of several processes each has it all, and the first writes
 
 
 def run_distillation(
     workspace: Workspace, distiller: Distiller, job: Job, resume: str | None, console: Console
-) -> None:
-    """All steps of `config.train`; checkpoints and log lie under `output_dir/JOB`."""
+) -> dict[str, str]:
+    """All steps of `config.train`; checkpoints and log lie under `output_dir/JOB`. Returns the sha256 of each effect's
+    teacher as it was at the start."""
     config = workspace.config
     groups = {STUDENT: distiller.student, CRITIC: distiller.critic}
 
@@ -125,7 +126,8 @@ def run_distillation(
             if grid is not None:
                 tracker.image("samples", grid, step)
 
-    identity = workspace.hashes | {f"teacher of {n}": h for n, h in hash_files(teacher_files(config)).items()}
+    teachers = hash_files(teacher_files(config))  # as they are now: the catalogue must not depend on them at the end
+    identity = workspace.hashes | {f"teacher of {name}": sha256 for name, sha256 in teachers.items()}
     write_run(config, job, identity)
     loop = LoopConfig(
         title=job,
@@ -142,6 +144,7 @@ def run_distillation(
         record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
     )
     run_loop(loop, groups, distiller.step, on_step, console)
+    return teachers
 
 
 def make_distiller(
@@ -183,8 +186,11 @@ def make_distiller(
     )
 
 
-def write_student(workspace: Workspace) -> Path:
-    """Write the student's slots, summed, with the catalogue; without effects a plain LoRA, the acceleration LoRA."""
+def write_student(workspace: Workspace, teachers: dict[str, str]) -> Path:
+    """Write the student's slots, summed, with the catalogue; without effects a plain LoRA, the acceleration LoRA.
+
+    `teachers`: the sha256 of each effect's teacher.
+    """
     config, adapters = workspace.config, workspace.adapters
     modules = slot_to_cpu(adapters, STUDENT)
     if ACCELERATION in adapters.slot_names:
@@ -195,22 +201,24 @@ def write_student(workspace: Workspace) -> Path:
             write_lora(path, modules, {"clora.role": "acceleration"})
         return path
     schedule = CatalogueSchedule(num_steps=config.schedule.num_steps, shift=config.schedule.shift)
-    entries = catalogue_entries(config, list(workspace.prompts.values()))
+    entries = catalogue_entries(config, list(workspace.prompts.values()), teachers)
     path = config.output_dir / "collection.safetensors"
     if distributed.is_main():
         write_collection(path, modules, Catalogue(base=config.base.model, schedule=schedule, effects=entries))
     return path
 
 
-def catalogue_entries(config: Config, prompts: Sequence[EffectPrompt]) -> list[CatalogueEntry]:
-    """What a collection says of the effects of `config`, in the order of `prompts`, which are theirs."""
-    hashes = hash_files(teacher_files(config))
+def catalogue_entries(
+    config: Config, prompts: Sequence[EffectPrompt], teachers: dict[str, str]
+) -> list[CatalogueEntry]:
+    """What a collection says of the effects of `config`, in the order of `prompts`, which are theirs; `teachers`: the
+    sha256 of each effect's teacher."""
     return [
         CatalogueEntry(
             name=prompt.name,
             trigger=prompt.trigger if config.objective.aop else "",
             student_prompt=prompt.text if config.objective.aop else prompt.teacher_prompt,
-            teacher_sha256=hashes[prompt.name],
+            teacher_sha256=teachers[prompt.name],
         )
         for prompt in prompts
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ def open_workspace(
         jobs += _general_jobs(config)
     examples = _encode_all(encoder, jobs, console) if distributed.is_main() else []
     distributed.meet()
+    _check_shared(cache.folder)
     if not distributed.is_main():
         examples = _encode_all(encoder, jobs, console)
     if not keep_encoders:
@@ -198,6 +200,18 @@ def _general_jobs(config: Config) -> list[Job]:
         (pair, None, {"student": pair.prompt or "", "teacher": pair.prompt or "", "negative": negative})
         for pair in pairs
     ]
+
+
+def _check_shared(cache: Path, seconds: float = 60.0) -> None:
+    """Every process must see what the first one wrote; a network file system may take its time to show it."""
+    end = time.monotonic() + seconds
+    while not cache.is_dir():
+        if time.monotonic() > end:
+            raise InputError(
+                f"output_dir: process {distributed.rank()} does not see {cache}, which process 0 has written; all"
+                " machines need one file system for it"
+            )
+        time.sleep(0.5)
 
 
 def _data_hashes(jobs: Sequence[Job]) -> dict[str, str]:

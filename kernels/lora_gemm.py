@@ -249,6 +249,7 @@ def multiply(
     The weights lie as (N, K) and the stacks as (S, N, r) where out_first, else as (K, N) and (S, r, N).
     """
     stacks = [stack.to(xs[0].dtype).contiguous() for stack in stacks]
+    bias = None if bias is None else bias.contiguous()
     launch = {"fused": _fused, "in_place": _in_place}[way]
     y, h = launch(xs, weights, bias, downs, stacks, slot, out_first, gelu, gelu and keep_h)
     return y, xs[0].new_empty(0) if h is None else h

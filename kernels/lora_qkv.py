@@ -5,9 +5,9 @@
 Each is `lora_linear` of its own weight, bias, stacks and scale, whose shapes, dtypes and slots are described there; the
 three weights have one shape (N, K), and the stacks S and r in common. Gradients flow to x, the As and the Bs alone.
 
-    down_p = scale_p x A_p^T             d_down_p = scale_p dp B_p
-    p      = x W_p^T + b_p + down_p B_p^T    dx  = sum over p of dp W_p + d_down_p A_p
-    dA_p   = sum of d_down_p^T x             dB_p = sum of dp^T down_p
+    down_p = scale_p x A_p^T                 d_down_p = scale_p dp B_p
+    p      = x W_p^T + b_p + down_p B_p^T    dx       = sum over p of dp W_p + d_down_p A_p
+    dA_p   = sum of d_down_p^T x             dB_p     = sum of dp^T down_p
 
 One pass over x makes the three downs, rounded to x's dtype (`lora_low_rank`). The wide products go one of two ways
 (`lora_gemm`). Fused, dx is one product whose loop runs over the three parts, summed in fp32 and rounded once. In place,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -179,3 +180,21 @@ def test_restart_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     (tmp_path / ".writing-00000002" / "shard-0-of-2.safetensors").write_bytes(b"half")
     CheckpointWriter(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000001", "latest"]
+
+
+def test_save_on_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """A file system of 64 KiB, two checkpoints of 48."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        writer = CheckpointWriter(tmp_path)
+        writer.save(1, part(0, length=6000), {})
+        assert writer.wait() is None
+        writer.save(2, part(0, length=6000), {})
+        failure = writer.wait()
+        assert failure is not None and "shard-0-of-1.safetensors: No space left on device" in failure
+        found, faults = open_latest(tmp_path)
+        assert found is not None and found.step == 1 and not faults
+        assert torch.equal(found.read("g", "param", 0, 6000), torch.arange(6000.0))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -20,7 +20,8 @@ from clora import cli
 from clora.backbones.loading import linear_shapes
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.config import Config, load_config
-from clora.errors import InputErrors
+from clora.distributed import ProcessLost
+from clora.errors import InputError, InputErrors
 from clora.loop import Interrupted
 from clora.lora_files import LoraModule, read_lora, write_lora
 from clora.optimizer import NonFiniteError
@@ -154,6 +155,32 @@ def test_errors_become_lines_and_exit_codes(
     monkeypatch.setattr("clora.train.train", raising(error))
     result = call("train", workplace / "config.yaml")
     assert (result.exit_code, faults(result), result.stdout) == (code, lines, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (NonFiniteError("loss is nan at step 3"), 1, ""),  # which all processes raise: the first one says it
+        (Interrupted(signal.SIGTERM, Path("out/step-7")), 143, ""),
+        (ProcessLost("process 1 of 2 at step 3: gone"), 1, "error of process 1: process 1 of 2 at step 3: gone\n"),
+        (InputError("a: is bad; mend it"), 2, "error of process 1: a: is bad; mend it\n"),
+        (None, 0, ""),
+    ],
+)
+def test_other_processes_say_only_what_is_their_own(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, code: int, said: str
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("clora.train.train", (lambda *_: Path("c")) if error is None else raising(error))
+    result = call("train", workplace / "config.yaml")
+    assert (result.exit_code, result.stderr, result.stdout) == (code, said, "")
+
+
+def test_commands_of_one_process_refuse_torchrun(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = call("validate", workplace / "config.yaml")
+    assert result.exit_code == 2 and faults(result) == ["`clora validate` is one process; start it without torchrun"]
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(

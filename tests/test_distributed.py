@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,10 +89,11 @@ def test_train_on_two_processes_equals_one(alone: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_with_a_sharded_base_equals_one(job: Path, random_base: Path, alone: Path) -> None:
-    out = train_on(2, job, random_base, "sharded", "train.shard_base=true")
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_train_with_a_sharded_base_equals_one(job: Path, random_base: Path, alone: Path, kernels: str) -> None:
+    out = train_on(2, job, random_base, f"sharded_{kernels}", "train.shard_base=true", f"train.kernels={kernels}")
     assert_same_training(out, alone)
-    said = (job / "sharded-output" / "process-0.txt").read_text()
+    said = (job / f"sharded_{kernels}-output" / "process-0.txt").read_text()
     whole, part = map(float, re.search(r"base of ([\d.]+) MB split: ([\d.]+) MB in each of 2", said).groups())  # type: ignore[union-attr]
     assert 0.5 * whole <= part + 0.05 <= 0.6 * whole
 
@@ -104,3 +110,75 @@ def test_resume_on_another_number_of_processes(
     (job / out / "collection.safetensors").unlink()
     train_on(after, job, random_base, out, resume=True)
     assert_same_training(job / out, alone)
+
+
+@pytest.mark.slow
+def test_teach_on_two_processes_equals_one(job: Path, random_base: Path) -> None:
+    """Each effect's samples are shared out, and each slot is clipped by its norm over both processes."""
+    config = write_config(job / "taught-by-two.yaml", random_base, job / "data", job / "taught-by-two")
+    halves = ["teach.batch_size=1", "train.max_grad_norm=0.01"]
+    processes.run(2, ["teach", str(config), *halves], job / "taught-by-two-output")
+    clipped = make_config(random_base, job / "data", job / "taught-clipped", "train.max_grad_norm=0.01")
+    for name, expected in teach(clipped).items():
+        ours = read_lora(job / "taught-by-two" / "teachers" / f"{name}.safetensors").modules
+        for module, theirs in read_lora(expected).modules.items():
+            torch.testing.assert_close(ours[module].delta(), theirs.delta(), rtol=0.02, atol=2e-5)
+    ours_log, theirs_log = (read_log(job / name / "teach") for name in ("taught-by-two", "taught-clipped"))
+    assert len(ours_log) == 4
+    for row, theirs_row in zip(ours_log, theirs_log, strict=True):
+        assert row["loss"] == pytest.approx(theirs_row["loss"], rel=1e-5)
+        assert row["loss/cold"] == pytest.approx(theirs_row["loss/cold"], rel=1e-5)
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces joined by a cable, as the addresses of two hosts; skips where that is not allowed."""
+    names = [f"clora-{os.getpid()}-{host}" for host in (1, 2)]
+    addresses = ["10.177.0.1", "10.177.0.2"]
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "clora0", "netns", names[0], "type", "veth", "peer", "name", "clora0", "netns", names[1])
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "clora0")
+            for link in ("clora0", "lo"):
+                ip("-n", name, "link", "set", link, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here ({error})")
+    else:
+        yield addresses
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def start_torchrun(host: int, addresses: list[str], arguments: list[str], output: Path) -> subprocess.Popen[bytes]:
+    """The same command on each host, and what real hosts learn from their names: their address, and which one the
+    endpoint is."""
+    command = ["ip", "netns", "exec", f"clora-{os.getpid()}-{host}", str(Path(sys.executable).with_name("torchrun"))]
+    command += ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "test"]
+    command += ["--rdzv_endpoint", f"{addresses[0]}:29500", "--local-addr", addresses[host - 1]]
+    command += ["--rdzv_conf", f"is_host={int(host == 1)}", "-m", "clora"]
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "clora0", "TP_SOCKET_IFNAME": "clora0"}
+    with output.open("wb") as file:
+        return subprocess.Popen([*command, *arguments], env=env, stdout=file, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_train_on_two_hosts_equals_one(job: Path, random_base: Path, alone: Path) -> None:
+    config = write_config(job / "hosts.yaml", random_base, job / "data", job / "hosts")
+    outputs = [job / f"host-{host}.txt" for host in (1, 2)]
+    with two_hosts() as addresses:
+        arguments = ["train", str(config), *overrides_for(2, job)]
+        running = [start_torchrun(host, addresses, arguments, outputs[host - 1]) for host in (1, 2)]
+        try:
+            codes = [process.wait(processes.LIMIT_S) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+    assert codes == [0, 0], "\n".join(output.read_text() for output in outputs)
+    assert_same_training(job / "hosts", alone)

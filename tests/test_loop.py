@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import clora.checkpoint as checkpoint
 from clora.errors import InputError
 from clora.loop import Interrupted, LoopConfig, lr_factor, run_loop
 from clora.optimizer import Group, NonFiniteError, apply_gradients
@@ -27,10 +28,10 @@ def set_gradient(group: Group, grad: Tensor) -> None:
 
 
 def config(folder: Path, steps: int, resume: str | None = None, **options: object) -> LoopConfig:
-    return LoopConfig("toy", steps, folder, 3, "fingerprint", log_every=1, resume=resume, **options)  # type: ignore[arg-type]
+    return LoopConfig("toy", steps, folder, 3, "fingerprint", **{"log_every": 1, "resume": resume} | options)  # type: ignore[arg-type]
 
 
-def run(folder: Path, steps: int, resume: str | None = None, stop_at: int | None = None) -> Group:
+def run(folder: Path, steps: int, resume: str | None = None, stop_at: int | None = None, **options: object) -> Group:
     group = make_group(ema_decay=0.9)
 
     def one_step(step: int) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def run(folder: Path, steps: int, resume: str | None = None, stop_at: int | None
         apply_gradients(group, 1.0, f"step {step}")
         return {"loss": loss.detach()}
 
-    run_loop(config(folder, steps, resume), {"g": group}, one_step)
+    run_loop(config(folder, steps, resume, **options), {"g": group}, one_step)
     return group
 
 
@@ -63,6 +64,57 @@ def test_run_loop_refuses_another_configuration(tmp_path: Path) -> None:
     other = LoopConfig("toy", 5, tmp_path, 3, "another", resume="latest")
     with pytest.raises(InputError, match="another configuration"):
         run_loop(other, {"g": make_group(ema_decay=0.9)}, lambda step: {})
+
+
+def test_run_loop_goes_on_when_a_checkpoint_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(tmp_path / "whole", 10)
+    write, calls = checkpoint.write_tensors, []
+
+    def full_once(path: Path, *more: object) -> str:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write(path, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full_once)
+    kept = run(tmp_path / "kept", 10)
+    assert torch.equal(whole.parameters["w"], kept.parameters["w"])
+    said = " ".join(capfd.readouterr().err.split())
+    assert "checkpoint of step 6 could not be written" in said and "No space left on device; the newest is" in said
+    assert [row.get("failed_checkpoints", 0) for row in read_log(tmp_path / "kept")] == [0] * 9 + [1]
+    assert len(calls) == 4  # steps 3, 6, 9 and the last
+
+
+def test_run_loop_fails_when_no_checkpoint_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(OSError, match="no checkpoint could be written, that of step 10 neither: .*No space left"):
+        run(tmp_path, 10)
+    with pytest.raises(OSError, match="stopped by SIGTERM; step 3 could not be saved"):
+        run(tmp_path, 10, stop_at=2)
+
+
+def test_run_loop_keeps_the_figures_of_an_unfinished_log_line(tmp_path: Path) -> None:
+    """Three steps to a line, a checkpoint every three, interrupted after the second step of a line."""
+    toy = {"log_every": 3}
+    run(tmp_path / "whole", 9, **toy)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "split", 9, stop_at=4, **toy)
+    run(tmp_path / "split", 9, resume="latest", **toy)
+    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("whole", "split")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_run_loop_mends_a_log_line_that_was_cut_off(tmp_path: Path) -> None:
+    run(tmp_path, 4)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 5, "lo')
+    run(tmp_path, 10, resume="latest")
+    assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 11))
 
 
 def test_run_loop_stops_after_max_seconds(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 import clora.optimizer as optimizer
@@ -17,7 +20,7 @@ import clora.train
 from clora.catalogue import read_catalogue
 from clora.config import Config
 from clora.config_schema import TrainConfig
-from clora.distill import student_lr_factor
+from clora.distill import Distiller, student_lr_factor
 from clora.errors import InputError, InputErrors
 from clora.evaluate.run import evaluate_collection
 from clora.lora_files import read_lora
@@ -25,7 +28,7 @@ from clora.targets import targets_from_pairs
 from clora.teach import teach
 from clora.tracker import read_log
 from clora.train import make_caches, open_bank, train
-from clora.workspace import acceleration_of, base_dtype, open_workspace
+from clora.workspace import acceleration_of, base_dtype, determinism, open_workspace
 from tests.small_job import NAMES, make_config, write_dataset
 
 
@@ -226,8 +229,6 @@ def test_base_dtype_auto_is_what_the_processor_has(
 
 
 def test_open_workspace_lists_every_faulty_image(random_base: Path, dataset: Path, tmp_path: Path) -> None:
-    import shutil
-
     broken = tmp_path / "data"
     shutil.copytree(dataset, broken)
     for name in NAMES:
@@ -259,3 +260,73 @@ def test_evaluate_collection_scores_against_the_targets(
     with pytest.raises(InputError, match="hot: is not in"):
         renamed = [config.effects[0].model_copy(update={"name": "hot"})]
         evaluate_collection(config.model_copy(update={"effects": renamed}), path)
+
+
+def with_teachers(config: Config, taught: Path) -> Config:
+    lora = {e.name: taught / "teachers" / f"{e.name}.safetensors" for e in config.effects}
+    return config.model_copy(update={"effects": [e.model_copy(update={"lora": lora[e.name]}) for e in config.effects]})
+
+
+def test_train_needs_no_data_once_it_runs(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images, cache and (once read) teachers vanish after the first step: the result is the same."""
+
+    def run(out: str, vanish: bool) -> bytes:
+        data, teachers = tmp_path / f"{out}-data", tmp_path / f"{out}-teachers"
+        shutil.copytree(dataset, data)
+        shutil.copytree(taught, teachers)
+        config = make_config(random_base, data, tmp_path / out, "train.coarse_steps=0", "objective.p_switch=1")
+        step = Distiller.step
+
+        def step_and_vanish(self: Distiller, number: int) -> Any:
+            figures = step(self, number)
+            if vanish and number == 0:
+                for folder in (data, tmp_path / out / "cache", teachers):
+                    shutil.rmtree(folder)
+            return figures
+
+        monkeypatch.setattr(Distiller, "step", step_and_vanish)
+        made = train(with_teachers(config, teachers)).read_bytes()
+        monkeypatch.setattr(Distiller, "step", step)
+        return made
+
+    assert run("kept", vanish=False) == run("gone", vanish=True)
+
+
+def test_train_refuses_a_checkpoint_of_other_teachers_or_data(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path
+) -> None:
+    data, teachers = tmp_path / "data", tmp_path / "teachers"
+    shutil.copytree(dataset, data)
+    shutil.copytree(taught, teachers)
+    config = with_teachers(make_config(random_base, data, tmp_path / "run", "train.max_train_steps=2"), teachers)
+    train(config)
+    record = json.loads((tmp_path / "run" / "run-train.json").read_text())
+    assert record["sha256"]["teacher of warm"] == hashlib.sha256(config.effects[0].lora.read_bytes()).hexdigest()  # type: ignore[union-attr]
+    assert record["versions"]["torch"] == torch.__version__ and record["config"]["seed"] == config.seed
+    saved = json.loads((tmp_path / "run" / "train" / "checkpoint-00000002" / "manifest.json").read_text())["state"]
+    assert saved["identity"] == record["sha256"] and saved["record"]["config"] == record["config"]
+    shutil.copy(teachers / "teachers" / "cold.safetensors", teachers / "teachers" / "warm.safetensors")
+    Image.new("RGB", (64, 64), "red").save(data / "cold" / "target" / "1.png")
+    with pytest.raises(InputError, match="pairs of cold, teacher of warm changed since"):
+        train(config, resume="latest")
+
+
+def test_determinism_holds_inside_alone() -> None:
+    def nondeterministic() -> None:
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+
+    with determinism(True), pytest.raises(RuntimeError, match="deterministic"):
+        nondeterministic()
+    nondeterministic()
+    with determinism(False):
+        nondeterministic()
+
+
+def test_train_under_determinism_gives_the_same(random_base: Path, dataset: Path, taught: Path, tmp_path: Path) -> None:
+    def run(out: str, *overrides: str) -> bytes:
+        config = make_config(random_base, dataset, tmp_path / out, "train.max_train_steps=4", *overrides)
+        return train(with_teachers(config, taught)).read_bytes()
+
+    assert run("plain") == run("strict", "train.deterministic=true")

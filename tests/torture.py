@@ -15,6 +15,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -47,19 +49,21 @@ class Job:
     base: Path
     reference: Row
 
-    def start(
-        self, out: str, *more: str, prepare: Callable[..., None] | None = None, given: Sequence[Any] = ()
-    ) -> list[processes.Process]:
+    def command(self, out: str, *more: str) -> list[str]:
+        """The arguments of `clora`; encodings and targets, which are no part of what is tested, are there already."""
         config = write_config(self.folder / f"{out}.yaml", self.base, self.folder / "data", self.folder / out)
         teachers = self.folder / "taught" / "teachers"
         lora = [f"effects.{i}.lora={teachers / name}.safetensors" for i, name in enumerate(NAMES)]
         length = [f"train.max_train_steps={STEPS}", f"train.checkpointing_steps={SAVE_EVERY}", "train.sample_steps=0"]
         kept = ["train.checkpoints_total_limit=3", "train.batch_size=1", "train.anchor_batch_size=2"]
-        command = ["train", str(config), *lora, *length, *kept, *more]
-        if not (self.folder / out).exists():  # encodings and targets are no part of what is tested
-            if self.reference:
-                shutil.copytree(self.folder / "reference" / "cache", self.folder / out / "cache")
-        return processes.start(WORLD, command, self.folder / f"{out}-output", prepare, given)
+        if self.reference and not (self.folder / out).exists():
+            shutil.copytree(self.folder / "reference" / "cache", self.folder / out / "cache")
+        return ["train", str(config), *lora, *length, *kept, *more]
+
+    def start(
+        self, out: str, *more: str, prepare: Callable[..., None] | None = None, given: Sequence[Any] = ()
+    ) -> list[processes.Process]:
+        return processes.start(WORLD, self.command(out, *more), self.folder / f"{out}-output", prepare, given)
 
     def finish(self, out: str, *more: str) -> Row:
         """Resume and run to the end; returns what it ended with."""
@@ -468,6 +472,30 @@ def terminate(job: Job, phase: str, ranks: Sequence[int] = (0, 1)) -> Row:
     return row
 
 
+def terminate_torchrun(job: Job) -> Row:
+    """SIGTERM to torchrun, which passes it on, and itself ends by 1 whatever its processes do."""
+    out = "term-torchrun"
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(WORLD), "-m", "clora"]
+    command = job.command(out, "train.max_train_steps=1000")
+    said = job.folder / "torchrun.txt"
+    log = job.folder / out / "train" / "log.jsonl"
+    with said.open("wb") as file:
+        popen = subprocess.Popen([*torchrun, *command], stdout=file, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+        assert popen.poll() is None and time.monotonic() < end, said.read_text()
+        time.sleep(0.005)
+    popen.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    row: Row = {"phase": "torchrun", "codes": [popen.wait(60)], "s": round(time.monotonic() - started, 1)}
+    found, faults = open_latest(log.parent)
+    row["saved_step"] = found.step if found else None
+    row["ok"] = not faults and row["saved_step"] == [r["step"] for r in read_log(log.parent)][-1]
+    row["ok"] = row["ok"] and row["s"] < GRACE_S and "stopped by SIGTERM; saved" in said.read_text()
+    job.remove(out)
+    return row
+
+
 # A process that hangs.
 
 
@@ -505,7 +533,11 @@ def all_cases(job: Job) -> dict[str, list[tuple[Callable[..., Row], tuple[Any, .
         "damage": [(damage_newest, (job, name)) for name in DAMAGES],
         "disk_full": [(disk_full, (job, what)) for what in FULL_AT],
         "not_finite": [(not_finite, (job, *case)) for case in NOT_FINITE],
-        "sigterm": [(terminate, (job, phase)) for phase in TERM_PHASES] + [(terminate, (job, "student update", (1,)))],
+        "sigterm": [
+            *((terminate, (job, phase)) for phase in TERM_PHASES),
+            (terminate, (job, "student update", (1,))),
+            (terminate_torchrun, (job,)),
+        ],
         "hang": [(hang, (job, rank)) for rank in (0, 1)],
     }
 

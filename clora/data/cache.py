@@ -41,7 +41,7 @@ def cache_key(images: Sequence[Path | bytes], prompt: str | None, base: str, ver
         _feed(
             digest,
             "image",
-            _file_digest(image) if isinstance(image, Path) else hashlib.sha256(image).digest(),
+            file_digest(image) if isinstance(image, Path) else hashlib.sha256(image).digest(),
         )
     return digest.hexdigest()
 
@@ -50,7 +50,8 @@ def _feed(digest: hashlib._Hash, kind: str, content: bytes) -> None:
     digest.update(struct.pack("<Q", len(kind)) + kind.encode() + struct.pack("<Q", len(content)) + content)
 
 
-def _file_digest(path: Path) -> bytes:
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file's content. Raises `InputError` for one that cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

@@ -216,10 +216,10 @@ def test_lora_linear_takes_layouts_that_are_not_dense(device: str) -> None:
 def test_lora_linear_fused_takes_layouts_that_are_not_dense(device: str) -> None:
     inputs = make_inputs((3, 6, 16, 24), 8, [0, -1, 2], torch.bfloat16, device, dense=False)
     x, weight, bias, A, B, scale, slot, _ = inputs
-    wide = torch.cat([weight, weight], dim=1)[:, 16:]
+    part = torch.cat([weight, weight], dim=1)[:, 16:]
     stacks = [stack.detach().mT.contiguous().mT.requires_grad_() for stack in (A, B)]
     slot, scale = slot.repeat_interleave(2)[::2], scale.repeat_interleave(2)[::2]
-    spread = (x, wide, bias, *stacks, scale, slot.int(), "none")
+    spread = (x, part, bias.repeat_interleave(2)[::2], *stacks, scale, slot.int(), "none")
     assert all(map(torch.equal, results(op("fused"), spread), results(op("fused"), inputs)))
 
 
