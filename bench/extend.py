@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--new", type=int, default=3, help="effects added, after the collection's in the world's order")
-    parser.add_argument("--scenes", type=int, default=24)
+    parser.add_argument("--scenes", type=int, default=12)
     parser.add_argument("--figures", type=Path, help="write the figures as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()

@@ -47,7 +47,8 @@ class Distiller:
     """Everything one step needs. `effects` maps each name to its examples; `general` may be empty at p_switch 1.
 
     `accelerated`: the backbone has an `ACCELERATION` slot, trained with the student from the first full step on.
-    `deal`: the effects' names as often as each is to come up in a round; left out, once each.
+    `deal`: the effects' names as often as each is to come up in a round; left out, once each. `rehearsed`: those whose
+    one teacher the student was before, and is to stay.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Distiller:
     critic: Group
     accelerated: bool = False
     deal: Sequence[str] = ()
+    rehearsed: frozenset[str] = frozenset()
     _names: list[str] = field(init=False)
     _joint_scores: bool = field(init=False)
 
@@ -94,7 +96,14 @@ class Distiller:
             v = self.backbone.velocity(x_sigma.repeat(count, 1, 1), sigma.repeat(count), conds, slots)
             return list(v.chunk(count))
 
-        return Networks(student, critic, teacher, cat_conds, scores if self._joint_scores else None)
+        return Networks(
+            student,
+            critic,
+            teacher,
+            cat_conds,
+            scores=scores if self._joint_scores else None,
+            rehearse=self._rehearse if self.rehearsed else None,
+        )
 
     def _join_scores(self) -> bool:
         """Whether critic and teacher share a forward: where it has few tokens, so that reading the weights is what it
@@ -104,6 +113,21 @@ class Distiller:
         text = max(len(one) for e in examples for one in e.texts.values())
         sharded = self.config.train.shard_base and distributed.world() > 1
         return sharded or 3 * self.config.train.batch_size * (images + text) <= JOINT_TOKENS
+
+    @torch.no_grad()
+    def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """y, and for samples of rehearsed effects the x0 whose flow-matching target is their teacher's velocity.
+
+        Flow matching on a few-step student's own samples would not leave it as it is: distribution matching has taken
+        it elsewhere. Its own velocity does, and without noise in the gradient, so that it can weigh
+        `extend.rehearsal_weight` times as much. The teacher reads the student's prompt.
+        """
+        assert self.bank is not None
+        known = torch.tensor([effect in self.rehearsed for effect in cond.effects], device=y.device).view(-1, 1, 1)
+        # All samples go through it, because processes that share the base must run equally many forwards.
+        v_teacher = self.backbone.velocity(x_sigma, sigma, cond, self.bank.slots_for([min(self.rehearsed)]))
+        weight = torch.where(known, self.config.extend.rehearsal_weight, 1.0)
+        return torch.where(known, eps - v_teacher, y), weight
 
     def stream(self, step: int) -> Stream:
         """The stream of `step` (Eq. 9); the only one there is when effects or general data are missing."""

@@ -2,7 +2,8 @@
 
 The old effects' teachers and pairs are not needed: each old effect is rehearsed as an ordinary effect whose teacher is
 the collection itself, frozen, and whose targets y are its few-step samples with the old student prompt on the new
-effects' sources. Old and new share the effect stream by `extend.rehearsal_share`.
+effects' sources. In TA-FM the student keeps to the collection's velocity at these samples, noised. Old and new share
+the effect stream by `extend.rehearsal_share`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def extend(collection: Path, config: Config, resume: str | None = None, console:
             workspace, bank.slots_for, catalogue, collection_hash, console
         )
         old, new = [entry.name for entry in catalogue.effects], [effect.name for effect in config.effects]
-        distiller = make_distiller(workspace, bank, deal_names(new, old, config.extend.rehearsal_share))
+        share = config.extend.rehearsal_share
+        distiller = make_distiller(workspace, bank, deal_names(new, old, share), old if share > 0 else ())
         teachers = run_distillation(workspace, distiller, "extend", resume, console)
         path = config.output_dir / "collection.safetensors"
         with averaged_weights(distiller.student):

@@ -50,6 +50,9 @@ class Networks:
     teacher: Velocity
     # Joins conds along the batch, for the guided teacher's one call; needed only when guidance is not 1.
     cat_conds: Callable[[list[Any]], Any] | None = None
+    # What TA-FM takes for y, and the samples' weights (B, 1, 1), from (y, eps, x_sigma, sigma, cond); needed only to
+    # rehearse what the student knows.
+    rehearse: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None
     # scores(x_sigma, sigma, student_cond, teacher_conds): the critic's velocity and the teacher's for each of its
     # conds, in one call; None asks one after the other.
     scores: Callable[[Tensor, Tensor, Any, list[Any]], list[Tensor]] | None = None
@@ -145,7 +148,11 @@ def ta_fm_loss(
     draws = as_draws(rng, len(y)).anchors()
     sigma = draw_ta_fm_sigma(len(y), cfg, draws, sigma_dmd)
     eps = _normal(y.shape, draws)
-    v_student = nets.student(add_noise(y, eps, sigma), sigma, cond)
+    x_sigma = add_noise(y, eps, sigma)
+    v_student = nets.student(x_sigma, sigma, cond)
+    if nets.rehearse is not None:
+        y, weight = nets.rehearse(y, eps, x_sigma, sigma, cond)
+        v_student, y, eps = (weight.sqrt() * part for part in (v_student, y, eps))
     loss, _ = flow_matching_loss(v_student, y, eps)
     return _own_share(loss, {"ta_fm_loss": loss.detach()}, draws)
 

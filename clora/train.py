@@ -5,7 +5,7 @@ Without effects the same job trains the acceleration LoRA: distribution matching
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -147,8 +147,11 @@ def run_distillation(
     return teachers
 
 
-def make_distiller(workspace: Workspace, bank: TeacherBank | None, deal: Sequence[str] = ()) -> Distiller:
-    """Add the student's and the critic's slots and wire one step's parts together; `deal` as in `Distiller`."""
+def make_distiller(
+    workspace: Workspace, bank: TeacherBank | None, deal: Sequence[str] = (), rehearsed: Iterable[str] = ()
+) -> Distiller:
+    """Add the student's and the critic's slots and wire one step's parts together; `deal` and `rehearsed` as in
+    `Distiller`."""
     config = workspace.config
     adapters, student = workspace.adapters, config.student
     generator = torch.Generator().manual_seed(config.seed)
@@ -179,6 +182,7 @@ def make_distiller(workspace: Workspace, bank: TeacherBank | None, deal: Sequenc
         critic=critic_group,
         accelerated=path is not None,
         deal=deal,
+        rehearsed=frozenset(rehearsed),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from clora.routing import step_generator
 from clora.sample import few_step_sample_ref
 from clora.targets import rehearsal_targets
 from clora.tracker import read_log
-from clora.train import open_bank, teacher_files
+from clora.train import make_distiller, open_bank, teacher_files
 from clora.workspace import open_workspace
 
 TARGETS = ["to_q", "to_v", "img_mlp.net.2"]
@@ -151,6 +152,39 @@ def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, p
     seed = step_generator(int(key[:12], 16), 0, "target", "cpu").initial_seed()
     y = few_step_sample_ref(velocity, cond, shape, few_step_sigmas(2, 3.0), [seed])
     torch.testing.assert_close(first.y[0], y[0], rtol=1e-4, atol=1e-4)
+
+
+def rehearsing_loss(
+    base: Path, place: Path, out: Path, names: tuple[str, ...], *overrides: str, moved: float = 0.0
+) -> float:
+    """TA-FM of the first step on these effects, whose targets are noise, with all B of the student moved."""
+    collection = place / "collection.safetensors"
+    config = extended_config(collection, read_catalogue(collection), make_config(base, place, out, *overrides))
+    workspace = open_workspace(config, QUIET)
+    bank = open_bank(workspace)
+    assert bank is not None
+    for name, examples in workspace.effects.items():
+        rng = torch.Generator().manual_seed(0)
+        workspace.effects[name] = [replace(e, y=(torch.randn(e.num_tokens, 64, generator=rng),)) for e in examples]
+    distiller = make_distiller(workspace, bank, names, ["first", "second"])
+    with torch.no_grad():
+        for key, value in distiller.student.parameters.items():
+            value.add_(moved if key.endswith(".B") else 0.0)
+    return float(distiller.step(0)["ta_fm_loss"])
+
+
+def test_rehearsal_holds_the_student_where_it_is(random_base: Path, place: Path, tmp_path: Path) -> None:
+    """Where nothing has changed yet, old effects ask for no change: their loss is 0, and a new effect's is not."""
+    old, new = ("first", "second"), ("warm",)
+    assert rehearsing_loss(random_base, place, tmp_path, old) < 1e-9
+    assert rehearsing_loss(random_base, place, tmp_path, new) > 0.1
+    light, heavy = (
+        rehearsing_loss(random_base, place, tmp_path, old, f"extend.rehearsal_weight={weight}", moved=0.02)
+        for weight in (1, 4)
+    )
+    assert light > 1e-4 and heavy == pytest.approx(4 * light, rel=1e-4)
+    unweighted = rehearsing_loss(random_base, place, tmp_path, new, "extend.rehearsal_weight=1")
+    assert unweighted == pytest.approx(rehearsing_loss(random_base, place, tmp_path, new), rel=1e-6)
 
 
 def _holds(path: Path, latents: torch.Tensor) -> bool:

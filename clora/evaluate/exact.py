@@ -131,9 +131,11 @@ def evaluate_methods(
     left_out: dict[str, list[Pair]] = {name: [] for name in methods}
     for seed in sorted({seed for outputs in methods.values() for _, seed in outputs}):
         truths = Truths(seed, effects, num_draws, size)
+        scored = sorted({effect for outputs in methods.values() for effect, source in outputs if source == seed})
+        unclear = {effect for effect in scored if ambiguous(truths, effect)}
         for name, outputs in methods.items():
             for effect in (effect for effect, source in outputs if source == seed):
-                if ambiguous(truths, effect):
+                if effect in unclear:
                     left_out[name].append((effect, seed))
                 else:
                     pairs[name].append(score_pair(outputs[effect, seed], truths, effect))
