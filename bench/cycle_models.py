@@ -43,6 +43,7 @@ class Size:
     rounds: int
     encoder_layers: int = 0  # of the text encoder that the authors' schedule runs anew; 0 leaves it out
     authors_fit: bool = True  # on the machine this size is for
+    memory_budget_gb: float | None = None  # of ours; None takes what the machine has
 
     @property
     def sequence(self) -> int:
@@ -66,7 +67,9 @@ SIZES = {
     # 1024 x 1024 pixels. The real encoder has 28 layers beside the transformer's 60, hence 9 beside 20.
     "full-width-20": Size({"num_layers": 20}, (64, 64), 512, 128, torch.bfloat16, rounds=5, encoder_layers=9),
     # Three copies and their adapters take more than the 141 GB of an H200.
-    "full-width-60": Size({"num_layers": 60}, (64, 64), 512, 128, torch.bfloat16, rounds=3, authors_fit=False),
+    "full-width-60": Size(
+        {"num_layers": 60}, (64, 64), 512, 128, torch.bfloat16, rounds=3, authors_fit=False, memory_budget_gb=125
+    ),
 }
 
 
@@ -154,7 +157,11 @@ def make_data(size: Size, critic_updates: int) -> Data:
             "output_dir": "unused",
             "student": {"rank": size.rank, "alpha": size.rank},
             # One adapter in the teachers' place on the device, as theirs has.
-            "train": {"critic_updates": critic_updates, "teacher_slots": 1},
+            "train": {
+                "critic_updates": critic_updates,
+                "teacher_slots": 1,
+                "memory_budget_gb": size.memory_budget_gb,
+            },
         }
     )
     targets = tuple(config.student.targets)

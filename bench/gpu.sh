@@ -5,6 +5,7 @@
 #     bench/gpu.sh tests lora_linear lora_qkv adaln renoise dmd_score sampler tiny_step
 #     bench/gpu.sh block forward sanitizer
 #     bench/gpu.sh train_cycle
+#     bench/gpu.sh train_cycle_60        # 60 layers, ours alone, within 125 GB
 # PYTHON chooses the interpreter (default python3); it needs torch, pytest, pybind11, cmake and a C++ compiler, and
 # diffusers and peft for block, forward and train_cycle.
 set -euo pipefail
@@ -56,15 +57,17 @@ mkdir -p bench/results
 parts=("$@")
 if ((${#parts[@]} == 0)); then
   mapfile -t benches < <(grep -lF -e '[--json]' bench/*.py | xargs -r -n1 basename -s .py | sort)
-  parts=(tests sanitizer "${benches[@]}")
+  parts=(tests sanitizer "${benches[@]}" train_cycle_60)
 fi
 for name in "${parts[@]}"; do
+  command=("bench.$name" --json)
   case "$name" in
     tests) gpu_tests && continue ;;
     sanitizer) sanitizer && continue ;;
+    train_cycle_60) command=(bench.train_cycle --json --size full-width-60) ;;
   esac
-  echo "== python -m bench.$name --json > bench/results/$name.json"
-  if "$python" -m "bench.$name" --json >"bench/results/$name.json.tmp"; then
+  echo "== python -m ${command[*]} > bench/results/$name.json"
+  if "$python" -m "${command[@]}" >"bench/results/$name.json.tmp"; then
     mv "bench/results/$name.json.tmp" "bench/results/$name.json"
     cat "bench/results/$name.json"
   else

@@ -33,7 +33,8 @@ from clora.teachers import TeacherBank
 
 # The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one.
 STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
-# A forward of no more tokens than this takes about as long as one of a third: `bench.train_cycle` at its small sizes.
+# Up to so many tokens critic and teacher share a forward, which is a little faster there (`bench.joint_scores`): a
+# forward of few tokens mostly reads the weights.
 JOINT_TOKENS = 512
 Role = Literal["coarse", "student", "anchor", "critic"]
 # From the number of a batch and of all batches of an update to the figures, gradients taken by the third argument.

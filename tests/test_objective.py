@@ -527,7 +527,7 @@ def test_objectives_of_all_processes_sum_to_the_whole_batch(world: int, ts_sigma
                 )
                 gradient += sum(float(net.gain.grad) for net in (own.student, own.critic) if net.gain.grad is not None)
                 seen.add(counts(own))
-            expected = {name: float(value) for name, value in figures.items()} | {"loss": float(loss)}
+            expected = {name: float(value) for name, value in figures.items()} | {"loss": float(loss.detach())}
             assert dict(sums) == pytest.approx(expected, rel=1e-5, abs=1e-6)
             trained = nets.student if objective is total_loss else nets.critic
             assert gradient == pytest.approx(float(trained.gain.grad), rel=1e-4, abs=1e-6)

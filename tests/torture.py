@@ -275,7 +275,11 @@ def damage_newest(job: Job, name: str) -> Row:
     assert newest.name.endswith(f"{STEPS:08d}")
     DAMAGES[name](newest)
     found, faults = open_latest(train)
-    row: Row = {"damage": name, "fell_back_to": found.step if found else None, "said": faults[:1]}
+    row: Row = {
+        "damage": name,
+        "fell_back_to": found.step if found else None,
+        "said": [fault.replace(f"{job.folder}/", "") for fault in faults[:1]],
+    }
     row["ok"] = row["fell_back_to"] == STEPS - SAVE_EVERY and bool(faults) and job.finish(out) == job.reference
     job.remove(out)
     return row
@@ -350,7 +354,7 @@ def disk_full(job: Job, what: str) -> Row:
 # Values that are not finite.
 
 NOT_FINITE = [(v, where, rank) for v in ("nan", "inf") for where in ("loss", "gradient", "teacher") for rank in (0, 1)]
-POISONED_STEP = 5
+POISONED_STEP = 6  # of the effect stream
 
 
 def poison(value: str, where: str, rank: int, report: Path) -> None:
@@ -404,12 +408,15 @@ def not_finite(job: Job, value: str, where: str, rank: int) -> Row:
     seconds = time.time() - float(report.with_suffix(".time").read_text())
     said = _last_error(running[0])
     unchanged = [json.loads(report.with_name(f"{report.name}-{r}").read_text())["unchanged"] for r in range(WORLD)]
-    names = ["step 5", "stream", "on ", ".png", f"on process {rank} of 2", "nothing was updated"]
+    effect = any(f"{name} on " in said for name in NAMES)
+    names = [f"step {POISONED_STEP} (student, effect stream", ".png", f"on process {rank} of 2", "nothing was updated"]
     row: Row = {"value": value, "where": where, "process": rank, "codes": codes, "stopped_s": round(seconds, 1)}
     row |= {"unchanged": unchanged, "said": said}
     steps = [r["step"] for r in read_log(job.folder / out / "train")]
-    row["ok"] = codes == [1, 1] and seconds < STOP_S and all(unchanged) and all(name in said for name in names)
-    row["ok"] = row["ok"] and steps == list(range(1, POISONED_STEP + 1))
+    row["ok"] = codes == [1, 1] and seconds < STOP_S and all(unchanged)
+    row["ok"] = (
+        row["ok"] and effect and all(name in said for name in names) and steps == list(range(1, POISONED_STEP + 1))
+    )
     row["ok"] = row["ok"] and job.finish(out) == job.reference
     job.remove(out)
     return row

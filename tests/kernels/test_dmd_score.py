@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,19 @@ def test_dmd_score_equals_fp64_reference(
     exact = results(dmd_score_ref, in_fp64(inputs), *guidance)
     for name, *values in zip(NAMES, *three, exact, strict=True):
         check_accuracy(name, *values, floor=FLOOR[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dmd_score_equals_fp64_reference_on_random_shapes(dtype: torch.dtype, device: str) -> None:
+    draw = random.Random(str(dtype))
+    for _ in range(70):
+        shape = (draw.randint(1, 3), draw.choice([1, 2, 3, 17, 40]), draw.choice([1, 2, 16, 31, 64, 97]))
+        guidance, floor = draw.choice(GUIDANCES), draw.choice([1e-3, 1.0, None])
+        inputs = make_inputs(shape, dtype, guidance[0], device)
+        three = [results(f, inputs, *guidance, floor) for f in (run_op, dmd_score_ref)]
+        three.append(results(dmd_score_ref, in_fp64(inputs), *guidance, floor))
+        for name, *values in zip(NAMES, *three, strict=True):
+            check_accuracy(f"{name} of {shape}", *values, floor=FLOOR[name])
 
 
 @pytest.mark.parametrize("floor", [1e-3, 10.0, None])

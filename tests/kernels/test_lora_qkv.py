@@ -20,8 +20,8 @@ from clora.kernels.lora_qkv import lora_qkv, lora_qkv_op, lora_qkv_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WAYS = [("in_place", dtype) for dtype in DTYPES] + [("fused", dtype) for dtype in DTYPES[1:]]
-LENGTHS = {"in_place": [1, 5, 17, 65], "fused": [1, 2, 31, BLOCK_L + 3]}
-WIDTHS = {"in_place": [1, 3, 31, 65], "fused": [8, 56, 72, 136]}
+LENGTHS = {"in_place": [1, 5, 17], "fused": [1, 2, 3, 9, 31]}
+WIDTHS = {"in_place": [1, 3, 31, 65], "fused": [8, 56, 72]}
 RANKS = {"in_place": [1, 3, 16, 17, 100, 128, 256], "fused": [8, 24, 64, 72, 128, 256]}
 NAMES = ("q", "k", "v", "dx", "dA_q", "dA_k", "dA_v", "dB_q", "dB_k", "dB_v")
 # As for lora_linear.
@@ -97,11 +97,11 @@ def check_against_fp64(f: Op, inputs: Inputs, what: str = "") -> None:
 
 @pytest.mark.parametrize(("way", "dtype"), WAYS, ids=str)
 def test_lora_qkv_equals_fp64_reference(way: str, dtype: torch.dtype, device: str) -> None:
-    for seed in range(6):
+    for seed in range(40):
         draw = random.Random(100 * WAYS.index((way, dtype)) + seed)
         B = draw.choice([1, 1, 2, 3])
         inputs = make_inputs(
-            (B, draw.choice(LENGTHS[way]), draw.choice(WIDTHS[way]), draw.choice(WIDTHS[way])),
+            (B, draw.choice(LENGTHS[way]) if seed else BLOCK_L + 3, draw.choice(WIDTHS[way]), draw.choice(WIDTHS[way])),
             draw.choice(RANKS[way]),
             draw.choice([[-1] * B, [1] * B, [draw.randrange(-1, 3) for _ in range(B)]]),
             dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -49,6 +50,19 @@ def check_against_fp64(inputs: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_renoise_equals_fp64_reference(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     check_against_fp64(make_inputs(shape, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_renoise_equals_fp64_reference_on_random_shapes(dtype: torch.dtype, device: str) -> None:
+    draw = random.Random(str(dtype))
+    for _ in range(70):
+        shape = (draw.randint(1, 3), *(draw.choice([1, 2, 7, 31]) for _ in range(draw.randint(1, 3))))
+        x, velocity, *levels, eps = make_inputs(shape, dtype, device)
+        if draw.random() < 0.5 and x.dim() > 2:
+            x, velocity = (
+                t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (x, velocity)
+            )
+        check_against_fp64((x, velocity, *levels, eps))
 
 
 def test_renoise_takes_layouts_and_dtypes_that_differ(device: str) -> None:
