@@ -242,6 +242,9 @@ class TrainConfig(Section):
     sample_steps: Annotated[Natural, doc("Updates between sample grids; 0 = never.")] = 500
     log_every: Annotated[Count, doc("Updates between lines of the log.")] = 10
     teacher_slots: Annotated[Count, doc("Teacher adapters held on the device at once.")] = 4
+    teacher_cache_gb: Annotated[
+        NonNegative | None, doc("CPU memory of a process for teachers it has read, 1e9 bytes; null: all of them.")
+    ] = 10.0
     shard_base: Annotated[bool, doc("Split the base over the processes (FSDP2), for one that does not fit.")] = False
     deterministic: Annotated[bool, doc("Only operations that give the same bits each time; slower.")] = False
     timeout_seconds: Annotated[Positive, doc("Longest wait for the other processes within a step.")] = 600.0
@@ -356,7 +359,7 @@ class Config(Section):
 
 _UNFELT_TRAIN_KEYS = (
     "max_train_seconds", "checkpointing_steps", "checkpoints_total_limit", "report_to", "sample_steps",
-    "log_every", "teacher_slots", "shard_base", "deterministic", "timeout_seconds",
+    "log_every", "teacher_slots", "teacher_cache_gb", "shard_base", "deterministic", "timeout_seconds",
     "gradient_checkpointing", "memory_budget_gb",
 )  # fmt: skip
 

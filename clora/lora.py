@@ -144,8 +144,9 @@ class Adapters:
             module = modules.get(name)
             rank = 0 if module is None else module.rank
             if module is not None:
-                A_rK[:rank].copy_(module.A)
-                B_Nr[:, :rank].copy_(module.B)
+                # Waits for the copies only where the modules lie in memory that is not pinned.
+                A_rK[:rank].copy_(module.A, non_blocking=True)
+                B_Nr[:, :rank].copy_(module.B, non_blocking=True)
             A_rK[rank:].zero_()
             B_Nr[:, rank:].zero_()
             linear.set_slot(stack, index, rank, 0.0 if module is None else module.alpha)
