@@ -57,6 +57,7 @@ TaFmSigma = Literal["uniform", "shifted", "above_dmd"]
 Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 Tracker = Literal["none", "tensorboard", "wandb"]
+Quantize = Literal["none", "int8"]
 Kernels = Literal["auto", "reference", "fused"]
 Job = Literal["train", "teach", "joint", "extend"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
@@ -81,6 +82,9 @@ class BaseConfig(Section):
         Literal["auto", "bfloat16", "float32"],
         doc("Type the frozen weights are held in; auto takes bfloat16 where the device has arithmetic for it."),
     ] = "bfloat16"
+    quantize: Annotated[
+        Quantize, doc("Weights of the transformer blocks' linears: 'int8' halves their memory (needs torchao).")
+    ] = "none"
     revision: Annotated[str | None, doc("Commit, branch or tag of a hub id; null takes the newest.")] = None
 
     @field_check("model")
@@ -313,10 +317,12 @@ class Config(Section):
         return {"model": base} if isinstance(base, str) else base
 
     @section_check(mode="after")
-    def _unique_effects(self) -> Config:
+    def _fits_together(self) -> Config:
         # Names become file names, and not every file system tells upper from lower case.
         faults = _repeats("name", (effect.name for effect in self.effects))
         faults += _repeats("trigger", (effect.trigger for effect in self.effects if effect.trigger))
+        if self.train.shard_base and self.base.quantize != "none":
+            faults.append("'train.shard_base': a quantized base cannot be split; leave it out, or base.quantize")
         if faults:
             raise ValueError("\n".join(faults))
         return self

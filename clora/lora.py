@@ -212,8 +212,9 @@ class Adapters:
         """Sample at the base's speed: inside, the weights are copies with the slot's update added (in fp32).
 
         The original tensors are set aside, not changed, so that leaving restores them bit for bit; the price
-        is a second copy of the adapted weights. For inference only: needs `torch.no_grad`, and no other slot
-        can be used inside. In bf16 the sum is rounded once more than without merging.
+        is a second copy of the adapted weights, in floats where they are quantized. For inference only: needs
+        `torch.no_grad`, and no other slot can be used inside. In bf16 the sum is rounded once more than without
+        merging.
         """
         if torch.is_grad_enabled():
             raise RuntimeError("`merged` gives the adapters no gradient; wrap it in torch.no_grad()")
