@@ -144,8 +144,9 @@ class Adapters:
             module = modules.get(name)
             rank = 0 if module is None else module.rank
             if module is not None:
-                A_rK[:rank].copy_(module.A)
-                B_Nr[:, :rank].copy_(module.B)
+                # Waits for the copies only where the modules lie in memory that is not pinned.
+                A_rK[:rank].copy_(module.A, non_blocking=True)
+                B_Nr[:, :rank].copy_(module.B, non_blocking=True)
             A_rK[rank:].zero_()
             B_Nr[:, rank:].zero_()
             linear.set_slot(stack, index, rank, 0.0 if module is None else module.alpha)
@@ -211,8 +212,9 @@ class Adapters:
         """Sample at the base's speed: inside, the weights are copies with the slot's update added (in fp32).
 
         The original tensors are set aside, not changed, so that leaving restores them bit for bit; the price
-        is a second copy of the adapted weights. For inference only: needs `torch.no_grad`, and no other slot
-        can be used inside. In bf16 the sum is rounded once more than without merging.
+        is a second copy of the adapted weights, in floats where they are quantized. For inference only: needs
+        `torch.no_grad`, and no other slot can be used inside. In bf16 the sum is rounded once more than without
+        merging.
         """
         if torch.is_grad_enabled():
             raise RuntimeError("`merged` gives the adapters no gradient; wrap it in torch.no_grad()")

@@ -113,6 +113,7 @@ def open_workspace(
         COMPONENTS if distributed.is_main() else ("transformer",),
         config.base.revision,
         transformer_device="cpu" if shards else None,
+        quantize=config.base.quantize,
     )
     if device.type == "cpu" and dtype == torch.bfloat16:
         backbone.use_plain_attention()  # 0.7 of the fused kernel's time, forward and backward (bench.tiny_step)

@@ -59,7 +59,7 @@ def test_preset_writes_out_every_field_and_no_other(name: str) -> None:
     parents = {key.rpartition(".")[0] for key in known_keys()}
     schema = {key for key in known_keys() if key.split(".")[0] in SECTIONS and key not in parents}
     # What the base is, is the user's choice; how it is held is the preset's.
-    assert leaves(load_preset(name)) == schema | {"base.dtype"}
+    assert leaves(load_preset(name)) == schema | {"base.dtype", "base.quantize"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
