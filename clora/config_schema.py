@@ -250,6 +250,7 @@ class TrainConfig(Section):
         NonNegative | None, doc("CPU memory of a process for teachers it has read, 1e9 bytes; null: all of them.")
     ] = 10.0
     shard_base: Annotated[bool, doc("Split the base over the processes (FSDP2), for one that does not fit.")] = False
+    offload_base: Annotated[bool, doc("Keep a split base in CPU memory, on the GPU a block at a time; slower.")] = False
     deterministic: Annotated[bool, doc("Only operations that give the same bits each time; slower.")] = False
     timeout_seconds: Annotated[Positive, doc("Longest wait for the other processes within a step.")] = 600.0
     buckets: Annotated[BucketConfig, doc("Sizes of training images.")] = BucketConfig()
@@ -324,6 +325,8 @@ class Config(Section):
         faults += _repeats("trigger", (effect.trigger for effect in self.effects if effect.trigger))
         if self.train.shard_base and self.base.quantize != "none":
             faults.append("'train.shard_base': a quantized base cannot be split; leave it out, or base.quantize")
+        if self.train.offload_base and not self.train.shard_base:
+            faults.append("'train.offload_base': is for a base that is split; set train.shard_base=true too")
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -366,8 +369,8 @@ class Config(Section):
 
 _UNFELT_TRAIN_KEYS = (
     "max_train_seconds", "checkpointing_steps", "checkpoints_total_limit", "report_to", "sample_steps",
-    "log_every", "teacher_slots", "teacher_cache_gb", "shard_base", "deterministic", "timeout_seconds",
-    "gradient_checkpointing", "memory_budget_gb",
+    "log_every", "teacher_slots", "teacher_cache_gb", "shard_base", "offload_base", "deterministic",
+    "timeout_seconds", "gradient_checkpointing", "memory_budget_gb",
 )  # fmt: skip
 
 

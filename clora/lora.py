@@ -45,6 +45,7 @@ class Adapters:
         self._plans: dict[tuple[Slot, ...], Plan] = {}
         self._plan_device: torch.device | None = None
         self._merged: Slot = None
+        self.device: torch.device | None = None  # of the adapters; None: where the linears' weights are
 
     @property
     def module_shapes(self) -> dict[str, tuple[int, int]]:
@@ -83,7 +84,7 @@ class Adapters:
             shape = (count, rank, linear.in_features)
             A = torch.zeros(shape) if init == "zeros" else _draw_A(shape, generator)
             B = torch.zeros(count, linear.out_features, rank)
-            device = linear.weight.device
+            device = self.device or linear.weight.device
             linear.add_stack(
                 name,
                 nn.Parameter(A.to(device, dtype), requires_grad=trainable),
@@ -241,7 +242,7 @@ class Adapters:
             self._choice.plan = before
 
     def _plan(self, slots: tuple[Slot, ...]) -> Plan:
-        device = next(iter(self.linears.values())).weight.device
+        device = self.device or next(iter(self.linears.values())).weight.device
         if device != self._plan_device:  # the transformer was moved
             self._plans.clear()
             self._plan_device = device

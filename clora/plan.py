@@ -6,8 +6,9 @@ activations from a count of what autograd keeps in one block of diffusers' `Qwen
 `RESERVED` and `FRAGMENTATION` stand for the CUDA context and the allocator. 1 GB is 1e9 bytes.
 
 On N processes the base, the trained adapters and their gradients are on every GPU, Adam's moments and the average in N
-parts (`clora.optimizer`); with `train.shard_base` the frozen base is in N parts too (FSDP2).
-With `base.quantize` the linears of its blocks have int8 weights, and a linear's floats are made while it runs.
+parts (`clora.optimizer`); with `train.shard_base` the frozen base is in N parts too (FSDP2), which `train.offload_base`
+keeps in CPU memory. With `base.quantize` the linears of its blocks have int8 weights, whose floats are made while it
+runs.
 
 Legend: D width, H heads, r rank, T tokens of image, references and text together, e bytes of the base's dtype.
 """
@@ -120,6 +121,7 @@ class TrainSettings:
     vae_parameters: int = 0
     num_gpus: int = 1
     shard_base: bool = False
+    offload_base: bool = False
 
     @property
     def tokens(self) -> int:
@@ -212,7 +214,10 @@ def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
     s, e = settings, settings.base_bytes
     student, critic = _trained(shapes, s)
     base = base_weights(shapes, s)
-    frozen = {"base": _part(base, s.num_gpus if s.shard_base else 1), "VAE": s.vae_parameters * e}
+    # Of an offloaded base what lies outside the blocks stays from a forward on.
+    outside = (shapes.num_parameters - shapes.num_layers * shapes.block_parameters) * e
+    kept = outside if s.offload_base else _part(base, s.num_gpus if s.shard_base else 1)
+    frozen = {"base": kept, "VAE": s.vae_parameters * e}
     frozen["teacher slots"] = s.teacher_slots * shapes.adapter_parameters(s.teacher_rank, s.targets) * e
     resident = frozen | {
         "student and critic, fp32": 4 * (student + critic),
@@ -265,11 +270,11 @@ def choose_whole_blocks(shapes: ModelShapes, settings: TrainSettings, memory: fl
 
 
 def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str, dict[str, int]]:
-    """Bytes that each GPU sends in one update of the student (effect stream) and of the critic; none alone.
+    """Bytes that each GPU moves in one update of the student (effect stream) and of the critic; none alone.
 
     A ring sends (N - 1) / N of a tensor to gather it or to scatter its sum. Gradients are scattered once an update in
     fp32, parameters gathered after it; a base in parts is gathered for every forward and backward (a mean exit step in
-    backward simulation).
+    backward simulation), and if it is offloaded, first copied from CPU memory.
     """
     share = (settings.num_gpus - 1) / settings.num_gpus
     ta_fm, dmd_ts, dmd_bs = settings.terms
@@ -286,6 +291,7 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
             "reduce-scatter of gradients": round(share * 4 * trained[name]),
             "all-gather of parameters": round(share * 4 * trained[name]),
             "all-gathers of the base": round(share * base * calls[name]),
+            "base from CPU memory": round(base / settings.num_gpus * calls[name]) if settings.offload_base else 0,
         }
         for name in trained
     }
@@ -294,8 +300,8 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
 def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> tuple[list[str], bool]:
     """Changes of the configuration that make a run fit, each on top of those before it, and whether they suffice.
 
-    In this order: what costs time (checkpointing, a base in parts or else rounded to int8, swaps of teachers), noise
-    (smaller batches), and a smaller student. A step that saves nothing is left out.
+    In this order: what costs time (checkpointing, a base in parts or else rounded to int8, swaps of teachers, a base in
+    CPU memory), noise (smaller batches), and a smaller student. A step that saves nothing is left out.
     """
     fewest = min(settings.batch_size, settings.teacher_slots)  # a batch may need as many teachers as it has samples
     steps: list[tuple[str, dict[str, Any]]] = [
@@ -303,6 +309,7 @@ def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> t
         ("train.shard_base=true", {"shard_base": settings.num_gpus > 1 and not settings.quantized}),
         ("base.quantize=int8", {"quantized": settings.quantized or settings.num_gpus == 1}),
         (f"train.teacher_slots={fewest}", {"teacher_slots": fewest}),
+        ("train.offload_base=true", {"offload_base": settings.num_gpus > 1 and not settings.quantized}),
         ("train.anchor_batch_size=1", {"anchor_batch_size": 1}),
         ("train.batch_size=1", {"batch_size": 1}),
         *((f"student.rank={rank}", {"rank": rank}) for rank in (64, 32, 16) if rank < settings.rank),
@@ -395,8 +402,7 @@ def plan_training(config: Config, num_gpus: int, memory_gb: float) -> TrainPlan:
     """
     shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
     memory = memory_gb * GB
-    shard_base = config.train.shard_base and num_gpus > 1
-    settings = replace(read_settings(config), num_gpus=num_gpus, shard_base=shard_base)
+    settings = _on_gpus(read_settings(config), config, num_gpus)
     if settings.checkpointing:
         settings = replace(settings, whole_blocks=choose_whole_blocks(shapes, settings, budget(config, memory)))
     planned = memory_plan(shapes, settings)
@@ -412,9 +418,14 @@ def whole_blocks(config: Config, num_gpus: int) -> int:
     """Blocks that activation checkpointing leaves whole in a run that starts here: as many as `train.memory_budget_gb`
     has room for, or this device's memory."""
     shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
-    shard_base = config.train.shard_base and num_gpus > 1
-    settings = replace(read_settings(config), num_gpus=num_gpus, shard_base=shard_base)
+    settings = _on_gpus(read_settings(config), config, num_gpus)
     return choose_whole_blocks(shapes, settings, budget(config, device_memory()))
+
+
+def _on_gpus(settings: TrainSettings, config: Config, num_gpus: int) -> TrainSettings:
+    shard_base = config.train.shard_base and num_gpus > 1
+    offload_base = config.train.offload_base and shard_base
+    return replace(settings, num_gpus=num_gpus, shard_base=shard_base, offload_base=offload_base)
 
 
 def device_memory() -> float:

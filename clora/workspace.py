@@ -135,9 +135,12 @@ def open_workspace(
     backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     if shards:
-        whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks))
+        offload = config.train.offload_base
+        whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks), offload)
+        adapters.device = device
         console.print(
             f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world()} processes"
+            f"{', in CPU memory' if offload else ''}"
         )
     return Workspace(
         config,

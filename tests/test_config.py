@@ -295,6 +295,15 @@ def test_effects_alike_but_for_case_are_refused(tmp_path: Path) -> None:
     assert "name 'clay' is used by 2 effects" in faults and "trigger 'x' is used by 2 effects" in faults
 
 
+def test_ways_to_hold_the_base_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    (fault,) = faults_of(path, "train.offload_base=true")
+    assert "'train.offload_base': is for a base that is split; set train.shard_base=true too" in fault
+    (fault,) = faults_of(path, "train.shard_base=true", "base.quantize=int8")
+    assert "'train.shard_base': a quantized base cannot be split; leave it out, or base.quantize" in fault
+    assert load_config(path, ["train.shard_base=true", "train.offload_base=true"]).train.offload_base
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

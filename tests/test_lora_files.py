@@ -359,6 +359,16 @@ def test_read_lora_lists_every_fault(tmp_path: Path) -> None:
     assert all(str(tmp_path / "a.safetensors") in fault for fault in faults)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_read_lora_finds_a_single_value_that_is_not_finite(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    tensors = {key: tensor.to(dtype) for key, tensor in pair(TO_Q, rank=40).items()}
+    read_lora(save(tmp_path / "a.safetensors", tensors))
+    tensors[f"{TO_Q}.lora_B.weight"][3, 33] = value
+    (fault,) = faults_of(save(tmp_path / "a.safetensors", tensors))
+    assert "lora_B.weight holds values that are not finite" in fault
+
+
 def test_read_lora_against_a_transformer(tmp_path: Path) -> None:
     linears = random_transformer().named_modules()
     shapes = {name: tuple(m.weight.shape) for name, m in linears if isinstance(m, nn.Linear)}

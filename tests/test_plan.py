@@ -298,6 +298,9 @@ def test_memory_plan_shards_optimizer_and_base() -> None:
     parts = memory_plan(shapes, qwen_settings(num_gpus=8, shard_base=True)).phases["critic update"]
     assert parts["base"] == pytest.approx(alone["base"] / 8)
     assert parts["workspace"] - alone["workspace"] == 2 * 2 * shapes.block_parameters
+    offloaded = memory_plan(shapes, qwen_settings(num_gpus=8, shard_base=True, offload_base=True))
+    outside = shapes.num_parameters - 60 * shapes.block_parameters  # embeddings and the last layers
+    assert offloaded.phases["critic update"] == parts | {"base": 2 * outside} and outside < 0.01 * shapes.num_parameters
     # One whole buffer of gradients for both, and this process's part of the sums of each.
     assert eight["gradients"] == pytest.approx(alone["gradients"] * (1 + 2 / 8))
 
@@ -315,6 +318,8 @@ def test_communication_plan_counts_rings() -> None:
     # Forwards: 1 TA-FM, 3 DMD-TS, 4.5 + 2 DMD-BS; backwards: 3. The critic: 4.5 + 1 and 1.
     assert sharded["student"]["all-gathers of the base"] == round(7 / 8 * B * (1 + 3 + 6.5 + 3))
     assert sharded["critic"]["all-gathers of the base"] == round(7 / 8 * B * 6.5)
+    offloaded = communication_plan(shapes, qwen_settings(num_gpus=8, shard_base=True, offload_base=True))
+    assert offloaded["critic"] == sharded["critic"] | {"base from CPU memory": round(B / 8 * 6.5)}
     alone = communication_plan(shapes, qwen_settings())
     assert not any(sum(parts.values()) for parts in alone.values())
 
@@ -366,6 +371,9 @@ def test_plan_training_reads_the_configuration(qwen_base: Path, tmp_path: Path) 
     eight = plan_training(config_of(qwen_base, tmp_path), 8, 80)
     assert not eight.fits and eight.mends == ["train.shard_base=true"] and eight.mends_suffice
     assert plan_training(config_of(qwen_base, tmp_path, *eight.mends), 8, 80).fits
+    small = plan_training(config_of(qwen_base, tmp_path), 2, 48)
+    assert small.mends == ["train.shard_base=true", "train.teacher_slots=1", "train.offload_base=true"]
+    assert small.mends_suffice and plan_training(config_of(qwen_base, tmp_path, *small.mends), 2, 48).fits
 
 
 def test_mends_of_the_plan_make_it_fit(qwen_base: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from bench.cycle_models import as_backbone
 from clora.backbones.qwen_image import Kernels, load_backbone
-from clora.config import build_config
-from clora.errors import InputError, InputErrors
+from clora.errors import InputError
 from clora.quantize import QuantizedLinear, float_weight, frozen_linear, is_quantized, quantize_linears, weight_bytes
 from clora.slots import Slot
 from clora.teach import teach
@@ -137,13 +135,6 @@ def test_load_backbone_quantizes_the_blocks_alone(random_base: Path, monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"base.quantize: int8 needs torchao.*pip install 'clora\[quantize\]'"):
         load_backbone(random_base, components=(), quantize="int8")
-
-
-def test_config_refuses_a_quantized_base_in_parts() -> None:
-    values: dict[str, Any] = {"output_dir": "out", "base": {"model": "tiny", "quantize": "int8"}}
-    assert build_config(values).base.quantize == "int8"
-    with pytest.raises(InputErrors, match="'train.shard_base': a quantized base cannot be split"):
-        build_config(values | {"train": {"shard_base": True}})
 
 
 def test_train_on_an_int8_base_follows_training_on_the_plain_one(random_base: Path, tmp_path: Path) -> None:
