@@ -107,7 +107,7 @@ def stock_rotary(x: Tensor, freqs: Tensor) -> Tensor:
 
 
 def stock(slots: list[int]) -> Chain:
-    """PEFT's linears and diffusers' attention, for known slots."""
+    """PEFT's linears and diffusers' attention, but with the image first, for known slots."""
     linear = peft(slots)
 
     def chain(inputs: Inputs) -> Outputs:
@@ -116,7 +116,7 @@ def stock(slots: list[int]) -> Chain:
         joint = []
         for place, (norm_img, norm_txt) in enumerate([(norm_q, norm_added_q), (norm_k, norm_added_k), (None, None)]):
             parts = []
-            for stream, norm, freqs in ((inputs.txt, norm_txt, freqs_txt), (inputs.img, norm_img, freqs_img)):
+            for stream, norm, freqs in ((inputs.img, norm_img, freqs_img), (inputs.txt, norm_txt, freqs_txt)):
                 heads = linear(stream.x, *(three[place] for three in stream[1:])).unflatten(-1, (-1, len(norm_q)))
                 parts.append(heads if norm is None else stock_rotary(stock_norm(heads, norm), freqs))
             joint.append(torch.cat(parts, dim=1))

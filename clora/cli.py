@@ -352,7 +352,7 @@ def _print_plan(config: Config, gpus: int, memory: float, as_json: bool) -> None
         sent = found.communication
         if gpus > 1:
             _print_table([
-                {"GB sent by each GPU": part, **{f"{name} update": f"{sent[name][part] / GB:.2f}" for name in sent}}
+                {"GB moved by each GPU": part, **{f"{name} update": f"{sent[name][part] / GB:.2f}" for name in sent}}
                 for part in sent["student"]
             ])  # fmt: skip
         typer.echo(found.verdict)

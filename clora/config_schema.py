@@ -57,6 +57,7 @@ TaFmSigma = Literal["uniform", "shifted", "above_dmd"]
 Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 Tracker = Literal["none", "tensorboard", "wandb"]
+Quantize = Literal["none", "int8"]
 Kernels = Literal["auto", "reference", "fused"]
 Job = Literal["train", "teach", "joint", "extend"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
@@ -81,6 +82,9 @@ class BaseConfig(Section):
         Literal["auto", "bfloat16", "float32"],
         doc("Type the frozen weights are held in; auto takes bfloat16 where the device has arithmetic for it."),
     ] = "bfloat16"
+    quantize: Annotated[
+        Quantize, doc("Weights of the transformer blocks' linears: 'int8' halves their memory (needs torchao).")
+    ] = "none"
     revision: Annotated[str | None, doc("Commit, branch or tag of a hub id; null takes the newest.")] = None
 
     @field_check("model")
@@ -242,7 +246,11 @@ class TrainConfig(Section):
     sample_steps: Annotated[Natural, doc("Updates between sample grids; 0 = never.")] = 500
     log_every: Annotated[Count, doc("Updates between lines of the log.")] = 10
     teacher_slots: Annotated[Count, doc("Teacher adapters held on the device at once.")] = 4
+    teacher_cache_gb: Annotated[
+        NonNegative | None, doc("CPU memory of a process for teachers it has read, 1e9 bytes; null: all of them.")
+    ] = 10.0
     shard_base: Annotated[bool, doc("Split the base over the processes (FSDP2), for one that does not fit.")] = False
+    offload_base: Annotated[bool, doc("Keep a split base in CPU memory, on the GPU a block at a time; slower.")] = False
     deterministic: Annotated[bool, doc("Only operations that give the same bits each time; slower.")] = False
     timeout_seconds: Annotated[Positive, doc("Longest wait for the other processes within a step.")] = 600.0
     buckets: Annotated[BucketConfig, doc("Sizes of training images.")] = BucketConfig()
@@ -311,10 +319,14 @@ class Config(Section):
         return {"model": base} if isinstance(base, str) else base
 
     @section_check(mode="after")
-    def _unique_effects(self) -> Config:
+    def _fits_together(self) -> Config:
         # Names become file names, and not every file system tells upper from lower case.
         faults = _repeats("name", (effect.name for effect in self.effects))
         faults += _repeats("trigger", (effect.trigger for effect in self.effects if effect.trigger))
+        if self.train.shard_base and self.base.quantize != "none":
+            faults.append("'train.shard_base': a quantized base cannot be split; leave it out, or base.quantize")
+        if self.train.offload_base and not self.train.shard_base:
+            faults.append("'train.offload_base': is for a base that is split; set train.shard_base=true too")
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -357,8 +369,8 @@ class Config(Section):
 
 _UNFELT_TRAIN_KEYS = (
     "max_train_seconds", "checkpointing_steps", "checkpoints_total_limit", "report_to", "sample_steps",
-    "log_every", "teacher_slots", "shard_base", "deterministic", "timeout_seconds",
-    "gradient_checkpointing", "memory_budget_gb",
+    "log_every", "teacher_slots", "teacher_cache_gb", "shard_base", "offload_base", "deterministic",
+    "timeout_seconds", "gradient_checkpointing", "memory_budget_gb",
 )  # fmt: skip
 
 

@@ -146,21 +146,40 @@ class Distiller:
         It is batch number `part` of the `parts` that `role` needs there. Every role deals its effects from a sequence
         of its own, so that each of them sees the effects evenly.
         """
+        examples, anchors = self._samples(step, stream, role, part, parts)
+        rows = split_rows(len(examples), distributed.rank(), distributed.world())
+        anchor_rows = split_rows(len(anchors), distributed.rank(), distributed.world()) if anchors else None
+        return self._collate(step, stream, examples, anchors, (rows, anchor_rows)), (rows, anchor_rows)
+
+    def teachers(self, step: int) -> list[str | None]:
+        """The effects whose teachers this process asks at `step`, in the order of its batches; none where the base is
+        the teacher, or there is no step."""
+        train, objective, stream = self.config.train, self.config.objective, self.stream(step)
+        no_teacher = stream == "general" or objective.dmd_ts_weight == objective.dmd_bs_weight == 0
+        if no_teacher or not self.coarse_steps <= step < train.max_train_steps:
+            return []
+        found: list[str | None] = []
+        for part in range(train.gradient_accumulation_steps):
+            examples, _ = self._samples(step, stream, "student", part, train.gradient_accumulation_steps)
+            rows = split_rows(len(examples), distributed.rank(), distributed.world())
+            found += [example.effect for example in examples[rows.start : rows.stop]]
+        return found
+
+    def _samples(
+        self, step: int, stream: Stream, role: Role, part: int, parts: int
+    ) -> tuple[list[Example], list[Example]]:
+        """The examples of a whole batch, and of TA-FM's own where it has one."""
         train, world = self.config.train, distributed.world()
         size, anchor_size = world * train.batch_size, world * (train.anchor_batch_size or 0)
-        anchors: list[Example] = []
         if stream == "general":
-            examples = self._draw_examples(step, f"{role}/{part}", [None] * size)
-        elif role == "coarse":
-            examples = self._draw_effects(step, role, part, parts, anchor_size or size, p_switch=1.0)
-        else:
-            p_switch = self.config.objective.p_switch if self.general else 1.0
-            examples = self._draw_effects(step, role, part, parts, size, p_switch)
-            if role == "student" and anchor_size:
-                anchors = self._draw_effects(step, "anchor", part, parts, anchor_size, p_switch)
-        rows = split_rows(len(examples), distributed.rank(), world)
-        anchor_rows = split_rows(len(anchors), distributed.rank(), world) if anchors else None
-        return self._collate(step, stream, examples, anchors, (rows, anchor_rows)), (rows, anchor_rows)
+            return self._draw_examples(step, f"{role}/{part}", [None] * size), []
+        if role == "coarse":
+            return self._draw_effects(step, role, part, parts, anchor_size or size, p_switch=1.0), []
+        p_switch = self.config.objective.p_switch if self.general else 1.0
+        anchors: list[Example] = []
+        if role == "student" and anchor_size:
+            anchors = self._draw_effects(step, "anchor", part, parts, anchor_size, p_switch)
+        return self._draw_effects(step, role, part, parts, size, p_switch), anchors
 
     def _draw_effects(self, step: int, role: Role, part: int, parts: int, size: int, p_switch: float) -> list[Example]:
         drawn = draw_effects(
@@ -221,8 +240,10 @@ class Distiller:
         """`critic_updates` updates of the critic, then one of the student on the total loss (Eq. 9).
 
         Each critic update sees samples of its own; with `critic_reuse` the last one takes the student's, which stays
-        what it was until its own update: a rollout less.
+        what it was until its own update: a rollout less. Meanwhile the next step's teachers are fetched.
         """
+        if self.bank is not None:
+            self.bank.prefetch([*self.teachers(step), *self.teachers(step + 1)])
         stream, nets, updates = self.stream(step), self.networks(step), self.config.train.critic_updates
         # By number of the student's batch: what was made of it for the critic already.
         shared: dict[int, tuple[DistillBatch, Draws, Tensor]] = {}

@@ -157,20 +157,26 @@ def from_main(text: str | None) -> str | None:
     return box[0]
 
 
-def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> tuple[int, int]:
+def shard(module: nn.Module, blocks: Sequence[nn.Module], offload: bool = False) -> tuple[int, int]:
     """Split the frozen weights of a module over the processes (FSDP2): each keeps its part, and a block's weights are
     put together just before it runs, those of the next one meanwhile.
 
     Parameters added afterwards stay whole on every process. All processes must then run the same forwards. Weights may
-    lie on the CPU: a block at a time goes to the process's GPU. Returns the bytes of all weights and of this process's.
+    lie on the CPU: a block at a time goes to the process's GPU. With `offload` a process's part stays in CPU memory and
+    is copied to its GPU each time. Returns the bytes of all weights and of this process's.
     """
-    from torch.distributed.fsdp import fully_shard  # half a second that only this takes
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )  # half a second that only this takes
     from torch.distributed.tensor import DTensor
 
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
+    policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        fully_shard(block, mesh=mesh, offload_policy=policy)
+    fully_shard(module, mesh=mesh, offload_policy=policy)
     for before, after in zip(blocks, blocks[1:], strict=False):
         before.set_modules_to_forward_prefetch([after])  # type: ignore[operator]
         after.set_modules_to_backward_prefetch([before])  # type: ignore[operator]

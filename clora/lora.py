@@ -45,6 +45,7 @@ class Adapters:
         self._plans: dict[tuple[Slot, ...], Plan] = {}
         self._plan_device: torch.device | None = None
         self._merged: Slot = None
+        self.device: torch.device | None = None  # of the adapters; None: where the linears' weights are
 
     @property
     def module_shapes(self) -> dict[str, tuple[int, int]]:
@@ -83,7 +84,7 @@ class Adapters:
             shape = (count, rank, linear.in_features)
             A = torch.zeros(shape) if init == "zeros" else _draw_A(shape, generator)
             B = torch.zeros(count, linear.out_features, rank)
-            device = linear.weight.device
+            device = self.device or linear.weight.device
             linear.add_stack(
                 name,
                 nn.Parameter(A.to(device, dtype), requires_grad=trainable),
@@ -144,8 +145,9 @@ class Adapters:
             module = modules.get(name)
             rank = 0 if module is None else module.rank
             if module is not None:
-                A_rK[:rank].copy_(module.A)
-                B_Nr[:, :rank].copy_(module.B)
+                # Waits for the copies only where the modules lie in memory that is not pinned.
+                A_rK[:rank].copy_(module.A, non_blocking=True)
+                B_Nr[:, :rank].copy_(module.B, non_blocking=True)
             A_rK[rank:].zero_()
             B_Nr[:, rank:].zero_()
             linear.set_slot(stack, index, rank, 0.0 if module is None else module.alpha)
@@ -211,8 +213,9 @@ class Adapters:
         """Sample at the base's speed: inside, the weights are copies with the slot's update added (in fp32).
 
         The original tensors are set aside, not changed, so that leaving restores them bit for bit; the price
-        is a second copy of the adapted weights. For inference only: needs `torch.no_grad`, and no other slot
-        can be used inside. In bf16 the sum is rounded once more than without merging.
+        is a second copy of the adapted weights, in floats where they are quantized. For inference only: needs
+        `torch.no_grad`, and no other slot can be used inside. In bf16 the sum is rounded once more than without
+        merging.
         """
         if torch.is_grad_enabled():
             raise RuntimeError("`merged` gives the adapters no gradient; wrap it in torch.no_grad()")
@@ -239,7 +242,7 @@ class Adapters:
             self._choice.plan = before
 
     def _plan(self, slots: tuple[Slot, ...]) -> Plan:
-        device = next(iter(self.linears.values())).weight.device
+        device = self.device or next(iter(self.linears.values())).weight.device
         if device != self._plan_device:  # the transformer was moved
             self._plans.clear()
             self._plan_device = device

@@ -23,7 +23,7 @@ from torch import Tensor
 from clora.errors import InputError, InputErrors, raise_faults
 from clora.lora_alpha import CONFIG_KEY, header_alphas
 from clora.lora_keys import LoraKey, Part, flat_name, flat_resolver, other_kind, parse_key
-from clora.safetensors_io import Header, read_header, read_tensors, write_tensors
+from clora.safetensors_io import Header, map_tensors, read_header, read_tensors, write_tensors
 
 Layout = Literal["comfyui", "diffusers", "kohya"]
 # The names of a transformer's linear layers, with their weights' shapes (N, K) where shapes are to be
@@ -126,22 +126,15 @@ def read_lora(path: str | Path, module_names: ModuleNames | None = None) -> Lora
     path = Path(path)
     summary, faults = _summarise(path, module_names)
     tensors, sha256 = read_tensors(path, summary.header)
-    if summary.keys:
-        alpha_of, alpha_faults = header_alphas(path, summary.header.metadata, summary.layout)
-        faults += [f"{path}: {fault}" for fault in alpha_faults]
-    modules: dict[str, LoraModule] = {}
-    for name, keys in summary.keys.items():
-        rank = summary.ranks[name]
-        values = {part: tensors[key] for part, key in keys.items()}
-        faults += _value_faults(path, keys, values)
-        try:
-            alpha = float(values["alpha"]) if "alpha" in values else alpha_of(name, rank)
-        except ValueError as error:
-            faults.append(f"{path}: {name}: {error}")
-            continue
-        modules[name] = LoraModule(values["A"], values["B"], alpha)
-    raise_faults(faults)
+    modules = _modules_of(summary, tensors, faults)
     return LoraFile(path, modules, summary.layout, summary.header.metadata, sha256)
+
+
+def map_lora(path: str | Path, module_names: ModuleNames | None = None) -> dict[str, LoraModule]:
+    """The modules that `read_lora` reads, with the same checks, as views of the file (`map_tensors`); no hash."""
+    path = Path(path)
+    summary, faults = _summarise(path, module_names)
+    return _modules_of(summary, map_tensors(path, summary.header), faults)
 
 
 def write_lora(
@@ -281,6 +274,27 @@ def _summarise(path: Path, module_names: ModuleNames | None) -> tuple[LoraSummar
     return LoraSummary(path, layout, ranks, {name: keys[name] for name in ranks}, header), faults
 
 
+def _modules_of(summary: LoraSummary, tensors: Mapping[str, Tensor], faults: list[str]) -> dict[str, LoraModule]:
+    """The modules of a file's tensors; raises with `faults` and those of the values."""
+    path, faults = summary.path, [*faults]
+    if summary.keys:
+        alpha_of, alpha_faults = header_alphas(path, summary.header.metadata, summary.layout)
+        faults += [f"{path}: {fault}" for fault in alpha_faults]
+    modules: dict[str, LoraModule] = {}
+    for name, keys in summary.keys.items():
+        rank = summary.ranks[name]
+        values = {part: tensors[key] for part, key in keys.items()}
+        faults += _value_faults(path, keys, values)
+        try:
+            alpha = float(values["alpha"]) if "alpha" in values else alpha_of(name, rank)
+        except ValueError as error:
+            faults.append(f"{path}: {name}: {error}")
+            continue
+        modules[name] = LoraModule(values["A"], values["B"], alpha)
+    raise_faults(faults)
+    return modules
+
+
 def _canonical(key: LoraKey, resolve: Callable[[str], str | None]) -> str | None:
     return resolve(key.module) if key.layout == "kohya" else key.module
 
@@ -328,7 +342,8 @@ def _name_faults(
 def _value_faults(path: Path, keys: Mapping[Part, str], values: Mapping[Part, Tensor]) -> list[str]:
     faults = []
     for part, value in values.items():
-        if not value.isfinite().all():
+        # The extremes tell, NaN is both of them where there is one; a tenth of the time that looking at each takes.
+        if not all(extreme.isfinite() for extreme in value.aminmax()):
             faults.append(f"{path}: {keys[part]} holds values that are not finite; export the LoRA again")
         elif part == "alpha" and not float(value) > 0:
             faults.append(f"{path}: {keys[part]} is {float(value):g}; alpha must be positive")

@@ -6,7 +6,9 @@ activations from a count of what autograd keeps in one block of diffusers' `Qwen
 `RESERVED` and `FRAGMENTATION` stand for the CUDA context and the allocator. 1 GB is 1e9 bytes.
 
 On N processes the base, the trained adapters and their gradients are on every GPU, Adam's moments and the average in N
-parts (`clora.optimizer`); with `train.shard_base` the frozen base is in N parts too (FSDP2).
+parts (`clora.optimizer`); with `train.shard_base` the frozen base is in N parts too (FSDP2), which `train.offload_base`
+keeps in CPU memory. With `base.quantize` the linears of its blocks have int8 weights, whose floats are made while it
+runs.
 
 Legend: D width, H heads, r rank, T tokens of image, references and text together, e bytes of the base's dtype.
 """
@@ -51,12 +53,15 @@ class ModelShapes:
     zero_cond_t: bool = False
 
     @property
+    def block_linears(self) -> list[tuple[int, int]]:
+        """(N, K) of the linears of all blocks."""
+        return [shape for name, shape in self.linears.items() if name.startswith("transformer_blocks.")]
+
+    @property
     def block_parameters(self) -> int:
         """Parameters of one block: what FSDP2 gathers at a time."""
         heads = 4 * (self.width // self.num_heads)
-        return heads + sum(
-            N * (K + 1) for name, (N, K) in self.linears.items() if name.startswith("transformer_blocks.0.")
-        )
+        return heads + sum(N * (K + 1) for N, K in self.block_linears) // self.num_layers
 
     def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
         """Parameters of a LoRA of this rank on the linears whose names end in a target."""
@@ -104,6 +109,7 @@ class TrainSettings:
     teacher_rank: int = 0
     teacher_slots: int = 0
     base_bytes: int = 2  # of one number of the base
+    quantized: bool = False  # the linears of its blocks are int8
     ema: bool = True
     guided: bool = True
     terms: tuple[bool, bool, bool] = (True, True, True)  # TA-FM, DMD-TS, DMD-BS
@@ -115,6 +121,7 @@ class TrainSettings:
     vae_parameters: int = 0
     num_gpus: int = 1
     shard_base: bool = False
+    offload_base: bool = False
 
     @property
     def tokens(self) -> int:
@@ -141,6 +148,16 @@ class MemoryPlan:
     def needed(self) -> float:
         """The GPU memory that the peak asks for."""
         return self.peak * (1 + FRAGMENTATION) + RESERVED
+
+
+def base_weights(shapes: ModelShapes, settings: TrainSettings) -> int:
+    """Bytes of the transformer's weights, undivided. A quantized linear has one a weight, and five (a scale and a zero)
+    for each output."""
+    if not settings.quantized:
+        return shapes.num_parameters * settings.base_bytes
+    inside = shapes.block_linears
+    weights = sum(N * K for N, K in inside)
+    return (shapes.num_parameters - weights) * settings.base_bytes + weights + 5 * sum(N for N, _ in inside)
 
 
 def saved_by_block(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
@@ -179,7 +196,7 @@ def forward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) 
     """Most bytes alive in a forward without grad, beyond its inputs."""
     image = settings.image_tokens + settings.reference_tokens
     per_sample = FORWARD_IMAGE * image + FORWARD_TEXT * settings.text_tokens
-    return batch * per_sample * shapes.width * settings.base_bytes + _gathered(shapes, settings)
+    return batch * per_sample * shapes.width * settings.base_bytes + _made_whole(shapes, settings)
 
 
 def backward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
@@ -189,15 +206,18 @@ def backward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int)
     if settings.checkpointing and settings.whole_blocks < shapes.num_layers:
         # The block's own input and its attention are kept already.
         again = saved_by_block(shapes, settings, batch) - 2 * width - _attention_statistics(shapes, settings, batch)
-    return BACKWARD * width + again + _gathered(shapes, settings)
+    return BACKWARD * width + again + _made_whole(shapes, settings)
 
 
 def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
     """Bytes on each GPU of a distillation (`clora.train.train`, `clora.distill.Distiller.full_step`), by phase."""
     s, e = settings, settings.base_bytes
     student, critic = _trained(shapes, s)
-    base = shapes.num_parameters * e
-    frozen = {"base": _part(base, s.num_gpus if s.shard_base else 1), "VAE": s.vae_parameters * e}
+    base = base_weights(shapes, s)
+    # Of an offloaded base what lies outside the blocks stays from a forward on.
+    outside = (shapes.num_parameters - shapes.num_layers * shapes.block_parameters) * e
+    kept = outside if s.offload_base else _part(base, s.num_gpus if s.shard_base else 1)
+    frozen = {"base": kept, "VAE": s.vae_parameters * e}
     frozen["teacher slots"] = s.teacher_slots * shapes.adapter_parameters(s.teacher_rank, s.targets) * e
     resident = frozen | {
         "student and critic, fp32": 4 * (student + critic),
@@ -250,11 +270,11 @@ def choose_whole_blocks(shapes: ModelShapes, settings: TrainSettings, memory: fl
 
 
 def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str, dict[str, int]]:
-    """Bytes that each GPU sends in one update of the student (effect stream) and of the critic; none alone.
+    """Bytes that each GPU moves in one update of the student (effect stream) and of the critic; none alone.
 
     A ring sends (N - 1) / N of a tensor to gather it or to scatter its sum. Gradients are scattered once an update in
     fp32, parameters gathered after it; a base in parts is gathered for every forward and backward (a mean exit step in
-    backward simulation).
+    backward simulation), and if it is offloaded, first copied from CPU memory.
     """
     share = (settings.num_gpus - 1) / settings.num_gpus
     ta_fm, dmd_ts, dmd_bs = settings.terms
@@ -265,12 +285,13 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
         "critic": rollout + 1 + 1,
     }
     trained = dict(zip(("student", "critic"), _trained(shapes, settings), strict=True))
-    base = shapes.num_parameters * settings.base_bytes if settings.shard_base else 0
+    base = base_weights(shapes, settings) if settings.shard_base else 0
     return {
         name: {
             "reduce-scatter of gradients": round(share * 4 * trained[name]),
             "all-gather of parameters": round(share * 4 * trained[name]),
             "all-gathers of the base": round(share * base * calls[name]),
+            "base from CPU memory": round(base / settings.num_gpus * calls[name]) if settings.offload_base else 0,
         }
         for name in trained
     }
@@ -279,14 +300,16 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
 def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> tuple[list[str], bool]:
     """Changes of the configuration that make a run fit, each on top of those before it, and whether they suffice.
 
-    In this order: what costs time (checkpointing, a base in parts, swaps of teachers), noise (smaller batches), and a
-    smaller student. A step that saves nothing is left out.
+    In this order: what costs time (checkpointing, a base in parts or else rounded to int8, swaps of teachers, a base in
+    CPU memory), noise (smaller batches), and a smaller student. A step that saves nothing is left out.
     """
     fewest = min(settings.batch_size, settings.teacher_slots)  # a batch may need as many teachers as it has samples
     steps: list[tuple[str, dict[str, Any]]] = [
         ("train.gradient_checkpointing=true", {"checkpointing": True}),
-        ("train.shard_base=true", {"shard_base": settings.num_gpus > 1}),
+        ("train.shard_base=true", {"shard_base": settings.num_gpus > 1 and not settings.quantized}),
+        ("base.quantize=int8", {"quantized": settings.quantized or settings.num_gpus == 1}),
         (f"train.teacher_slots={fewest}", {"teacher_slots": fewest}),
+        ("train.offload_base=true", {"offload_base": settings.num_gpus > 1 and not settings.quantized}),
         ("train.anchor_batch_size=1", {"anchor_batch_size": 1}),
         ("train.batch_size=1", {"batch_size": 1}),
         *((f"student.rank={rank}", {"rank": rank}) for rank in (64, 32, 16) if rank < settings.rank),
@@ -316,9 +339,12 @@ def _part(count: int, parts: int) -> int:
     return -(-count // parts)
 
 
-def _gathered(shapes: ModelShapes, settings: TrainSettings) -> int:
-    """The block in use and the one fetched ahead, where the base is in parts."""
-    return 2 * shapes.block_parameters * settings.base_bytes if settings.shard_base else 0
+def _made_whole(shapes: ModelShapes, settings: TrainSettings) -> int:
+    """Weights in the form that is computed with, where they are kept in another: the block in use and the one fetched
+    ahead of a base in parts, the largest linear's floats of a quantized one."""
+    if settings.shard_base:
+        return 2 * shapes.block_parameters * settings.base_bytes
+    return max(N * K for N, K in shapes.block_linears) * settings.base_bytes if settings.quantized else 0
 
 
 @dataclass(frozen=True)
@@ -376,8 +402,7 @@ def plan_training(config: Config, num_gpus: int, memory_gb: float) -> TrainPlan:
     """
     shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
     memory = memory_gb * GB
-    shard_base = config.train.shard_base and num_gpus > 1
-    settings = replace(read_settings(config), num_gpus=num_gpus, shard_base=shard_base)
+    settings = _on_gpus(read_settings(config), config, num_gpus)
     if settings.checkpointing:
         settings = replace(settings, whole_blocks=choose_whole_blocks(shapes, settings, budget(config, memory)))
     planned = memory_plan(shapes, settings)
@@ -393,9 +418,14 @@ def whole_blocks(config: Config, num_gpus: int) -> int:
     """Blocks that activation checkpointing leaves whole in a run that starts here: as many as `train.memory_budget_gb`
     has room for, or this device's memory."""
     shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
-    shard_base = config.train.shard_base and num_gpus > 1
-    settings = replace(read_settings(config), num_gpus=num_gpus, shard_base=shard_base)
+    settings = _on_gpus(read_settings(config), config, num_gpus)
     return choose_whole_blocks(shapes, settings, budget(config, device_memory()))
+
+
+def _on_gpus(settings: TrainSettings, config: Config, num_gpus: int) -> TrainSettings:
+    shard_base = config.train.shard_base and num_gpus > 1
+    offload_base = config.train.offload_base and shard_base
+    return replace(settings, num_gpus=num_gpus, shard_base=shard_base, offload_base=offload_base)
 
 
 def device_memory() -> float:
@@ -433,6 +463,7 @@ def read_settings(config: Config) -> TrainSettings:
         teacher_rank=max(ranks, default=0),
         teacher_slots=slots,
         base_bytes=base_dtype(config.base.dtype, torch.device("cuda")).itemsize,
+        quantized=config.base.quantize != "none",
         ema=train.ema_decay > 0,
         guided=objective.guidance != 1,
         terms=(

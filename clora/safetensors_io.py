@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clora.errors import InputError, raise_faults
@@ -96,6 +97,21 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
         if file.readinto(data) != header.num_bytes or file.read(1):
             raise InputError(f"{path}: changed while it was read; try again")
     return {key: _view(data, entry) for key, entry in header.tensors.items()}, hashlib.sha256(data).hexdigest()
+
+
+def map_tensors(path: Path, header: Header) -> dict[str, Tensor]:
+    """Every tensor of a checked file as a view of the file, which is read where and when they are.
+
+    Nothing written to them reaches the file. The file may be replaced while they are in use, but not cut off.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in header.tensors}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: changed while it was read ({error}); try again") from error
+    if any((t.shape, t.dtype) != (header.tensors[key].shape, header.tensors[key].dtype) for key, t in tensors.items()):
+        raise InputError(f"{path}: changed while it was read; try again")
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clora.quantize import float_weight, frozen_linear
+
 # What one sample goes through: the base, one slot, or the sum of several.
 Slot = str | tuple[str, ...] | None
 
@@ -82,7 +84,7 @@ class SlotLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None:
             return F.linear(x, self.merged, self.bias)
-        out = F.linear(x, self.weight, self.bias)
+        out = frozen_linear(x, self.weight, self.bias)
         plan = self.choice.plan
         if plan is None:
             return out
@@ -211,11 +213,12 @@ def _ungroup(x_GRC: Tensor, repeats: int, rows: int, tokens: int) -> Tensor:
 
 
 def merge_weight(linear: SlotLinear, places: Sequence[tuple[str, int]]) -> Tensor | None:
-    """The weight with the slots' updates, in its own dtype; None where they change nothing."""
+    """The weight with the slots' updates, in its own dtype (a quantized one's before it was); None where they change
+    nothing."""
     places = [(stack, index) for stack, index in places if linear.ranks[stack][index]]
     if not places:
         return None
-    weight = linear.weight.float()
+    weight = float_weight(linear.weight)
     for stack, index in places:
         A_rK, B_Nr = linear.A[stack][index].float(), linear.B[stack][index].float()
         weight = torch.addmm(weight, B_Nr, A_rK, alpha=linear.scale(stack, index))

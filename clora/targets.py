@@ -118,7 +118,7 @@ def rehearsal_targets(
     """
     backbone, schedule = workspace.backbone, catalogue.schedule
     sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
-    how = f"{REHEARSAL_VERSION}/{collection_hash}/{schedule.num_steps}/{schedule.shift}"
+    how = f"{REHEARSAL_VERSION}/{collection_hash}/{schedule.num_steps}/{schedule.shift}{_quantized(workspace)}"
     prompts = {entry.name: entry.prompt for entry in catalogue.effects}
     todo = [e for name in prompts for e in workspace.effects.get(name, [])]
     keys = {
@@ -168,13 +168,19 @@ def _keys(workspace: Workspace, example: Example, teacher_hashes: dict[str, str]
     how = (
         f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{settings.num_steps}/{settings.guidance}/"
         f"{workspace.config.objective.guidance_rescale}/{workspace.config.objective.negative_prompt!r}/"
-        f"{workspace.config.schedule.shift}/{example.grid}"
+        f"{workspace.config.schedule.shift}/{example.grid}{_quantized(workspace)}"
     )
     prompt = next(e.prompt for e in workspace.config.effects if e.name == effect)
     return [
         cache_key(list(example.sources), prompt, workspace.identity, f"{how}/{draw}")
         for draw in range(settings.per_source)
     ]
+
+
+def _quantized(workspace: Workspace) -> str:
+    """What a quantized base adds to a key."""
+    quantize = workspace.config.base.quantize
+    return "" if quantize == "none" else f"/{quantize}"
 
 
 def _seed(key: str) -> int:

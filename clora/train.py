@@ -5,7 +5,9 @@ Without effects the same job trains the acceleration LoRA: distribution matching
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -65,7 +67,8 @@ def make_caches(config: Config, console: Console | None = None) -> dict[str, int
         workspace = open_workspace(config, console, max_pairs=config.targets.max_sources)
         bank = open_bank(workspace)
         if bank is not None:
-            workspace.effects = targets_of(workspace, bank, console)
+            with closing(bank):
+                workspace.effects = targets_of(workspace, bank, console)
     counts = {name: len(examples) for name, examples in workspace.effects.items()}
     return counts | {"general": len(workspace.general)}
 
@@ -87,11 +90,13 @@ def open_bank(workspace: Workspace) -> TeacherBank | None:
     """The bank of teachers; None without effects."""
     if not workspace.config.effects:
         return None
+    cache_gb = workspace.config.train.teacher_cache_gb
     return TeacherBank(
         workspace.adapters,
         teacher_files(workspace.config),
         workspace.config.train.teacher_slots,
         dtype=workspace.backbone.dtype,
+        cache_bytes=math.inf if cache_gb is None else cache_gb * 1e9,
     )
 
 
@@ -115,8 +120,8 @@ def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, c
 def run_distillation(
     workspace: Workspace, distiller: Distiller, job: Job, resume: str | None, console: Console
 ) -> dict[str, str]:
-    """All steps of `config.train`; checkpoints and log lie under `output_dir/JOB`. Returns the sha256 of each effect's
-    teacher as it was at the start."""
+    """All steps of `config.train`; checkpoints and log lie under `output_dir/JOB`. Closes the bank. Returns the sha256
+    of each effect's teacher as it was at the start."""
     config = workspace.config
     groups = {STUDENT: distiller.student, CRITIC: distiller.critic}
 
@@ -143,7 +148,11 @@ def run_distillation(
         identity=identity,
         record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
     )
-    run_loop(loop, groups, distiller.step, on_step, console)
+    try:
+        run_loop(loop, groups, distiller.step, on_step, console)
+    finally:
+        if distiller.bank is not None:
+            distiller.bank.close()
     return teachers
 
 

@@ -91,7 +91,7 @@ def _check_base(config: Config, report: Report) -> QwenImageBackbone | None:
     try:
         base = resolve_base(config.base.model)
         if isinstance(base, Path):
-            return load_backbone(base, components=())
+            return load_backbone(base, components=(), quantize=config.base.quantize)
     except InputError as error:
         report.faults += [f"base: {fault}" for fault in _listed(error)]
         return None

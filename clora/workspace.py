@@ -113,6 +113,7 @@ def open_workspace(
         COMPONENTS if distributed.is_main() else ("transformer",),
         config.base.revision,
         transformer_device="cpu" if shards else None,
+        quantize=config.base.quantize,
     )
     if device.type == "cpu" and dtype == torch.bfloat16:
         backbone.use_plain_attention()  # 0.7 of the fused kernel's time, forward and backward (bench.tiny_step)
@@ -134,9 +135,12 @@ def open_workspace(
     backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     if shards:
-        whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks))
+        offload = config.train.offload_base
+        whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks), offload)
+        adapters.device = device
         console.print(
             f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world()} processes"
+            f"{', in CPU memory' if offload else ''}"
         )
     return Workspace(
         config,

@@ -59,7 +59,7 @@ def test_preset_writes_out_every_field_and_no_other(name: str) -> None:
     parents = {key.rpartition(".")[0] for key in known_keys()}
     schema = {key for key in known_keys() if key.split(".")[0] in SECTIONS and key not in parents}
     # What the base is, is the user's choice; how it is held is the preset's.
-    assert leaves(load_preset(name)) == schema | {"base.dtype"}
+    assert leaves(load_preset(name)) == schema | {"base.dtype", "base.quantize"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -293,6 +293,15 @@ def test_effects_alike_but_for_case_are_refused(tmp_path: Path) -> None:
     effects = "effects: [{name: Clay, prompt: p, trigger: x}, {name: clay, prompt: q, trigger: X}]\n"
     faults = "\n".join(faults_of(write(tmp_path, MINIMAL + effects)))
     assert "name 'clay' is used by 2 effects" in faults and "trigger 'x' is used by 2 effects" in faults
+
+
+def test_ways_to_hold_the_base_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    (fault,) = faults_of(path, "train.offload_base=true")
+    assert "'train.offload_base': is for a base that is split; set train.shard_base=true too" in fault
+    (fault,) = faults_of(path, "train.shard_base=true", "base.quantize=int8")
+    assert "'train.shard_base': a quantized base cannot be split; leave it out, or base.quantize" in fault
+    assert load_config(path, ["train.shard_base=true", "train.offload_base=true"]).train.offload_base
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
+from bench.cycle_models import as_backbone
+from clora.distributed import shard
 from clora.lora_files import read_lora
 from clora.teach import teach
 from clora.tracker import read_log
 from clora.train import train
 from tests import processes
+from tests.backbones.test_qwen_block import add_random_stacks, batch
+from tests.random_base import random_transformer
 from tests.small_job import NAMES, make_config, write_config, write_dataset
 
 SAMPLES = 6  # a step's batch and anchors over all processes: it divides by one, two and three
@@ -96,6 +102,38 @@ def test_train_with_a_sharded_base_equals_one(job: Path, random_base: Path, alon
     said = (job / f"sharded_{kernels}-output" / "process-0.txt").read_text()
     whole, part = map(float, re.search(r"base of ([\d.]+) MB split: ([\d.]+) MB in each of 2", said).groups())  # type: ignore[union-attr]
     assert 0.5 * whole <= part + 0.05 <= 0.6 * whole
+
+
+@pytest.mark.slow
+def test_train_with_an_offloaded_base_equals_one(job: Path, random_base: Path, alone: Path) -> None:
+    out = train_on(2, job, random_base, "offloaded", "train.shard_base=true", "train.offload_base=true")
+    assert_same_training(out, alone)
+    said = (job / "offloaded-output" / "process-0.txt").read_text()
+    assert re.search(r"MB in each of 2 processes,\s+in CPU memory", said)
+
+
+@pytest.mark.gpu
+def test_shard_offloads_to_pinned_memory_and_computes_on_the_gpu() -> None:
+    """One process alone: the weights wait on the CPU between forwards, the adapters are on the GPU."""
+    gpu = torch.device("cuda", 0)
+    velocities = []
+    for device in (torch.device("cpu"), gpu):
+        transformer = random_transformer().requires_grad_(False)
+        backbone = as_backbone(transformer)
+        adapters = backbone.add_adapters()
+        if device == gpu:
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=gpu)
+            shard(transformer, list(transformer.transformer_blocks), offload=True)
+            backbone.device = adapters.device = gpu
+        add_random_stacks(adapters)
+        with torch.no_grad():
+            velocities.append(backbone.velocity(*batch([5, 5], 32, device), ["a0", None]).cpu())
+        weights = [p for p in transformer.transformer_blocks.parameters() if isinstance(p, DTensor)]
+        assert all(p.to_local().device.type == "cpu" and p.to_local().is_pinned() for p in weights)
+        assert {p.device for p in adapters.parameters("a")} == {device}
+    dist.destroy_process_group()
+    assert len(weights) > 50
+    torch.testing.assert_close(velocities[1], velocities[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ LAYERS = (
     "losses simulate teachers routing",
     "backbones data checkpoint tiny",
     "flow prompts prompt_rewriting catalogue config config_schema base_dir lora slots lora_files lora_alpha lora_keys "
-    "safetensors_io text_files distributed errors",
+    "quantize safetensors_io text_files distributed errors",
     "kernels _C",
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer.split()}

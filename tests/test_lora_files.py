@@ -17,9 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clora.errors import InputError, InputErrors
-from clora.lora_files import LoraModule, check_lora, convert_lora, inspect_lora, join_modules, read_lora, write_lora
+from clora.lora_files import (
+    LoraModule,
+    check_lora,
+    convert_lora,
+    inspect_lora,
+    join_modules,
+    map_lora,
+    read_lora,
+    write_lora,
+)
 from clora.lora_keys import BLOCK_LINEARS, TOP_LINEARS, flat_name, flat_resolver
-from clora.safetensors_io import read_header, read_tensors, write_tensors
+from clora.safetensors_io import map_tensors, read_header, read_tensors, write_tensors
 from tests.random_base import random_transformer
 
 TO_Q = "transformer_blocks.0.attn.to_q"
@@ -170,12 +179,12 @@ def test_write_tensors_stock_reader_agrees(tmp_path: Path, dtype: torch.dtype) -
     path = tmp_path / "a.safetensors"
     write_tensors(path, tensors, {"k": "v"})
     ours, _ = read_tensors(path, read_header(path))
-    for found in (load_file(path), ours):
+    for found in (load_file(path), ours, map_tensors(path, read_header(path))):
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
 
 
-def test_read_tensors_unaligned(tmp_path: Path) -> None:
+def test_read_and_map_tensors_unaligned(tmp_path: Path) -> None:
     header = {
         "u": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
         "f": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
@@ -183,8 +192,41 @@ def test_read_tensors_unaligned(tmp_path: Path) -> None:
     text = json.dumps(header).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\x07" + torch.tensor([1.5, -2.0]).numpy().tobytes())
-    found, _ = read_tensors(path, read_header(path))
-    assert found["f"].tolist() == [1.5, -2.0] and found["u"].tolist() == [7]
+    for found in (read_tensors(path, read_header(path))[0], map_tensors(path, read_header(path))):
+        assert found["f"].tolist() == [1.5, -2.0] and found["u"].tolist() == [7]
+
+
+def test_map_tensors_are_views_of_the_file(tmp_path: Path) -> None:
+    """Nothing is in memory of its own, what is written stays there, and a file changed meanwhile is refused."""
+    path = save(tmp_path / "a.safetensors", pair(TO_Q))
+    header, content = read_header(path), path.read_bytes()
+    mapped = map_tensors(path, header)
+    assert f"{path}\n" in Path("/proc/self/maps").read_text()
+    for tensor in mapped.values():
+        tensor.zero_()
+    assert path.read_bytes() == content
+    del mapped, tensor
+    assert f"{path}\n" not in Path("/proc/self/maps").read_text()
+    for changed in (pair(TO_Q, rank=3), pair(MLP)):
+        save(path, changed)
+        with pytest.raises(InputError, match="changed while it was read"):
+            map_tensors(path, header)
+    path.write_bytes(content[:-5])
+    with pytest.raises(InputError, match="changed while it was read"):
+        map_tensors(path, header)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_map_lora_equals_read_lora(tmp_path: Path, layout: str) -> None:
+    stem, names = LAYOUTS[layout]
+    path = save(tmp_path / "a.safetensors", pair(stem, 7, names) | {f"{stem}.alpha": torch.tensor(0.5)})
+    mapped, read = map_lora(path), read_lora(path).modules
+    assert mapped.keys() == read.keys() == {TO_Q}
+    assert torch.equal(mapped[TO_Q].A, read[TO_Q].A) and torch.equal(mapped[TO_Q].B, read[TO_Q].B)
+    assert mapped[TO_Q].alpha == read[TO_Q].alpha == 0.5
+    save(path, pair(stem, 7, names) | {f"{stem}.alpha": torch.tensor(torch.inf)})
+    with pytest.raises(InputErrors, match="not finite"):
+        map_lora(path)
 
 
 # Other tools
@@ -315,6 +357,16 @@ def test_read_lora_lists_every_fault(tmp_path: Path) -> None:
     for words in expected:
         assert any(all(word in fault for word in words) for fault in faults), words
     assert all(str(tmp_path / "a.safetensors") in fault for fault in faults)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_read_lora_finds_a_single_value_that_is_not_finite(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    tensors = {key: tensor.to(dtype) for key, tensor in pair(TO_Q, rank=40).items()}
+    read_lora(save(tmp_path / "a.safetensors", tensors))
+    tensors[f"{TO_Q}.lora_B.weight"][3, 33] = value
+    (fault,) = faults_of(save(tmp_path / "a.safetensors", tensors))
+    assert "lora_B.weight holds values that are not finite" in fault
 
 
 def test_read_lora_against_a_transformer(tmp_path: Path) -> None:

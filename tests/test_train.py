@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from clora.evaluate.run import evaluate_collection
 from clora.lora_files import read_lora
 from clora.targets import targets_from_pairs
 from clora.teach import teach
+from clora.teachers import TeacherBank
 from clora.tracker import read_log
 from clora.train import make_caches, open_bank, train
 from clora.workspace import acceleration_of, base_dtype, determinism, open_workspace
@@ -99,6 +102,48 @@ def test_train_writes_a_collection_and_resumes_bitwise_equal(
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+def test_prefetch_foresees_every_teacher_and_changes_no_bit(
+    random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One slot for two teachers, no cache: with and without the bank's work ahead the same log and file."""
+    slots_for, prefetch = TeacherBank.slots_for, TeacherBank.prefetch
+    before = bank_threads()
+    foreseen: list[set[str | None]] = []
+    asked: list[tuple[int, set[str | None]]] = []
+
+    def ahead(bank: TeacherBank, effects: Sequence[str | None]) -> None:
+        foreseen.append(set(effects))
+        prefetch(bank, effects)
+
+    def ask(bank: TeacherBank, effects: Sequence[str | None]) -> tuple[str | None, ...]:
+        if foreseen:  # the steps have begun
+            asked.append((len(foreseen) - 1, set(effects) - {None}))
+        return slots_for(bank, effects)
+
+    def run(name: str) -> Path:
+        one_at_a_time = ("train.teacher_slots=1", "train.teacher_cache_gb=0", "train.batch_size=1")
+        config = make_config(random_base, dataset, tmp_path / name, *one_at_a_time, "objective.p_switch=0.8")
+        lora = {e.name: taught / "teachers" / f"{e.name}.safetensors" for e in config.effects}
+        effects = [effect.model_copy(update={"lora": lora[effect.name]}) for effect in config.effects]
+        return train(config.model_copy(update={"effects": effects}))
+
+    monkeypatch.setattr(TeacherBank, "slots_for", ask)
+    monkeypatch.setattr(TeacherBank, "prefetch", ahead)
+    with_prefetch = run("with")
+    assert len(foreseen) == 4 and {name for _, names in asked for name in names} == set(NAMES)
+    assert all(names <= foreseen[step] and (step == 0 or names <= foreseen[step - 1]) for step, names in asked)
+    monkeypatch.setattr(TeacherBank, "prefetch", lambda bank, effects: None)
+    without = run("without")
+    assert with_prefetch.read_bytes() == without.read_bytes()
+    logs = [read_log(path.parent / "train") for path in (with_prefetch, without)]
+    assert [row | {"seconds": 0} for row in logs[0]] == [row | {"seconds": 0} for row in logs[1]]
+    assert bank_threads() <= before
+
+
+def bank_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("teachers")}
+
+
 def test_acceleration_joins_after_the_coarse_steps(
     random_base: Path, dataset: Path, taught: Path, tmp_path: Path
 ) -> None:
@@ -158,8 +203,10 @@ def test_train_stops_at_a_loss_that_is_not_finite_and_names_the_samples(
         return made
 
     monkeypatch.setattr(clora.train, "targets_of", poisoned)
+    before = bank_threads()
     with pytest.raises(optimizer.NonFiniteError, match=r"step 0 \(student, effect stream: cold on \d\.png.*, warm on"):
         train(config.model_copy(update={"effects": effects}))
+    assert bank_threads() <= before
     assert not (tmp_path / "run" / "collection.safetensors").exists()
 
 

@@ -362,15 +362,15 @@ def poison(value: str, where: str, rank: int, report: Path) -> None:
     bad = float(value)
     total_loss, networks, update = distill.total_loss, distill.Distiller.networks, distill.Distiller._update
 
-    def poisoned_loss(nets: Any, batch: Any, *more: Any) -> Any:
-        loss, figures = total_loss(nets, batch, *more)
-        if distributed.rank() == rank and batch.step == POISONED_STEP and where != "teacher":
+    def poisoned_loss(nets: Any, batch: Any, cfg: Any, rng: Any, backward: Any, *more: Any) -> Any:
+        def poisoned(term: Any) -> None:
             report.with_suffix(".time").write_text(str(time.time()))
-            if where == "loss":
-                loss = loss * bad
-            else:
-                loss.register_hook(lambda grad: grad * bad)
-        return loss, figures
+            if where == "gradient":
+                term.register_hook(lambda grad: grad * bad)
+            backward(term * bad if where == "loss" else term)
+
+        mine = distributed.rank() == rank and batch.step == POISONED_STEP and where != "teacher"
+        return total_loss(nets, batch, cfg, rng, poisoned if mine else backward, *more)
 
     def poisoned_networks(self: Any, step: int) -> Any:
         nets = networks(self, step)

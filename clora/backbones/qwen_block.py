@@ -30,6 +30,7 @@ from clora.kernels.adaln import EPS, adaln, gated_residual_adaln
 from clora.kernels.lora_linear import Epilogue, lora_linear
 from clora.kernels.lora_qkv import lora_qkv
 from clora.kernels.qk_norm_rope import qk_norm_rope, rotary_tables
+from clora.quantize import is_quantized
 from clora.slots import SlotLinear
 
 PARTS = ("img_mod", "img_norm1", "attn", "img_norm2", "img_mlp", "txt_mod", "txt_norm1", "txt_norm2", "txt_mlp")
@@ -123,6 +124,9 @@ def fuse_blocks(transformer: Any) -> None:
 
 def linear(layer: nn.Linear, x_BLK: Tensor, epilogue: Epilogue = "none") -> Tensor:
     """A linear layer (B, L, N) with the adapters that are in use, and GELU behind it if asked."""
+    if is_quantized(layer.weight):  # the op takes plain matrices
+        y = layer(x_BLK)
+        return F.gelu(y, approximate="tanh") if epilogue == "gelu_tanh" else y
     if isinstance(layer, SlotLinear):
         if (lanes := layer.lanes(x_BLK.shape[0])) is not None:
             return lora_linear(x_BLK, layer.weight, layer.bias, *lanes, epilogue)

@@ -28,9 +28,11 @@ from clora.backbones.cond import Cond, Grid, make_cond
 from clora.backbones.loading import COMPONENTS, load_pipeline
 from clora.backbones.qwen_block import fastest_attention, fuse_blocks
 from clora.base_dir import BaseSizes, read_sizes, resolve_base
+from clora.config_schema import Quantize
 from clora.errors import InputError
 from clora.kernels.qk_norm_rope import rotary_tables
 from clora.lora import DEFAULT_TARGETS, Adapters, checkpoint_fn, inject_adapters
+from clora.quantize import check_quantize, quantize_linears
 from clora.slots import Slot
 
 Size = tuple[int, int]  # height and width in pixels
@@ -303,10 +305,12 @@ def load_backbone(
     components: Sequence[str] = COMPONENTS,
     revision: str | None = None,
     transformer_device: torch.device | str | None = None,
+    quantize: Quantize = "none",
 ) -> QwenImageBackbone:
     """Load a base model (see `resolve_base`), frozen and in eval mode, with only the `components` asked for.
 
-    The transformer may be left on another device, to be moved to `device` later.
+    The transformer may be left on another device, to be moved to `device` later. `quantize` is for the linears of its
+    blocks.
 
     Tokenizer, processor and the VAE's configuration always come along, so that prompts can be counted and
     sizes computed without any weights. Raises `InputError` for a folder or hub id that holds no
@@ -314,6 +318,7 @@ def load_backbone(
     """
     if unknown := set(components) - set(COMPONENTS):
         raise ValueError(f"unknown components {sorted(unknown)}; known: {', '.join(COMPONENTS)}")
+    check_quantize(quantize)
     path, device = resolve_base(base), torch.device(device)
     try:
         pipeline = load_pipeline(path, dtype, components, revision)
@@ -325,6 +330,8 @@ def load_backbone(
     ) as error:  # what diffusers, transformers and the hub's client raise for bad files
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"base {base}: cannot be loaded ({reason}); check the folder or hub id") from error
+    if quantize == "int8" and "transformer" in components:
+        quantize_linears(pipeline.transformer.transformer_blocks, device)
     for name in components:
         elsewhere = transformer_device is not None and name == "transformer"
         getattr(pipeline, name).to(transformer_device if elsewhere else device)
