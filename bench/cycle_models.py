@@ -21,6 +21,7 @@ from clora.data.examples import Example
 from clora.distill import CRITIC, STUDENT, Distiller
 from clora.lora_files import LoraFile, LoraModule
 from clora.plan import TrainSettings, budget, choose_whole_blocks, device_memory, model_shapes
+from clora.quantize import Quantize, quantize_linears
 from clora.routing import Stream, step_generator
 from clora.teachers import TeacherBank
 from clora.tiny.train_base import TRANSFORMER_CONFIG
@@ -44,6 +45,7 @@ class Size:
     encoder_layers: int = 0  # of the text encoder that the authors' schedule runs anew; 0 leaves it out
     authors_fit: bool = True  # on the machine this size is for
     memory_budget_gb: float | None = None  # of ours; None takes what the machine has
+    quantize: Quantize = "none"  # ours alone
 
     @property
     def sequence(self) -> int:
@@ -173,7 +175,10 @@ def make_data(size: Size, critic_updates: int) -> Data:
 
 def make_ours(data: Data, device: str) -> Distiller:
     """clora's own step on a random transformer."""
-    return make_distiller(data, as_backbone(random_transformer(data.size, device)))
+    transformer = random_transformer(data.size, device)
+    if data.size.quantize == "int8":
+        quantize_linears(transformer.transformer_blocks, device)
+    return make_distiller(data, as_backbone(transformer))
 
 
 def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:

@@ -216,11 +216,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--size", choices=SIZES, default="full-width-20" if device == "cuda" else "full-width-2")
     parser.add_argument("--rank", type=int, help="of all adapters, in place of the size's own")
+    parser.add_argument("--quantize", choices=("none", "int8"), default="none", help="of our base")
     parser.add_argument("--rounds", type=int, help="timed cycles of each schedule and stream, at least 2")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = SIZES[options.size]
-    size = replace(size, rank=options.rank or size.rank)
+    size = replace(size, rank=options.rank or size.rank, quantize=options.quantize)
     rounds = max(2, options.rounds or size.rounds)
     document = {
         "bench": "train_cycle",
@@ -229,6 +230,7 @@ def main() -> None:
         "torch": torch.__version__,
         "dtype": str(size.dtype).removeprefix("torch."),
         "rank": size.rank,
+        "quantize": size.quantize,
         "sequence": size.sequence,
         "rounds": rounds,
         **measure(size, device, rounds),
