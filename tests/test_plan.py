@@ -147,6 +147,7 @@ def test_saved_by_block_is_what_autograd_keeps(dtype: torch.dtype, zero_cond_t: 
 
     def kept(num_layers: int) -> int:
         model = random_transformer(**SMALL | {"num_layers": num_layers, "zero_cond_t": zero_cond_t}).to(dtype)
+        model.set_attention_backend("native")  # the last one given to any model is every other's too
         adapters = inject_adapters(model)
         adapters.add_stack("student", ["student"], 8, 8, trainable=True)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -183,6 +184,7 @@ def test_forwards_are_within_a_tenth_of_what_is_measured(dtype: torch.dtype) -> 
     shapes, settings = model_shapes(SMALL), small_settings(base_bytes=dtype.itemsize)
     with PeakBytes() as measured:
         model = random_transformer(**SMALL).to(dtype)
+        model.set_attention_backend("native")
         adapters = inject_adapters(model)
         adapters.add_stack("student", ["student"], 8, 8, trainable=True)
         with adapters.use(["student"]):
