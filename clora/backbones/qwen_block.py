@@ -139,7 +139,8 @@ def linear(layer: nn.Linear, x_BLK: Tensor, epilogue: Epilogue = "none") -> Tens
 
 def three_linears(layers: tuple[nn.Linear, nn.Linear, nn.Linear], x_BLK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The projections of one input to q, k and v, with one pass over it for the adapters of all three."""
-    asked = [layer.lanes(x_BLK.shape[0]) for layer in layers if isinstance(layer, SlotLinear)]
+    slotted = [layer for layer in layers if isinstance(layer, SlotLinear) and not is_quantized(layer.weight)]
+    asked = [layer.lanes(x_BLK.shape[0]) for layer in slotted]
     lanes = [of_layer for of_layer in asked if of_layer is not None]
     if len(lanes) == 3:
         A, B, scale, slot = zip(*lanes, strict=True)
