@@ -37,8 +37,8 @@ STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
 # forward of few tokens mostly reads the weights.
 JOINT_TOKENS = 512
 Role = Literal["coarse", "student", "anchor", "critic"]
-# From the number of a batch and of all batches of an update to the figures, gradients taken by the third argument.
 BackwardOf = Callable[[DistillBatch], Backward]
+# From the number of a batch and of all batches of an update to the figures; the third argument takes the gradients.
 LossOf = Callable[[int, int, BackwardOf], dict[str, Tensor]]
 BatchRows = tuple[Rows, Rows | None]  # of the batch, of the anchors where there are any
 

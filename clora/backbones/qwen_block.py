@@ -124,23 +124,15 @@ def fuse_blocks(transformer: Any) -> None:
 
 def linear(layer: nn.Linear, x_BLK: Tensor, epilogue: Epilogue = "none") -> Tensor:
     """A linear layer (B, L, N) with the adapters that are in use, and GELU behind it if asked."""
-    if is_quantized(layer.weight):  # the op takes plain matrices
-        y = layer(x_BLK)
-        return F.gelu(y, approximate="tanh") if epilogue == "gelu_tanh" else y
-    if isinstance(layer, SlotLinear):
-        if (lanes := layer.lanes(x_BLK.shape[0])) is not None:
-            return lora_linear(x_BLK, layer.weight, layer.bias, *lanes, epilogue)
-        weight = layer.weight if layer.merged is None else layer.merged
-    else:
-        weight = layer.weight
-    y = F.linear(x_BLK, weight, layer.bias)
+    if (lanes := _lanes(layer, x_BLK)) is not None:
+        return lora_linear(x_BLK, layer.weight, layer.bias, *lanes, epilogue)
+    y: Tensor = layer(x_BLK)
     return F.gelu(y, approximate="tanh") if epilogue == "gelu_tanh" else y
 
 
 def three_linears(layers: tuple[nn.Linear, nn.Linear, nn.Linear], x_BLK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The projections of one input to q, k and v, with one pass over it for the adapters of all three."""
-    slotted = [layer for layer in layers if isinstance(layer, SlotLinear) and not is_quantized(layer.weight)]
-    asked = [layer.lanes(x_BLK.shape[0]) for layer in slotted]
+    asked = [_lanes(layer, x_BLK) for layer in layers]
     lanes = [of_layer for of_layer in asked if of_layer is not None]
     if len(lanes) == 3:
         A, B, scale, slot = zip(*lanes, strict=True)
@@ -148,6 +140,13 @@ def three_linears(layers: tuple[nn.Linear, nn.Linear, nn.Linear], x_BLK: Tensor)
         return lora_qkv(x_BLK, weights, biases, A, B, scale, slot[0])
     q, k, v = (linear(layer, x_BLK) for layer in layers)
     return q, k, v
+
+
+def _lanes(layer: nn.Linear, x_BLK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """What an op takes of a layer's adapters; None where none is in use, and for an int8 weight, which no op takes."""
+    if not isinstance(layer, SlotLinear) or is_quantized(layer.weight):
+        return None
+    return layer.lanes(x_BLK.shape[0])
 
 
 def joint_attention(
