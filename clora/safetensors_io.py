@@ -12,11 +12,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -131,24 +131,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for chunk in (len(text).to_bytes(8, "little"), text):
-                digest.update(chunk)
-                file.write(chunk)
-            for key in order:
-                flat = tensors[key].detach().cpu().contiguous().reshape(-1)
-                raw = flat.view(torch.uint8).numpy().data
-                digest.update(raw)
-                file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-    sync_folder(path.parent)
+    with _replacing(path) as file:
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            digest.update(chunk)
+            file.write(chunk)
+        for key in order:
+            flat = tensors[key].detach().cpu().contiguous().reshape(-1)
+            raw = flat.view(torch.uint8).numpy().data
+            digest.update(raw)
+            file.write(raw)
     return digest.hexdigest()
 
 
@@ -228,11 +219,18 @@ def _view(data: bytearray, entry: TensorEntry) -> Tensor:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all (temporary name, fsync, rename)."""
+    """Write a text file whole or not at all."""
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is whole: temporary name, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
