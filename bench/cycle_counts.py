@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from unittest.mock import patch
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from bench.cycle_models import Size, authors_cycle, make_authors, make_data, make_ours, narrow, steps_of
 from clora.flow import few_step_sigmas
+from clora.optimizer import Group
 from clora.routing import Stream
 
 CRITIC_UPDATES = 5
@@ -30,7 +32,7 @@ class Work:
 
 
 @contextmanager
-def counted(models: Sequence[Any], optimizers: Iterable[Optimizer]) -> Iterator[list[tuple[str, int]]]:
+def counted(models: Sequence[Any], optimizers: Iterable[Optimizer | Group]) -> Iterator[list[tuple[str, int]]]:
     """Within it the transformers' forwards and backwards are noted in order, with their samples, and all updates."""
     events: list[tuple[str, int]] = []
 
@@ -42,13 +44,20 @@ def counted(models: Sequence[Any], optimizers: Iterable[Optimizer]) -> Iterator[
         if output[0].requires_grad:
             output[0].register_hook(saw_backward)
 
-    handles = [model.register_forward_hook(saw_forward) for model in models]
-    handles += [one.register_step_post_hook(lambda *_: events.append(("update", 0))) for one in optimizers]
-    try:
+    def noting(update: Callable[..., object]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            update(*args)
+            events.append(("update", 0))
+
+        return run
+
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(model.register_forward_hook(saw_forward).remove)
+        for one in optimizers:
+            method = "update" if isinstance(one, Group) else "step"
+            stack.enter_context(patch.object(one, method, noting(getattr(one, method))))
         yield events
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def updates_of(events: list[tuple[str, int]]) -> list[Work]:
@@ -89,7 +98,7 @@ def rehearse(size: Size, device: str, rehearsals: int = REHEARSALS) -> Rehearsal
             kinds = {kind: len(work) for kind, work in seen["ours"].items()}
             if done >= rehearsals and all(kinds[kind] == num_exits for kind in ("critic", f"{stream}_generator")):
                 break
-            with counted([ours.backbone.transformer], [ours.student.optimizer, ours.critic.optimizer]) as events:
+            with counted([ours.backbone.transformer], [ours.student, ours.critic]) as events:
                 ours.full_step(step)
             lengths[stream][step] = sum(work.forwards for work in _note(seen["ours"], stream, events))
             if done == 0:  # theirs does the same work at every step

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -45,7 +45,8 @@ class Size:
     encoder_layers: int = 0  # of the text encoder that the authors' schedule runs anew; 0 leaves it out
     authors_fit: bool = True  # on the machine this size is for
     memory_budget_gb: float | None = None  # of ours; None takes what the machine has
-    quantize: Quantize = "none"  # ours alone
+    quantize: Quantize = "none"  # ours alone, as the next
+    adam_moments: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def sequence(self) -> int:
@@ -63,6 +64,8 @@ class Size:
 
 
 _HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
+# Settings of ours for little memory.
+LEAN: dict[str, Any] = {"quantize": "int8", "adam_moments": "bfloat16"}
 SIZES = {
     "tiny": Size(TRANSFORMER_CONFIG, (8, 8), 24, 32, torch.float32, rounds=5),
     "full-width-2": Size({"num_layers": 2}, (4, 4), 16, 128, torch.bfloat16, rounds=2),
@@ -162,6 +165,7 @@ def make_data(size: Size, critic_updates: int) -> Data:
             "train": {
                 "critic_updates": critic_updates,
                 "teacher_slots": 1,
+                "adam_moments": size.adam_moments,
                 "memory_budget_gb": size.memory_budget_gb,
             },
         }

@@ -64,7 +64,7 @@ for name in "${parts[@]}"; do
   case "$name" in
     tests) gpu_tests && continue ;;
     sanitizer) sanitizer && continue ;;
-    train_cycle_60) command=(bench.train_cycle --json --size full-width-60) ;;
+    train_cycle_60) command=(bench.train_cycle --json --size full-width-60 --runs exact) ;;
   esac
   echo "== python -m ${command[*]} > bench/results/$name.json"
   if "$python" -m "${command[@]}" >"bench/results/$name.json.tmp"; then

@@ -1,15 +1,19 @@
 """One generator and five critic updates against the authors' schedule: `python -m bench.train_cycle [--json]`.
 
 Ours is `clora.distill.Distiller` with the preset `authors`, theirs `bench.authors_schedule`: the same random
-transformer, adapters and data, at batch size 1, both checkpointing their blocks. No quality is claimed. In this order:
+transformer, adapters and data, at batch size 1, both checkpointing their blocks. No quality is claimed. Ours runs
+twice: `exact` with a base of the same dtype and fp32 moments, and `lean` with `base.quantize: int8` and
+`train.adam_moments: bfloat16`. Masters and gradients are fp32 in both; theirs are, with the moments, in the base's
+dtype. `ratio` is the lean one's, `ratios` has both. In this order:
 
-1. counts: both run on a transformer of one narrow layer, with hooks that count samples going forward and gradients
-   coming back, until every exit step has been drawn. "mean" is over the exit steps, which are equally likely.
-   Draws do not depend on the transformer, so this also tells which steps have cycles of average length.
-2. peak memory: each schedule alone in a process of its own. On a CPU it is the growth of the resident set over what
-   libraries and data take (the kernel's high-water mark), on a GPU the allocator's peak.
-3. time: cycles of average length, the schedules in turns, effect and general stream in turn. On a CPU processor
-   time of one thread, on a GPU wall time between synchronisations. `ratio.time` is of one cycle of each stream.
+1. counts: both schedules on a transformer of one narrow layer, with hooks that count samples going forward and
+   gradients coming back, until every exit step has been drawn. "mean" is over the exit steps, which are equally
+   likely. Draws do not depend on the transformer, so this also tells which steps have cycles of average length.
+2. peak memory of two cycles: each run alone in a process of its own. On a CPU it is the growth of the resident set
+   over what libraries and data take (the kernel's high-water mark; freed tensors are given back at once), on a GPU
+   the allocator's peak.
+3. time: cycles of average length, the runs in turns, effect and general stream in turn. On a CPU processor time of one
+   thread, on a GPU wall time between synchronisations. `time` is of one cycle of each stream.
 
 Encoding, which the authors repeat at every update, is left out of theirs on a CPU: at these sizes no encoder would be
 of the right cost beside the transformer. On a GPU it is a random text encoder of Qwen2.5-VL's width, as deep beside
@@ -22,18 +26,19 @@ Model FLOPs are those of a schedule's own forwards and backwards, without adapte
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -42,6 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.cycle_counts import CRITIC_UPDATES, STREAMS, Schedule, Work, rehearse
 from bench.cycle_models import (
     CHANNELS,
+    LEAN,
     SIZES,
     Data,
     Size,
@@ -57,31 +63,44 @@ from clora.distill import Distiller
 from clora.routing import Stream
 
 Figures = dict[str, Any]
+Run = Literal["lean", "exact", "authors"]
+RUNS: tuple[Run, ...] = ("lean", "exact", "authors")
 
 
-def make_cycle(schedule: Schedule, data: Data, source: Distiller, device: str) -> Callable[[int], Callable[[], object]]:
+def size_of(run: Run, size: Size) -> Size:
+    return replace(size, **LEAN) if run == "lean" else size
+
+
+def make_cycle(run: Run, data: Data, source: Distiller, device: str) -> Callable[[int], Callable[[], object]]:
     """A function from a step to its cycle, ready to run; `source` deals the batches of the authors' schedule."""
-    if schedule == "ours":
+    if run != "authors":
         ours = make_ours(data, device)
         return lambda step: partial(ours.full_step, step)
     authors = make_authors(data, device)
     return lambda step: authors_cycle(authors, source, step)
 
 
-def peak_memory(schedule: Schedule, size: Size, device: str) -> int:
-    """Peak bytes of one schedule alone."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        peak: int = pool.submit(_peak_memory, schedule, size, device).result()
-    return peak
+def peak_memories(runs: Sequence[Run], size: Size, device: str) -> dict[Run, int]:
+    """Peak bytes of each run alone; on a CPU two at a time."""
+    workers = 2 if device == "cpu" else 1
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        # The largest first: the others share what time it takes.
+        waiting = {run: pool.submit(_peak_memory, run, size, device) for run in reversed(runs)}
+        return {run: waiting[run].result() for run in runs}
 
 
-def _peak_memory(schedule: Schedule, size: Size, device: str) -> int:
+def _peak_memory(run: Run, size: Size, device: str) -> int:
     torch.set_num_threads(1)
+    if device == "cpu":
+        give_back_freed_memory()
     # One critic update: more of them repeat the same. Two cycles: in the first, Adam's state is not there yet.
-    data, source = make_data(size, 1), make_source(size, 1, device)
+    data, source = make_data(size_of(run, size), 1), make_source(size, 1, device)
+    steps = list(islice(steps_of(source, "effect"), 2))
+    source.full_step(steps[0])  # what libraries take when they are used
     before: int = psutil.Process().memory_info().rss
-    cycle = make_cycle(schedule, data, source, device)
-    for step in islice(steps_of(source, "effect"), 2):
+    cycle = make_cycle(run, data, source, device)
+    forget_peak(device)  # of loading: weights that are to be quantized would wait in CPU memory for a GPU
+    for step in steps:
         cycle(step)()
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
@@ -89,23 +108,38 @@ def _peak_memory(schedule: Schedule, size: Size, device: str) -> int:
     return int(status["VmHWM"].split()[0]) * 1024 - before
 
 
+def give_back_freed_memory(at_least: int = 1 << 20) -> None:
+    """Have glibc return what is freed to the system at once, from this size on, so that the resident set is that of
+    live tensors, as a GPU allocator counts them, and not of holes between them."""
+    M_MMAP_THRESHOLD = -3  # malloc.h; set by hand it no longer grows with what was freed
+    if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, at_least):
+        raise RuntimeError("glibc's mallopt does not take the threshold")
+
+
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark; proc(5)
+
+
 def time_cycles(
-    size: Size, schedules: Sequence[Schedule], steps: dict[Stream, list[int]], rounds: int, device: str
-) -> dict[Schedule, dict[Stream, list[float]]]:
-    """Seconds of each timed cycle by schedule and stream. The order of the schedules alternates."""
-    data, source = make_data(size, CRITIC_UPDATES), make_source(size, CRITIC_UPDATES, device)
-    cycles = {schedule: make_cycle(schedule, data, source, device) for schedule in schedules}
-    seconds: dict[Schedule, dict[Stream, list[float]]] = {
-        schedule: {stream: [] for stream in STREAMS} for schedule in schedules
-    }
-    for index in range(rounds + 1):  # the first warms up, for which one stream is enough
-        for stream in STREAMS if index else STREAMS[:1]:
-            for schedule in schedules if index % 2 else reversed(schedules):
-                run = cycles[schedule](steps[stream][index])
+    size: Size, runs: Sequence[Run], steps: dict[Stream, list[int]], rounds: int, device: str
+) -> dict[Run, dict[Stream, list[float]]]:
+    """Seconds of each timed cycle by run and stream. The order of the runs alternates."""
+    source = make_source(size, CRITIC_UPDATES, device)
+    cycles = {run: make_cycle(run, make_data(size_of(run, size), CRITIC_UPDATES), source, device) for run in runs}
+    seconds: dict[Run, dict[Stream, list[float]]] = {run: {stream: [] for stream in STREAMS} for run in runs}
+    warm_up = device == "cuda"  # compiles and tunes; on a CPU a first cycle takes no longer than a second
+    for index in range(rounds + warm_up):
+        warm = warm_up and index == 0  # for which one stream is enough
+        for stream in STREAMS[:1] if warm else STREAMS:
+            for run in runs if index % 2 else reversed(runs):
+                cycle = cycles[run](steps[stream][index])
                 started = clock(device)
-                run()
-                if index:
-                    seconds[schedule][stream].append(clock(device) - started)
+                cycle()
+                if not warm:
+                    seconds[run][stream].append(clock(device) - started)
     return seconds
 
 
@@ -148,36 +182,43 @@ def matmul_ceiling(size: Size, device: str) -> float:
     return 2 * rows * width * 4 * width / statistics.median(seconds[1:])
 
 
-def measure(size: Size, device: str, rounds: int) -> Figures:
+def measure(size: Size, runs: Sequence[Run], device: str, rounds: int) -> Figures:
     """Everything but the heading of the bench's document."""
     rehearsal = rehearse(size, device)
-    schedules: list[Schedule] = ["ours", "authors"] if size.authors_fit else ["ours"]
-    peaks = {schedule: peak_memory(schedule, size, device) for schedule in schedules}
+    peaks = peak_memories(runs, size, device)
     ceiling, flops_of = matmul_ceiling(size, device), flops(size)
-    seconds = time_cycles(size, schedules, rehearsal.steps, rounds, device)
+    seconds = time_cycles(size, runs, rehearsal.steps, rounds, device)
     rows = [
-        row(size, rehearsal.cycle(schedule, stream), seconds[schedule][stream], flops_of, ceiling)
-        | {"schedule": schedule, "stream": stream}
-        for schedule in schedules
+        {"run": run, "stream": stream}
+        | row(size, rehearsal.cycle(schedule_of(run), stream), seconds[run][stream], flops_of, ceiling)
+        for run in runs
         for stream in STREAMS
     ]
-    ratio: dict[str, float | None] = {"time": None, "peak_memory": None}
-    if size.authors_fit:
-        medians = {(one["schedule"], one["stream"]): one["median_s"] for one in rows}
-        ours, authors = (sum(medians[schedule, stream] for stream in STREAMS) for schedule in schedules)
-        ratio = {"time": round(ours / authors, 3), "peak_memory": round(peaks["ours"] / peaks["authors"], 3)}
-        for stream in STREAMS:
-            ratio[f"time_{stream}"] = round(medians["ours", stream] / medians["authors", stream], 3)
+    ratios = {run: ratio(run, rows, peaks) for run in runs if run != "authors"} if "authors" in runs else {}
     return {
         "counts": {
             schedule: {kind: asdict(work) for kind, work in kinds.items()}
             for schedule, kinds in rehearsal.counts.items()
         },
-        "ratio": ratio,
-        "peak_memory_mb": {schedule: round(peak / 1e6) for schedule, peak in peaks.items()},
+        "ratio": ratios.get("lean", ratios.get("exact")),
+        "ratios": ratios,
+        "peak_memory_mb": {run: round(peak / 1e6) for run, peak in peaks.items()},
         "matmul_tflops": round(ceiling / 1e12, 3),
         "cycles": rows,
     }
+
+
+def schedule_of(run: Run) -> Schedule:
+    return "authors" if run == "authors" else "ours"
+
+
+def ratio(run: Run, rows: Sequence[Figures], peaks: Mapping[Run, int]) -> dict[str, float]:
+    """Time and peak memory of a run over the authors'."""
+    medians = {(one["run"], one["stream"]): one["median_s"] for one in rows}
+    ours, authors = (sum(medians[who, stream] for stream in STREAMS) for who in (run, "authors"))
+    by_stream = {f"time_{stream}": medians[run, stream] / medians["authors", stream] for stream in STREAMS}
+    found = {"time": ours / authors, "peak_memory": peaks[run] / peaks["authors"], **by_stream}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def row(size: Size, work: Work, seconds: Sequence[float], flops_of: Work, ceiling: float) -> Figures:
@@ -202,12 +243,13 @@ def report(document: Figures) -> None:
         print(f"{schedule:8s} {', '.join(cells)}")
     for one in document["cycles"]:
         print(
-            "{schedule:8s} {stream:8s} {median_s} s ({p20_s} to {p80_s})  {tokens_per_s} tokens/s"
+            "{run:8s} {stream:8s} {median_s} s ({p20_s} to {p80_s})  {tokens_per_s} tokens/s"
             "  utilisation {utilisation:.0%}".format(**one)
         )
-    peaks = [f"{schedule} {peak} MB" for schedule, peak in document["peak_memory_mb"].items()]
+    peaks = [f"{run} {peak} MB" for run, peak in document["peak_memory_mb"].items()]
     print(f"peak memory: {', '.join(peaks)}")
-    print(f"ours over the authors': {', '.join(f'{name} {value}' for name, value in document['ratio'].items())}")
+    for run, figures in document["ratios"].items():
+        print(f"{run} over the authors': {', '.join(f'{name} {value}' for name, value in figures.items())}")
 
 
 def main() -> None:
@@ -216,13 +258,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--size", choices=SIZES, default="full-width-20" if device == "cuda" else "full-width-2")
     parser.add_argument("--rank", type=int, help="of all adapters, in place of the size's own")
-    parser.add_argument("--quantize", choices=("none", "int8"), default="none", help="of our base")
-    parser.add_argument("--rounds", type=int, help="timed cycles of each schedule and stream, at least 2")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, help="all that fit, if not given")
+    parser.add_argument("--rounds", type=int, help="timed cycles of each run and stream, at least 2")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = SIZES[options.size]
-    size = replace(size, rank=options.rank or size.rank, quantize=options.quantize)
+    size = replace(size, rank=options.rank or size.rank)
+    fitting = RUNS if size.authors_fit else RUNS[:2]
+    runs = [run for run in fitting if options.runs is None or run in options.runs]
+    if not runs:
+        parser.error(f"--runs: {options.size} has no authors' run; its three copies of the transformer fit nowhere")
     rounds = max(2, options.rounds or size.rounds)
+    started = time.perf_counter()
     document = {
         "bench": "train_cycle",
         "size": options.size,
@@ -230,11 +277,11 @@ def main() -> None:
         "torch": torch.__version__,
         "dtype": str(size.dtype).removeprefix("torch."),
         "rank": size.rank,
-        "quantize": size.quantize,
         "sequence": size.sequence,
         "rounds": rounds,
-        **measure(size, device, rounds),
+        **measure(size, runs, device, rounds),
     }
+    document["seconds"] = round(time.perf_counter() - started)
     if options.json:
         print(json.dumps(document, indent=1))
     else:

@@ -6,7 +6,7 @@ and which part it is, and its own checksum. All of it is written under a tempora
 folder with the final name is whole whatever happened meanwhile; then the file `latest` is moved to it, and old ones are
 removed. M processes read what N wrote: a part is put together from the shards that overlap it.
 
-The state of a group of parameters is a few flat fp32 tensors of one length (`optimizer.Group.state`), which the
+The state of a group of parameters is a few flat fp32 tensors of one length (`optimizer.Group.snapshot`), which the
 processes share out in order of their ranks.
 """
 
@@ -37,7 +37,8 @@ _saves = itertools.count()  # equal on all processes, and never the same twice i
 
 @dataclass(frozen=True)
 class GroupPart:
-    """One process's part, `start` .. `stop` - 1, of a group's flat tensors by kind ("param", "exp_avg", ...)."""
+    """One process's part, `start` .. `stop` - 1, of a group's flat tensors by kind ("param", "exp_avg", ...), in CPU
+    memory and not used otherwise: they are written in the background."""
 
     tensors: Mapping[str, Tensor]
     start: int
@@ -105,16 +106,12 @@ class CheckpointWriter:
         distributed.meet()
 
     def save(self, step: int, groups: Mapping[str, GroupPart], state: Mapping[str, Any]) -> str | None:
-        """Copy everything and return; it is written from the copy.
+        """Start to write and return; `state` is copied.
 
         Returns what `wait` says of the checkpoint before.
         """
         failure = self.wait()
-        tensors = {
-            f"{name}.{kind}": value[: part.stop - part.start].detach().to("cpu", copy=True)
-            for name, part in groups.items()
-            for kind, value in part.tensors.items()
-        }
+        tensors = {f"{name}.{kind}": value for name, part in groups.items() for kind, value in part.tensors.items()}
         parts = {name: [part.start, part.stop] for name, part in groups.items()}
         key = f"checkpoint/{next(_saves)}"
         copied = json.loads(json.dumps(state))  # the run changes its own while this is written

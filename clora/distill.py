@@ -291,9 +291,8 @@ class Distiller:
         return self.full_step(step)
 
     def _start_critic(self) -> None:
-        with torch.no_grad():
-            for key, value in self.critic.parameters.items():
-                value.copy_(self.student.parameters[key.replace(CRITIC, STUDENT, 1)])
+        start = self.student.masters()
+        self.critic.assign({key: start[key.replace(CRITIC, STUDENT, 1)] for key in self.critic.parameters})
 
     def _update(self, group: Group, loss_of: LossOf, step: int) -> dict[str, Tensor]:
         """One update of `group` over `gradient_accumulation_steps` batches; the figures are those of the last."""

@@ -144,7 +144,7 @@ class _Saver:
         if step == self._saved:
             return
         parts = {
-            name: GroupPart(group.state, group.own.start, max(group.own.start, min(group.own.stop, group.total)))
+            name: GroupPart(group.snapshot(), group.own.start, group.own.start + group.own_length)
             for name, group in self._groups.items()
         }
         state = {
@@ -206,7 +206,7 @@ def run_loop(
     with distributed.guard("the start"):
         step, seconds, sums = _resume(config, groups, console)
         saver = _Saver(config, groups, step or None, console.print)
-    device = next(iter(groups.values())).state["param"].device
+    device = next(iter(groups.values())).device
     with _signals() as received, _tracker(config, step, sums) as tracker, _progress(console) as progress:
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
         try:

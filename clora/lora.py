@@ -53,6 +53,11 @@ class Adapters:
         return {name: (linear.out_features, linear.in_features) for name, linear in self.linears.items()}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What adapters are computed in: the type of the base's weights, before any quantization."""
+        return next(iter(self.linears.values())).weight.dtype
+
+    @property
     def slot_names(self) -> tuple[str, ...]:
         return tuple(self._slots)
 

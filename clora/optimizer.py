@@ -1,22 +1,28 @@
 """Parameters with their optimizer, flat in memory and shared out among the processes (ZeRO-1).
 
-The parameters of a group are views into one fp32 buffer. Process r of N keeps AdamW's moments and the average of the
-r-th part of it alone: gradients are summed into that part by one reduce-scatter, updated there, and the parameters come
-back by one all-gather, together the traffic of one all-reduce. One process has the whole and communicates nothing.
+The parameters of a group are views into one buffer of the dtype they are computed with. Process r of N keeps their fp32
+masters, AdamW's moments and the average of the r-th part of it alone: gradients are summed into that part by one
+reduce-scatter, updated there, and the parameters come back by one all-gather, less than the traffic of one all-reduce.
+One process has the whole and communicates nothing.
+
+A bfloat16 parameter is the upper half of its master, rounded (`split`); the lower half is kept beside it, so that
+masters take four bytes a number in all and no forward has to round them anew.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from clora import distributed
 
-_ALIGN = 64  # elements: every parameter starts at a multiple of 256 bytes
+_ALIGN = 64  # elements: every parameter starts at a multiple of 128 bytes
+_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements updated at a time: what caches hold, few launches
 
 
 class NonFiniteError(ArithmeticError):
@@ -25,20 +31,21 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one parameter in this process's part of the buffer; `start`: where in the parameter it begins."""
+    """What of one parameter lies in this process's part of the buffer."""
 
     name: str
-    start: int
-    value: nn.Parameter  # (n,), a view of the buffer; its grad one of the gradients
+    start: int  # where in the parameter it begins
+    own: slice  # where in this process's part it lies
+    grad: Tensor  # (n,) fp32, a view of the gradients
 
 
 @dataclass
 class Group:
     """Parameters with one AdamW and one learning-rate schedule; `ema_decay` 0 keeps no average.
 
-    Parameters that had no gradient since the last update are left alone by it, decay included, as in torch.
-    `gradients_of`: another group whose buffer of gradients serves for these too; between the first gradient and the
-    update of one of them the other must get none.
+    They are given in fp32 and become `dtype`, fp32 or bfloat16. Those that had no gradient since the last update are
+    left alone by it, decay included, as in torch. `gradients_of`: another group whose buffer of gradients serves for
+    these too; between the first gradient and the update of one of them the other must get none.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -51,17 +58,22 @@ class Group:
     ema_start: int = 0
     per_slot: bool = False  # parameters are stacked (S, ...): S independent jobs, each clipped by its own norm
     gradients_of: Group | None = None
-    optimizer: torch.optim.AdamW = field(init=False)
+    dtype: torch.dtype = torch.float32
+    moments: torch.dtype = torch.float32  # in which AdamW's are kept: fp32 or bfloat16
     updates: int = field(init=False, default=0)
     steps: dict[str, int] = field(init=False)  # updates of each parameter
     own: slice = field(init=False)  # this process's part of the buffer
     total: int = field(init=False)  # length of the buffer without the padding at its end
-    state: dict[str, Tensor] = field(init=False)  # "param", "exp_avg", "exp_avg_sq", "ema": this process's part
+    device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
         first = next(iter(self.parameters.values()))
         if any(p.dtype != torch.float32 or p.device != first.device for p in self.parameters.values()):
             raise ValueError("trained parameters must be fp32 and on one device")
+        for what, dtype in (("parameters", self.dtype), ("moments", self.moments)):
+            if dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"{what} cannot be {dtype}; give float32 or bfloat16")
+        self.device = first.device
         self._offsets: dict[str, int] = {}
         end = 0
         for name, parameter in self.parameters.items():
@@ -72,55 +84,77 @@ class Group:
         self.own = slice(distributed.rank() * part, (distributed.rank() + 1) * part)
         self.steps = dict.fromkeys(self.parameters, 0)
         self._touched: set[str] = set()  # parameters with a gradient since the last update
-        self._allocate(part, first.device)
+        self._allocate(part)
         self._pieces = list(self._cut())
-        self.optimizer = torch.optim.AdamW(
-            [piece.value for piece in self._pieces] or [nn.Parameter(torch.zeros(0))],
-            lr=self.learning_rate,
-            betas=self.betas,
-            eps=self.epsilon,
-            weight_decay=self.weight_decay,
-        )
-        for piece in self._pieces:
-            moments = {key: self._of_piece(self.state[key], piece) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[piece.value] = {"step": torch.tensor(0.0), **moments}
 
-    def _allocate(self, part: int, device: torch.device) -> None:
+    def _allocate(self, part: int) -> None:
         """The buffers; the parameters move into theirs, and their gradients are collected in the other."""
-        whole = part * distributed.world()
-        self._flat = torch.zeros(whole, device=device)
+        whole, device = part * distributed.world(), self.device
+        self._flat = torch.zeros(whole, dtype=self.dtype, device=device)
+        self._low = None if self.dtype == torch.float32 else torch.zeros(part, dtype=torch.int16, device=device)
+        for name, parameter in self.parameters.items():
+            self._put(name, parameter.detach())
+            parameter.data = self._view(self._flat, name)
+            parameter.register_post_accumulate_grad_hook(self._collector(name))
         lent: Tensor | None = None if self.gradients_of is None else self.gradients_of._grad
         fits = lent is not None and len(lent) >= whole
         self._grad: Tensor = lent[:whole] if lent is not None and fits else torch.zeros(whole, device=device)
         # Kept apart from the sum, so that a gradient that is not finite can be traced to its process.
         self._own_grad = self._grad if distributed.world() == 1 else torch.zeros(part, device=device)
-        for name, parameter in self.parameters.items():
-            view = self._view(self._flat, name)
-            view.copy_(parameter.detach())
-            parameter.data = view
-            parameter.register_post_accumulate_grad_hook(self._collector(name))
-        self.state = {"param": self._flat[self.own]}
-        self.state |= {key: torch.zeros(part, device=device) for key in ("exp_avg", "exp_avg_sq")}
+        self._state = {"param": self._flat[self.own]}  # by kind: this process's part as it is stored
+        for kind in ("exp_avg", "exp_avg_sq"):
+            self._state[kind] = torch.zeros(part, dtype=self.moments, device=device)
         if self.ema_decay:
-            self.state["ema"] = self.state["param"].clone()
+            self._state["ema"] = torch.empty(part, device=device)
+            for at in self._parts(slice(0, part)):
+                self._state["ema"][at] = self._read("param", at)
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
         parameter, offset = self.parameters[name], self._offsets[name]
         return flat[offset : offset + parameter.numel()].view(parameter.shape)
 
-    def _cut(self) -> Iterator[Piece]:
-        for name, parameter in self.parameters.items():
-            offset = self._offsets[name]
-            start, stop = max(offset, self.own.start), min(offset + parameter.numel(), self.own.stop)
-            if start < stop:
-                value = nn.Parameter(self._flat[start:stop])
-                piece = Piece(name, start - offset, value)
-                value.grad = self._of_piece(self._own_grad, piece)
-                yield piece
+    def _put(self, name: str, value: Tensor) -> None:
+        """Give a parameter the value of an fp32 tensor of its shape."""
+        if self._low is None:
+            self._view(self._flat, name).copy_(value)
+            return
+        high, low = split(value)
+        self._view(self._flat, name).copy_(high)
+        for start, own in self._own_part(name):
+            self._low[own] = low.flatten()[start : start + own.stop - own.start]
 
-    def _of_piece(self, own: Tensor, piece: Piece) -> Tensor:
-        start = self._offsets[piece.name] + piece.start - self.own.start
-        return own[start : start + piece.value.numel()]
+    def _own_part(self, name: str) -> Iterator[tuple[int, slice]]:
+        """Where in the parameter and where in this process's part it begins, if anything of it is there."""
+        offset = self._offsets[name]
+        start = max(offset, self.own.start)
+        stop = min(offset + self.parameters[name].numel(), self.own.stop)
+        if start < stop:
+            yield start - offset, slice(start - self.own.start, stop - self.own.start)
+
+    def _cut(self) -> Iterator[Piece]:
+        for name in self.parameters:
+            for start, own in self._own_part(name):
+                yield Piece(name, start, own, self._own_grad[own])
+
+    def _read(self, kind: str, at: slice) -> Tensor:
+        """A stretch of this process's part of the state in fp32; the stored numbers themselves where they are fp32."""
+        stored = self._state[kind][at]
+        return join(stored, self._low[at]) if kind == "param" and self._low is not None else stored.float()
+
+    def _write(self, kind: str, at: slice, value: Tensor) -> None:
+        stored = self._state[kind][at]
+        if kind == "param" and self._low is not None:
+            high, self._low[at] = split(value)
+            stored.copy_(high)
+        elif stored.dtype == torch.bfloat16:
+            stored.copy_(round_either_way(value, self.updates))
+        elif value.data_ptr() != stored.data_ptr():
+            stored.copy_(value)
+
+    def _parts(self, at: slice) -> Iterator[slice]:
+        """A stretch in pieces for which the working copies are small."""
+        size = _AT_ONCE["cpu" if self.device.type == "cpu" else "cuda"]
+        return (slice(first, min(first + size, at.stop)) for first in range(at.start, at.stop, size))
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         """Moves a parameter's gradient into the buffer as soon as the backward pass has made it."""
@@ -135,18 +169,31 @@ class Group:
         return collect
 
     def gradient(self, name: str) -> Tensor | None:
-        """This process's gradient of a parameter since the last update; None where there was none."""
+        """This process's gradient (fp32) of a parameter since the last update; None where there was none."""
         return self._view(self._grad, name) if name in self._touched else None
 
+    def masters(self) -> dict[str, Tensor]:
+        """The parameters in fp32. All processes must call it."""
+        return self._whole("param")
+
     def averaged(self) -> dict[str, Tensor]:
-        """The parameters to export: their average where one is kept. All processes must call it."""
+        """The parameters to export, fp32: their average where one is kept. All processes must call it."""
+        return self._whole("ema" if "ema" in self._state else "param")
+
+    def _whole(self, kind: str) -> dict[str, Tensor]:
         flat = self._flat
-        if "ema" in self.state:
-            flat = self.state["ema"]
+        if kind != "param" or self._low is not None:
+            own = self._read(kind, slice(0, self.own.stop - self.own.start))
+            flat = own
             if distributed.world() > 1:
-                flat = torch.empty_like(self._flat)
-                distributed.all_gather(flat, self.state["ema"])
+                flat = torch.empty(len(self._flat), device=self.device)
+                distributed.all_gather(flat, own)
         return {name: self._view(flat, name) for name in self.parameters}
+
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        """Give the parameters these values (fp32, the same on all processes); moments and average stay."""
+        for name, value in values.items():
+            self._put(name, value)
 
     def forget_gradients(self) -> None:
         self._touched.clear()
@@ -161,47 +208,119 @@ class Group:
 
     def update(self, learning_rate: float) -> None:
         """AdamW and average on this process's part; then every process has all parameters again."""
-        idle = [piece for piece in self._pieces if piece.name not in self._touched]
-        for piece in idle:
-            piece.value.grad = None  # torch leaves it alone then
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = learning_rate
-        self.optimizer.step()
-        for piece in idle:
-            piece.value.grad = self._of_piece(self._own_grad, piece)
+        for run, steps in self._runs():
+            for at in self._parts(run):
+                self._adamw(at, steps, learning_rate)
         for name in self._touched:
             self.steps[name] += 1
         self.forget_gradients()
         self.updates += 1
-        if "ema" in self.state:
+        if "ema" in self._state:
             since = self.updates - self.ema_start
             # The average starts as a copy and forgets the start at the pace of its own age.
             decay = 0.0 if since <= 0 else min(self.ema_decay, since / (since + 10))
-            self.state["ema"].lerp_(self.state["param"], 1 - decay)
+            for at in self._parts(slice(0, self.own.stop - self.own.start)):
+                self._state["ema"][at].lerp_(self._read("param", at), 1 - decay)
         self.share_parameters()
+
+    def _runs(self) -> Iterator[tuple[slice, int]]:
+        """Stretches of this process's part without a gap, all of gradients, and how often they were updated."""
+        run, steps = slice(0, 0), 0
+        for piece in self._pieces:
+            if piece.name not in self._touched:
+                continue
+            if piece.own.start == run.stop and self.steps[piece.name] == steps:
+                run = slice(run.start, piece.own.stop)
+                continue
+            if run.start < run.stop:
+                yield run, steps
+            run, steps = piece.own, self.steps[piece.name]
+        if run.start < run.stop:
+            yield run, steps
+
+    def _adamw(self, at: slice, steps: int, learning_rate: float) -> None:
+        now = {kind: self._read(kind, at) for kind in ("param", "exp_avg", "exp_avg_sq")}
+        adamw(
+            [now["param"]],
+            [self._own_grad[at]],
+            [now["exp_avg"]],
+            [now["exp_avg_sq"]],
+            [],
+            [torch.full((), float(steps), device=self.device)],
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=learning_rate,
+            weight_decay=self.weight_decay,
+            eps=self.epsilon,
+            maximize=False,
+        )
+        for kind, value in now.items():
+            self._write(kind, at, value)
 
     def share_parameters(self) -> None:
         """Give every process the parts of the parameters that the others keep."""
         if distributed.world() > 1:
-            distributed.all_gather(self._flat, self.state["param"].clone())
+            distributed.all_gather(self._flat, self._state["param"].clone())
 
     def layout(self) -> list[tuple[str, list[int]]]:
         """Names and shapes in the buffer's order; what a checkpoint must have to fit."""
         return [(name, list(parameter.shape)) for name, parameter in self.parameters.items()]
 
+    @property
+    def own_length(self) -> int:
+        """Elements of this process's part without the padding at the buffer's end."""
+        start, stop = int(self.own.start), int(self.own.stop)
+        return max(0, min(stop, self.total) - start)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies (own_length,) of this process's part of the state by kind ("param", "exp_avg", "exp_avg_sq", "ema"),
+        in fp32 whatever `dtype` is, in CPU memory."""
+        copies = {kind: torch.empty(self.own_length) for kind in self._state}
+        for kind, copy in copies.items():
+            for at in self._parts(slice(0, self.own_length)):
+                copy[at] = self._read(kind, at)
+        return copies
+
     def restore(self, read: Callable[[str, int, int], Tensor], steps: dict[str, int], updates: int) -> None:
-        """Take over a state: `read(kind, start, stop)` gives that part of the unpadded buffer of `state[kind]`."""
-        length = max(0, min(self.own.stop, self.total) - self.own.start)
-        with torch.no_grad():
-            for kind, part in self.state.items():
-                if length:
-                    part[:length].copy_(read(kind, self.own.start, self.own.start + length))
+        """Take over a state: `read(kind, start, stop)` gives that part of the unpadded buffer of a kind, as
+        `snapshot` has it."""
+        length = self.own_length
+        for kind in self._state if length else ():
+            values = read(kind, self.own.start, self.own.start + length).to(self.device)
+            self._write(kind, slice(0, length), values)
         self.share_parameters()
         self.steps = {name: steps[name] for name in self.parameters}
-        for piece in self._pieces:
-            self.optimizer.state[piece.value]["step"].fill_(self.steps[piece.name])
         self.updates = updates
         self.forget_gradients()
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp32 tensor as bfloat16 (to nearest, ties away from zero) and the int16 that `join` makes it whole with."""
+    bits = value.contiguous().view(torch.int32)
+    low = bits.to(torch.int16)  # the lower half as a signed number: what is above the nearest bfloat16, or below
+    high = (bits - low).bitwise_right_shift_(16).to(torch.int16)
+    return high.view(torch.bfloat16), low
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The inverse of `split`, bit for bit."""
+    bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(low).view(torch.float32)
+
+
+def round_either_way(value: Tensor, salt: int) -> Tensor:
+    """An fp32 tensor as bfloat16, up or down with odds by the distance, so that changes too small for bfloat16 (of
+    the second moment a thousandth of itself an update) are made on average.
+
+    The odds are drawn by a hash of each number and `salt`, not by a generator: every number of processes draws the
+    same, and so does a run that was resumed.
+    """
+    bits = value.view(torch.int32)
+    noise = bits.bitwise_xor(salt * 0x9E3779B1 & 0x7FFFFFFF).mul_(0x2C1B3C6D)
+    noise.bitwise_xor_(noise >> 15).mul_(0x297A2D39).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return noise.add_(bits).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
 def apply_gradients(group: Group, factor: float, where: str) -> float:
@@ -241,20 +360,22 @@ def _whose(fault: str) -> str:
 
 
 def _clip(group: Group, pieces: list[Piece]) -> float:
-    grads = [piece.value.grad for piece in pieces if piece.value.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=group.state["param"].device)
+    grads = [piece.grad for piece in pieces]
+    total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=group.device)
     if distributed.world() > 1:
-        norm = distributed.sum_over_processes(norm.square()).sqrt()
-    torch.nn.utils.clip_grads_with_norm_([piece.value for piece in pieces], group.max_grad_norm, norm)
-    return float(norm)
+        total = distributed.sum_over_processes(total.square()).sqrt()
+    norm = float(total)
+    if grads and norm > group.max_grad_norm:
+        torch._foreach_mul_(grads, group.max_grad_norm / (norm + 1e-6))
+    return norm
 
 
 def _clip_per_slot(group: Group, pieces: list[Piece]) -> float:
     """Clip each slot of stacked parameters by its own norm; returns the largest."""
     slots = len(next(iter(group.parameters.values())))
-    squares = [torch.zeros(slots, device=group.state["param"].device)] if not pieces else []
+    squares = [torch.zeros(slots, device=group.device)] if not pieces else []
     for piece in pieces:
-        squares.append(torch.zeros(slots, device=piece.value.device))
+        squares.append(torch.zeros(slots, device=group.device))
         for first, rows in _by_slot(piece, group.parameters[piece.name]):
             squares[-1][first : first + len(rows)] += rows.square().sum(1)
     norms = distributed.sum_over_processes(torch.stack(squares).sum(0)).sqrt()
@@ -268,8 +389,7 @@ def _clip_per_slot(group: Group, pieces: list[Piece]) -> float:
 def _by_slot(piece: Piece, parameter: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The gradient of a piece of stacked parameters as rows of one slot each, with the first row's slot: the end of a
     slot, whole slots, the beginning of one."""
-    grad, size = piece.value.grad, parameter[0].numel()
-    assert grad is not None
+    grad, size = piece.grad, parameter[0].numel()
     head = min(len(grad), -piece.start % size)
     body = head + (len(grad) - head) // size * size
     for start, stop, width in ((0, head, head), (head, body, size), (body, len(grad), len(grad) - body)):

@@ -89,14 +89,15 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
 
     run_loop(_loop(workspace, "teach", settings.max_train_steps, resume), {"teach": group}, one_step, console=console)
     files = {effect.name: config.teacher_path(effect) for effect in config.effects}
-    for name, slot in zip(names, slots, strict=True) if distributed.is_main() else ():
-        files[name].parent.mkdir(parents=True, exist_ok=True)
-        write_lora(
-            files[name],
-            slot_to_cpu(workspace.adapters, slot),
-            {"clora.effect": name},
-            dtype=DTYPES[settings.save_dtype],
-        )
+    with averaged_weights(group):
+        for name, slot in zip(names, slots, strict=True) if distributed.is_main() else ():
+            files[name].parent.mkdir(parents=True, exist_ok=True)
+            write_lora(
+                files[name],
+                slot_to_cpu(workspace.adapters, slot),
+                {"clora.effect": name},
+                dtype=DTYPES[settings.save_dtype],
+            )
     workspace.adapters.remove_stack("teach")
     return files
 

@@ -292,23 +292,23 @@ def trainable_group(
         ema_decay=train.ema_decay if ema else 0.0,
         ema_start=train.ema_start,
         gradients_of=gradients_of,
+        dtype=adapters.dtype,
+        moments=DTYPES[train.adam_moments],
     )
 
 
 @contextmanager
 def averaged_weights(group: Group) -> Iterator[None]:
-    """Put a group's average in place of its parameters for a while (export, sample grids)."""
-    kept = {name: value.detach().clone() for name, value in group.parameters.items()}
-    averaged = group.averaged()
-    with torch.no_grad():
-        for name, value in group.parameters.items():
-            value.copy_(averaged[name])
+    """Put what a group exports, in fp32, in place of its parameters for a while (files, sample grids). All processes
+    must enter it; nothing can be trained inside."""
+    kept = {name: value.data for name, value in group.parameters.items()}
+    for name, value in group.averaged().items():
+        group.parameters[name].data = value
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, value in group.parameters.items():
-                value.copy_(kept[name])
+        for name, value in kept.items():
+            group.parameters[name].data = value
 
 
 def slot_to_cpu(adapters: Adapters, slot: str) -> dict[str, LoraModule]:

@@ -395,7 +395,7 @@ def poison(value: str, where: str, rank: int, report: Path) -> None:
 
 def _state_of(group: Any) -> str:
     digest = hashlib.sha256(repr((group.updates, group.steps)).encode())
-    for tensor in (*group.state.values(), *group.parameters.values()):
+    for tensor in (*group.snapshot().values(), *group.parameters.values()):
         digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -65,7 +65,7 @@ def test_critic_reuse_saves_the_last_critic_updates_rollout(monkeypatch: pytest.
     monkeypatch.setattr("clora.distill.total_loss", watched_total_loss)
     rollouts = set()
     for step in range(30):
-        with counted([ours.backbone.transformer], [ours.student.optimizer, ours.critic.optimizer]) as events:
+        with counted([ours.backbone.transformer], [ours.student, ours.critic]) as events:
             ours.full_step(step)
         first, last, student = updates_of(events)
         assert first.backwards == last.backwards == 1
@@ -213,6 +213,6 @@ def test_row_counts_the_work_of_a_schedule_against_the_ceiling() -> None:
 
 def test_time_cycles_times_every_schedule_and_stream() -> None:
     steps: dict[Stream, list[int]] = {"effect": [1, 1, 1], "general": [20, 20, 20]}
-    seconds = time_cycles(SMALL, ["ours", "authors"], steps, rounds=2, device="cpu")
+    seconds = time_cycles(SMALL, ["lean", "exact", "authors"], steps, rounds=2, device="cpu")
     assert all(len(times) == 2 and min(times) > 0 for of in seconds.values() for times in of.values())
     assert matmul_ceiling(SMALL, "cpu") > 0
