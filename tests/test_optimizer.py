@@ -1,14 +1,18 @@
-"""Flat groups against torch's own optimizer; sharded ones are in tests/test_distributed.py."""
+"""Flat groups against torch's own optimizer, alone and on two processes; whole jobs are in tests/test_distributed.py."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from clora import distributed
 from clora.optimizer import Group, NonFiniteError, apply_gradients, check_finite, join, round_either_way, split
+from tests import processes
 
 
 def test_apply_gradients_equals_torch() -> None:
@@ -164,3 +168,45 @@ def test_check_finite_names_the_place() -> None:
     assert check_finite(torch.tensor(1.0), "here") == 1.0
     with pytest.raises(NonFiniteError, match="loss is nan at here; nothing was updated"):
         check_finite(torch.tensor(torch.nan), "here")
+
+
+def trained_on_halves(folder: Path) -> None:
+    """Six updates of a group, of which each process has its share of the gradients; writes its part of the state."""
+    dtype = torch.bfloat16
+    with distributed.process_group(60.0):
+        torch.manual_seed(0)
+        parameters = {"a": nn.Parameter(torch.randn(5, 50)), "b": nn.Parameter(torch.randn(70))}
+        group = Group(parameters, 1e-3, max_grad_norm=1e9, ema_decay=0.9, dtype=dtype, moments=dtype)
+        for step in range(6):
+            for name, parameter in parameters.items():
+                torch.manual_seed(step)
+                slopes = torch.randn(2, *parameter.shape).bfloat16()
+                mine = slopes if distributed.world() == 1 else slopes[distributed.rank()][None]
+                for slope in mine:
+                    (parameter * slope).sum().backward()
+            apply_gradients(group, 1.0, "here")
+        group.assign({"b": group.masters()["a"].flatten()[:70]})
+        whole = {f"master of {name}": value for name, value in group.masters().items()}
+        whole |= {f"average of {name}": value.clone() for name, value in group.averaged().items()}
+        whole |= {name: value.detach() for name, value in parameters.items()}
+        start, length = group.own.start, group.own_length
+        part = {f"{kind} {start}": value for kind, value in group.snapshot().items()}
+        assert all(len(value) == length for value in part.values())
+        save_file({name: value.contiguous() for name, value in whole.items()} | part, folder / f"{distributed.rank()}")
+
+
+def test_two_processes_train_bfloat16_parameters_as_one(tmp_path: Path) -> None:
+    """Bit for bit: sums of two bfloat16 gradients are exact in fp32, and rounding either way does not depend on who
+    rounds."""
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "two").mkdir()
+    trained_on_halves(tmp_path / "alone")
+    processes.run(2, ["--help"], tmp_path / "output", trained_on_halves, (tmp_path / "two",))
+    alone, first, second = (load_file(tmp_path / name) for name in ("alone/0", "two/0", "two/1"))
+    for name, value in alone.items():
+        if not name.endswith(" 0"):
+            assert torch.equal(first[name], value) and torch.equal(second[name], value), name
+            continue
+        kind = name.split()[0]
+        parts = [part for key, part in (*first.items(), *second.items()) if key.split()[0] == kind]
+        assert len(parts) == 2 and torch.equal(torch.cat(parts), value), name
