@@ -93,8 +93,10 @@ def _peak_memory(run: Run, size: Size, device: str) -> int:
     torch.set_num_threads(1)
     if device == "cpu":
         give_back_freed_memory()
-    # One critic update: more of them repeat the same. Two cycles: in the first, Adam's state is not there yet.
-    data, source = make_data(size_of(run, size), 1), make_source(size, 1, device)
+    # One critic update of theirs: more of them repeat the same, while ours share a rollout. Two cycles: in the first,
+    # torch's Adam has no state yet.
+    updates = 1 if run == "authors" else CRITIC_UPDATES
+    data, source = make_data(size_of(run, size), updates), make_source(size, updates, device)
     steps = list(islice(steps_of(source, "effect"), 2))
     source.full_step(steps[0])  # what libraries take when they are used
     before: int = psutil.Process().memory_info().rss

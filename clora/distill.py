@@ -9,9 +9,10 @@ A batch is shared by the processes that train together: each draws the whole of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby, islice
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,17 @@ from clora.config_schema import TrainConfig
 from clora.data.examples import Example, collate
 from clora.errors import InputError
 from clora.loop import lr_factor
-from clora.objective import Backward, DistillBatch, Networks, critic_loss, student_sample, ta_fm_loss, total_loss
+from clora.objective import (
+    Backward,
+    CriticSample,
+    DistillBatch,
+    Networks,
+    critic_loss,
+    critic_samples,
+    student_sample,
+    ta_fm_loss,
+    total_loss,
+)
 from clora.optimizer import Group, apply_gradients, check_finite
 from clora.routing import Draws, Rows, Stream, draw_effects, draw_stream, split_rows, step_generator
 from clora.slots import Slot
@@ -33,9 +44,9 @@ from clora.teachers import TeacherBank
 
 # The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one.
 STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
-# Up to so many tokens critic and teacher share a forward, which is a little faster there (`bench.joint_scores`): a
+# Up to so many tokens what needs not wait for each other shares a forward, which is faster there (`bench.joint`): a
 # forward of few tokens mostly reads the weights.
-JOINT_TOKENS = 512
+JOINT_TOKENS = 1024
 Role = Literal["coarse", "student", "anchor", "critic"]
 BackwardOf = Callable[[DistillBatch], Backward]
 # From the number of a batch and of all batches of an update to the figures; the third argument takes the gradients.
@@ -62,14 +73,17 @@ class Distiller:
     accelerated: bool = False
     deal: Sequence[str] = ()
     rehearsed: frozenset[str] = frozenset()
+    joint_tokens: float = JOINT_TOKENS  # math.inf where the weights come from other processes for each forward
     _names: list[str] = field(init=False)
-    _joint_scores: bool = field(init=False)
+    _tokens: int = field(init=False)  # of the largest sample: result, references and text
 
     def __post_init__(self) -> None:
         self._names = list(self.deal or self.effects)
         if not self._names and not self.general:
             raise InputError("nothing to distil: give effects, general data, or both")
-        self._joint_scores = self._join_scores()
+        examples = [*self.general, *(example for pool in self.effects.values() for example in pool)]
+        images = max(e.num_tokens + sum(height * width for height, width in e.ref_grids) for e in examples)
+        self._tokens = images + max(len(text) for e in examples for text in e.texts.values())
 
     @property
     def coarse_steps(self) -> int:
@@ -102,18 +116,15 @@ class Distiller:
             critic,
             teacher,
             cat_conds,
-            scores=scores if self._joint_scores else None,
+            scores=scores if self._batches_at_once >= 3 else None,
             rehearse=self._rehearse if self.rehearsed else None,
         )
 
-    def _join_scores(self) -> bool:
-        """Whether critic and teacher share a forward: where it has few tokens, so that reading the weights is what it
-        costs, or where the weights come from other processes."""
-        examples = [*self.general, *(example for pool in self.effects.values() for example in pool)]
-        images = max(e.num_tokens + sum(height * width for height, width in e.ref_grids) for e in examples)
-        text = max(len(one) for e in examples for one in e.texts.values())
-        sharded = self.config.train.shard_base and distributed.world() > 1
-        return sharded or 3 * self.config.train.batch_size * (images + text) <= JOINT_TOKENS
+    @property
+    def _batches_at_once(self) -> int:
+        """How many batches may share a forward."""
+        most = self.joint_tokens / (self.config.train.batch_size * self._tokens)
+        return int(min(most, self.config.train.critic_updates * self.config.train.gradient_accumulation_steps + 3))
 
     @torch.no_grad()
     def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
@@ -248,15 +259,19 @@ class Distiller:
         # By number of the student's batch: what was made of it for the critic already.
         shared: dict[int, tuple[DistillBatch, Draws, Tensor]] = {}
 
+        reuse = self.config.train.critic_reuse
+        critics = self._critic_batches(step, stream, nets, updates - reuse)
+
         def critic_loss_of(part: int, parts: int, backward_of: BackwardOf, k: int) -> dict[str, Tensor]:
-            batch, rng = self._drawn(step, stream, "critic", k * parts + part, updates * parts, f"critic/{k}/{part}")
-            x0 = None
-            if self.config.train.critic_reuse and k == updates - 1:
+            if reuse and k == updates - 1:
                 batch, student_rng = self._drawn(step, stream, "student", part, parts)
                 x0 = student_sample(nets, batch, self.config, student_rng)
                 shared[part] = batch, student_rng, x0
-                rng = replace(student_rng, generator=rng.generator)
-            loss, figures = critic_loss(nets, batch, self.config, rng, x0)
+                generator = step_generator(self.config.seed, step, f"critic/{k}/{part}", self.backbone.device)
+                rng, sample = replace(student_rng, generator=generator), CriticSample(x0, False)
+            else:
+                batch, rng, sample = next(critics)
+            loss, figures = critic_loss(nets, batch, self.config, rng, sample)
             backward_of(batch)(loss)
             return figures
 
@@ -273,6 +288,25 @@ class Distiller:
             figures |= self._update(self.critic, partial(critic_loss_of, k=k), step)
         student_figures = self._update(self.student, student_loss_of, step)
         return figures | {f"{stream}/{name}": value for name, value in student_figures.items()}
+
+    def _critic_batches(
+        self, step: int, stream: Stream, nets: Networks, updates: int
+    ) -> Iterator[tuple[DistillBatch, Draws, CriticSample]]:
+        """The batches of the critic's first `updates` updates in order, with the student's samples for them.
+
+        The student stays what it is meanwhile, so that batches of one size can roll out together.
+        """
+        parts = self.config.train.gradient_accumulation_steps
+        total = self.config.train.critic_updates * parts
+        drawn = (
+            self._drawn(step, stream, "critic", k * parts + part, total, f"critic/{k}/{part}")
+            for k in range(updates)
+            for part in range(parts)
+        )
+        for _, group in groupby(drawn, key=lambda one: (one[0].student_cond.grid, one[0].student_cond.ref_grids)):
+            while some := list(islice(group, max(1, self._batches_at_once))):
+                batches, rngs = zip(*some, strict=True)
+                yield from zip(batches, rngs, critic_samples(nets, batches, self.config, rngs), strict=True)
 
     def _drawn(
         self, step: int, stream: Stream, role: Role, part: int, parts: int, purpose: str | None = None

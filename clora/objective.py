@@ -15,30 +15,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clora.config import ObjectiveConfig, ScheduleConfig
+from clora.draws import (
+    DistillConfig,
+    chance,
+    draw_dmd_sigma,
+    draw_ta_fm_sigma,
+    draw_ts_critic_sigma,
+    draw_ts_gen_sigma,
+    exit_step,
+    normal,
+    uniform,
+)
 from clora.errors import InputError
 from clora.flow import Velocity, add_noise, few_step_sigmas, shift_sigma
 from clora.losses import Figures, dmd_loss, flow_matching_loss
 from clora.routing import Draws, Rng, Stream, as_draws
-from clora.simulate import backward_simulate, target_simulate
+from clora.simulate import backward_simulate, backward_simulate_together, target_simulate
 
 Loss = tuple[Tensor, Figures]
 Backward = Callable[[Tensor], None]
 
 
-class DistillConfig(Protocol):
-    """The two sections the objectives read; `clora.config.Config` has them."""
+class CriticSample(NamedTuple):
+    """What the critic learns from: x0 (B, T, C), and whether it was simulated from targets."""
 
-    @property
-    def objective(self) -> ObjectiveConfig: ...
-
-    @property
-    def schedule(self) -> ScheduleConfig: ...
+    x0: Tensor
+    on_target: bool
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,9 @@ class Networks:
     student: Velocity
     critic: Velocity
     teacher: Velocity
-    # Joins conds along the batch, for the guided teacher's one call; needed only when guidance is not 1.
-    cat_conds: Callable[[list[Any]], Any] | None = None
+    # Joins conds along the batch, for the guided teacher's one call and for rollouts of several batches; needed only
+    # when guidance is not 1.
+    cat_conds: Callable[[Sequence[Any]], Any] | None = None
     # What TA-FM takes for y, and the samples' weights (B, 1, 1), from (y, eps, x_sigma, sigma, cond); needed only to
     # rehearse what the student knows.
     rehearse: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None
@@ -147,7 +155,7 @@ def ta_fm_loss(
         y, cond = batch.anchor_y, batch.anchor_cond
     draws = as_draws(rng, len(y)).anchors()
     sigma = draw_ta_fm_sigma(len(y), cfg, draws, sigma_dmd)
-    eps = _normal(y.shape, draws)
+    eps = normal(y.shape, draws)
     x_sigma = add_noise(y, eps, sigma)
     v_student = nets.student(x_sigma, sigma, cond)
     if nets.rehearse is not None:
@@ -161,7 +169,7 @@ def dmd_ts_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, rng: Rn
     """Eq. 7, target-simulated distribution matching. Student 1, critic 1, teacher 1 forward (2 guided)."""
     y = _targets(batch, "DMD-TS")
     sigma_gen = draw_ts_gen_sigma(len(y), cfg, rng)
-    y_hat = target_simulate(nets.student, y, batch.student_cond, sigma_gen, _normal(y.shape, rng))
+    y_hat = target_simulate(nets.student, y, batch.student_cond, sigma_gen, normal(y.shape, rng))
     sigma_critic = draw_ts_critic_sigma(len(y), cfg.objective, rng)
     return _match_distributions("dmd_ts", y_hat, sigma_critic, nets, batch, cfg, rng)
 
@@ -192,34 +200,46 @@ def critic_loss(
     batch: DistillBatch,
     cfg: DistillConfig,
     rng: Rng,
-    x0: Tensor | None = None,
+    sample: CriticSample | None = None,
 ) -> Loss:
     """The critic's update: flow matching (Eq. 2) on the student's samples, which carry no grad.
 
-    The samples are backward simulated; on effect steps a share `critic_target_share` of the updates takes
-    target-simulated ones (Eq. 7's y-hat) instead, for the critic is asked about those too. `x0`: the batch's samples,
-    where they were made before.
+    `sample`: the batch's of `critic_samples`, where they were made before.
 
     Returns:
         The 0-d loss, and `{"critic_loss", "critic_on_target"}` (1 for an update on target-simulated samples).
     """
-    objective = cfg.objective
-    on_target = x0 is None and batch.stream == "effect" and _chance(objective.critic_target_share, rng)
-    with torch.no_grad():
-        if x0 is not None:
-            x0 = x0.detach()
-        elif on_target:
-            y = _targets(batch, "critic_target_share")
-            sigma_gen = draw_ts_gen_sigma(len(y), cfg, rng)
-            x0 = target_simulate(nets.student, y, batch.student_cond, sigma_gen, _normal(y.shape, rng))
-        else:
-            x0 = student_sample(nets, batch, cfg, rng)
-    sigma = shift_sigma(_uniform(batch.batch_size, 0.0, 1.0, rng), objective.critic_sigma_shift)
-    eps = _normal(x0.shape, rng)
+    x0, on_target = critic_samples(nets, [batch], cfg, [rng])[0] if sample is None else sample
+    x0 = x0.detach()
+    sigma = shift_sigma(uniform(batch.batch_size, 0.0, 1.0, rng), cfg.objective.critic_sigma_shift)
+    eps = normal(x0.shape, rng)
     v_critic = nets.critic(add_noise(x0, eps, sigma), sigma, batch.student_cond)
     loss, _ = flow_matching_loss(v_critic, x0, eps)
     figures = {"critic_loss": loss.detach(), "critic_on_target": loss.new_tensor(float(on_target))}
     return _own_share(loss, figures, as_draws(rng, batch.batch_size))
+
+
+@torch.no_grad()
+def critic_samples(
+    nets: Networks, batches: Sequence[DistillBatch], cfg: DistillConfig, rngs: Sequence[Rng]
+) -> list[CriticSample]:
+    """The student's samples x0 (B, T, C) that the critic learns from, for batches with a source of numbers each.
+
+    They are backward simulated, all batches together; on effect steps a share `critic_target_share` of the batches has
+    target-simulated ones (Eq. 7's y-hat) instead, for the critic is asked about those too.
+    """
+    share = cfg.objective.critic_target_share
+    found: dict[int, CriticSample] = {}
+    for i, (batch, rng) in enumerate(zip(batches, rngs, strict=True)):
+        if batch.stream == "effect" and chance(share, rng):
+            y = _targets(batch, "critic_target_share")
+            sigma_gen = draw_ts_gen_sigma(len(y), cfg, rng)
+            eps = normal(y.shape, rng)
+            found[i] = CriticSample(target_simulate(nets.student, y, batch.student_cond, sigma_gen, eps), True)
+    left = [i for i in range(len(batches)) if i not in found]
+    samples = student_samples(nets, [batches[i] for i in left], cfg, [rngs[i] for i in left])
+    found |= {i: CriticSample(x0, False) for i, x0 in zip(left, samples, strict=True)}
+    return [found[i] for i in range(len(batches))]
 
 
 def ask_scores(
@@ -250,63 +270,34 @@ def ask_scores(
 def student_sample(nets: Networks, batch: DistillBatch, cfg: DistillConfig, rng: Rng) -> Tensor:
     """The batch's backward-simulated samples x0 (B, T, C) at a drawn exit step, the same for all; with grad."""
     sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
-    generator = as_draws(rng, batch.batch_size).generator
-    step = int(torch.randint(len(sigmas), (), generator=generator, device=generator.device))
+    step = exit_step(len(sigmas), rng)
     shape = (batch.batch_size, *batch.latent_shape)
     x0, _ = backward_simulate(
-        nets.student, batch.student_cond, _normal(shape, rng), step, sigmas, lambda _: _normal(shape, rng)
+        nets.student, batch.student_cond, normal(shape, rng), step, sigmas, lambda _: normal(shape, rng)
     )
     return x0
 
 
-# Draws of sigma, one a sample: (n,) fp32 on rng's device. With `Draws`, n is what this process has of the batch.
-
-
-def draw_dmd_sigma(n: int, objective: ObjectiveConfig, rng: Rng) -> Tensor:
-    """The critic's sigma of DMD-BS: uniform in [dmd_sigma_min, dmd_sigma_max), then shifted."""
-    u = _uniform(n, objective.dmd_sigma_min, objective.dmd_sigma_max, rng)
-    return shift_sigma(u, objective.dmd_sigma_shift)
-
-
-def draw_ts_critic_sigma(n: int, objective: ObjectiveConfig, rng: Rng) -> Tensor:
-    """The critic's sigma of DMD-TS: uniform in [dmd_sigma_min, dmd_sigma_max) above tau_min, then shifted."""
-    u = _uniform(n, max(objective.tau_min, objective.dmd_sigma_min), objective.dmd_sigma_max, rng)
-    return shift_sigma(u, objective.ts_critic_shift)
-
-
-def draw_ts_gen_sigma(n: int, cfg: DistillConfig, rng: Rng) -> Tensor:
-    """Target simulation's sigma below tau_max: uniform, or one of the sampler's steps there."""
-    tau_max = cfg.objective.tau_max
-    if cfg.objective.ts_sigma == "continuous":
-        return _uniform(n, 0.0, tau_max, rng)
+def student_samples(
+    nets: Networks, batches: Sequence[DistillBatch], cfg: DistillConfig, rngs: Sequence[Rng]
+) -> list[Tensor]:
+    """`student_sample` of several batches with a source of numbers each, without grad; several in one forward a
+    sampler step."""
+    if len(batches) < 2 or nets.cat_conds is None:
+        with torch.no_grad():
+            return [student_sample(nets, batch, cfg, rng) for batch, rng in zip(batches, rngs, strict=True)]
     sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
-    draws = as_draws(rng, n)
-    device = draws.generator.device
-    steps = sigmas[sigmas < tau_max].to(device)
-    if len(steps) == 0:
-        raise InputError(
-            f"objective.tau_max is {tau_max:g}, below every step of the schedule, whose last is"
-            f" {sigmas[-1]:.3g}: raise it, or set objective.ts_sigma to continuous"
-        )
-    return steps[draws.own(torch.randint(len(steps), (draws.rows.total,), generator=draws.generator, device=device))]
-
-
-def draw_ta_fm_sigma(n: int, cfg: DistillConfig, rng: Rng, sigma_dmd: Tensor | None = None) -> Tensor:
-    """TA-FM's sigma: uniform in [0, 1), that shifted, or uniform above sigma_dmd and then shifted (authors).
-
-    When there are more samples than in the batch behind sigma_dmd, its values are repeated in order.
-    """
-    law = cfg.objective.ta_fm_sigma
-    if law == "uniform":
-        return _uniform(n, 0.0, 1.0, rng)
-    if law == "shifted":
-        return shift_sigma(_uniform(n, 0.0, 1.0, rng), cfg.schedule.shift)
-    draws = as_draws(rng, n)
-    total = draws.rows.total
-    if sigma_dmd is None:
-        sigma_dmd = draw_dmd_sigma(total, cfg.objective, draws.generator)
-    floor = draws.own(sigma_dmd.repeat(-(-total // len(sigma_dmd)))[:total])
-    return shift_sigma(floor + (1.0 - floor) * _uniform(n, 0.0, 1.0, rng), cfg.schedule.shift)
+    shapes = [(batch.batch_size, *batch.latent_shape) for batch in batches]
+    steps = [exit_step(len(sigmas), rng) for batch, rng in zip(batches, rngs, strict=True)]
+    return backward_simulate_together(
+        nets.student,
+        [batch.student_cond for batch in batches],
+        nets.cat_conds,
+        [normal(shape, rng) for shape, rng in zip(shapes, rngs, strict=True)],
+        steps,
+        sigmas,
+        lambda i, _: normal(shapes[i], rngs[i]),
+    )
 
 
 def _match_distributions(
@@ -321,7 +312,7 @@ def _match_distributions(
     """Noise the student's sample, ask critic and teacher, and turn their difference into a loss."""
     objective = cfg.objective
     with torch.no_grad():
-        x_sigma = add_noise(x0_student, _normal(x0_student.shape, rng), sigma)
+        x_sigma = add_noise(x0_student, normal(x0_student.shape, rng), sigma)
     v_critic, v_cond, v_uncond = ask_scores(nets, batch, cfg, x_sigma, sigma)
     loss, figures = dmd_loss(
         x0_student, x_sigma, sigma, v_critic, v_cond, v_uncond,
@@ -361,21 +352,3 @@ def _own_share(loss: Tensor, figures: Figures, draws: Draws) -> Loss:
     """A mean over this process's rows as its part of the whole batch's mean."""
     share = draws.rows.share
     return (loss, figures) if share == 1.0 else (loss * share, {name: v * share for name, v in figures.items()})
-
-
-def _normal(shape: Sequence[int], rng: Rng) -> Tensor:
-    draws = as_draws(rng, shape[0])
-    generator = draws.generator
-    return draws.own(torch.randn(draws.rows.total, *shape[1:], generator=generator, device=generator.device))
-
-
-def _uniform(n: int, low: float, high: float, rng: Rng) -> Tensor:
-    draws = as_draws(rng, n)
-    generator = draws.generator
-    return low + (high - low) * draws.own(torch.rand(draws.rows.total, generator=generator, device=generator.device))
-
-
-def _chance(share: float, rng: Rng) -> bool:
-    # 0 and 1 draw nothing: a share that is off leaves the other draws as they were.
-    generator = as_draws(rng, 1).generator
-    return share >= 1.0 or (share > 0.0 and bool(torch.rand((), generator=generator, device=generator.device) < share))

@@ -19,7 +19,7 @@ from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_
 from clora.config import Config
 from clora.config_schema import Job
 from clora.data.examples import Example, collate
-from clora.distill import ACCELERATION, CRITIC, STUDENT, Distiller
+from clora.distill import ACCELERATION, CRITIC, JOINT_TOKENS, STUDENT, Distiller
 from clora.errors import raise_faults
 from clora.evaluate.pictures import grid_image
 from clora.flow import few_step_sigmas
@@ -192,6 +192,7 @@ def make_distiller(
         accelerated=path is not None,
         deal=deal,
         rehearsed=frozenset(rehearsed),
+        joint_tokens=math.inf if config.train.shard_base and distributed.world() > 1 else JOINT_TOKENS,
     )
 
 

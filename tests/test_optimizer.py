@@ -1,4 +1,4 @@
-"""Flat groups against torch's own optimizer, alone and on two processes; whole jobs are in tests/test_distributed.py."""
+"""Flat groups against torch's own optimizer, alone and on two processes; jobs are in tests/test_distributed.py."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def trained_on_halves(folder: Path) -> None:
         parameters = {"a": nn.Parameter(torch.randn(5, 50)), "b": nn.Parameter(torch.randn(70))}
         group = Group(parameters, 1e-3, max_grad_norm=1e9, ema_decay=0.9, dtype=dtype, moments=dtype)
         for step in range(6):
-            for name, parameter in parameters.items():
+            for parameter in parameters.values():
                 torch.manual_seed(step)
                 slopes = torch.randn(2, *parameter.shape).bfloat16()
                 mine = slopes if distributed.world() == 1 else slopes[distributed.rank()][None]

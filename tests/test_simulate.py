@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clora.flow import add_noise, consistency_step, few_step_sigmas, x0_from_velocity
-from clora.simulate import backward_simulate, target_simulate
+from clora.simulate import backward_simulate, backward_simulate_together, target_simulate
 
 SHAPE = (2, 3, 4)
 SIGMAS = few_step_sigmas(8, 3.0)
@@ -50,6 +50,21 @@ def test_backward_simulate_runs_step_plus_one_forwards_and_grads_the_last(step: 
     torch.testing.assert_close(seen, SIGMAS[: step + 1, None].expand(-1, 2))
     torch.testing.assert_close(sigma, SIGMAS[step].expand(2))
     assert x0.requires_grad and not sigma.requires_grad
+
+
+def test_backward_simulate_together_equals_each_alone() -> None:
+    """Three batches that leave at their own steps, in the forwards of the longest."""
+    steps, sizes = [2, 5, 0], [2, 1, 3]
+    rng = torch.Generator().manual_seed(3)
+    firsts = [torch.randn(size, 3, 4, generator=rng) for size in sizes]
+    noises = [torch.randn(8, size, 3, 4, generator=rng) for size in sizes]
+    net = CountingNet()
+    got = backward_simulate_together(net, ["a", "b", "c"], "".join, firsts, steps, SIGMAS, lambda i, k: noises[i][k])
+    assert [cond for _, _, cond, _ in net.calls] == ["abc", "ab", "ab", "b", "b", "b"]
+    assert [len(x) for x, *_ in net.calls] == [6, 3, 3, 1, 1, 1] and not any(grad for *_, grad in net.calls)
+    for i, x0 in enumerate(got):
+        want, _ = backward_simulate(CountingNet(), None, firsts[i], steps[i], SIGMAS, noises[i].__getitem__)
+        torch.testing.assert_close(x0, want.detach())
 
 
 @pytest.mark.parametrize("step", [0, 3, 7])

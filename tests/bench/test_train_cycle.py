@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from bench.authors_schedule import AuthorsSchedule, CriticDraws, GeneratorDraws, Noise, RolloutDraws, draw_generator
-from bench.cycle_counts import Work, counted, rehearse, updates_of
+from bench.cycle_counts import STREAMS, Work, counted, rehearse, updates_of
 from bench.cycle_models import SIZES, make_authors, make_data, make_ours, narrow, steps_of
 from bench.train_cycle import flops, matmul_ceiling, row, time_cycles
 from clora.distill import Distiller
 from clora.flow import few_step_sigmas, shift_sigma
-from clora.objective import DistillBatch, critic_loss, total_loss
+from clora.objective import CriticSample, DistillBatch, critic_loss, total_loss
 from clora.optimizer import Group
 from clora.routing import Stream
 
@@ -53,9 +53,9 @@ def test_critic_reuse_saves_the_last_critic_updates_rollout(monkeypatch: pytest.
     ours = make_ours(replace(data, config=data.config.model_copy(update={"train": train})), "cpu")
     given: list[tuple[DistillBatch, Tensor | None]] = []
 
-    def watched_critic_loss(nets: Any, batch: DistillBatch, cfg: Any, rng: Any, x0: Tensor | None) -> Any:
-        given.append((batch, x0))
-        return critic_loss(nets, batch, cfg, rng, x0)
+    def watched_critic_loss(nets: Any, batch: DistillBatch, cfg: Any, rng: Any, sample: CriticSample) -> Any:
+        given.append((batch, sample.x0))
+        return critic_loss(nets, batch, cfg, rng, sample)
 
     def watched_total_loss(nets: Any, batch: DistillBatch, cfg: Any, rng: Any, backward: Any, x0: Tensor) -> Any:
         given.append((batch, x0))
@@ -71,10 +71,31 @@ def test_critic_reuse_saves_the_last_critic_updates_rollout(monkeypatch: pytest.
         assert first.backwards == last.backwards == 1
         assert student == (Work(8, 3) if ours.stream(step) == "effect" else Work(3, 1))
         rollouts.add(last.forwards)
-        assert given[0][1] is None and given[1][1] is not None and given[1][1].requires_grad
+        assert given[0][1] is not None and not given[0][1].requires_grad
+        assert given[1][1] is not None and given[1][1].requires_grad
         assert given[1][0] is given[2][0] and given[1][1] is given[2][1]
         given.clear()
     assert rollouts == {float(k + 1) for k in range(1, 9)}
+
+
+def test_joint_forwards_compute_what_separate_ones_do() -> None:
+    """Critic and teacher, and the critics' rollouts: the same figures and updates from fewer forwards of as many
+    samples."""
+    results, calls, samples = [], [], []
+    for joint_tokens in (0, 512):
+        ours = make_ours(make_data(TWO_LAYERS, critic_updates=3), "cpu")
+        ours.joint_tokens = joint_tokens
+        figures: list[dict[str, Tensor]] = []
+        with counted([ours.backbone.transformer], []) as events:
+            for stream in STREAMS:
+                figures.append(ours.full_step(next(steps_of(ours, stream))))
+        forwards = [count for kind, count in events if kind == "forward"]
+        calls.append(len(forwards))
+        samples.append(sum(forwards))
+        results.append([*(value for of in figures for value in of.values()), *ours.student.parameters.values()])
+    assert samples[0] == samples[1] and calls[1] < 0.75 * calls[0]
+    for apart, together in zip(*results, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
 
 
 # Where the schedules coincide the losses agree: same weights, same noise.
