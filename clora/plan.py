@@ -5,17 +5,17 @@ activations from a count of what autograd keeps in one block of diffusers' `Qwen
 `SlotLinear`s (`saved_by_block`, exact on a CPU; tests/test_plan.py holds peaks to 10 %). Memory is that of tensors:
 `RESERVED` and `FRAGMENTATION` stand for the CUDA context and the allocator. 1 GB is 1e9 bytes.
 
-On N processes the base, the trained adapters and their gradients are on every GPU, Adam's moments and the average in N
-parts (`clora.optimizer`); with `train.shard_base` the frozen base is in N parts too (FSDP2), which `train.offload_base`
-keeps in CPU memory. With `base.quantize` the linears of its blocks have int8 weights, whose floats are made while it
-runs.
+On N processes the base, the trained adapters (in the base's dtype) and their gradients are on every GPU, what makes
+them fp32 masters, Adam's moments and the average in N parts (`clora.optimizer`); with `train.shard_base` the frozen
+base is in N parts too (FSDP2), which `train.offload_base` keeps in CPU memory. With `base.quantize` the linears of its
+blocks have int8 weights, whose floats are made while it runs.
 
 Legend: D width, H heads, r rank, T tokens of image, references and text together, e bytes of the base's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,9 @@ from clora.backbones.loading import encoder_parameters, pixels_per_token, transf
 from clora.base_dir import read_sizes, resolve_base
 from clora.config import Config
 from clora.lora_files import check_lora
+from clora.quantize import floats_at_once
 from clora.targets import TARGET_BATCH
-from clora.workspace import acceleration_of, base_dtype
+from clora.workspace import DTYPES, acceleration_of, base_dtype
 
 GB = 1e9
 RESERVED = 1.5 * GB  # CUDA context and the libraries' workspaces
@@ -114,6 +115,8 @@ class TrainSettings:
     guided: bool = True
     terms: tuple[bool, bool, bool] = (True, True, True)  # TA-FM, DMD-TS, DMD-BS
     num_steps: int = 8
+    critic_batches: int = 5  # of a step: critic updates times batches of each
+    moments_bytes: int = 4  # of one number of AdamW's moments
     checkpointing: bool = True
     whole_blocks: int = 0  # of them, blocks that checkpointing leaves as they are
     targets_batch: int = 0  # samples in one forward while targets are made
@@ -173,9 +176,7 @@ def saved_by_block(shapes: ModelShapes, settings: TrainSettings, batch: int) -> 
     saved = batch * (settings.tokens * per_token + (18 * D + 2 * r) * e)
     if shapes.zero_cond_t:  # scales and gates of their own for every image token, and the masks that chose them
         saved += batch * (settings.image_tokens + settings.reference_tokens) * (4 * D * e + 6)
-    # Copies of the adapters in the base's dtype, one set a forward; A of the modulation, whose input has no grad, is
-    # not among them.
-    return saved + (0 if e == 4 else (_trained(shapes, settings)[0] // shapes.num_layers - 2 * r * D) * e)
+    return saved
 
 
 def saved_by_forward(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
@@ -220,8 +221,8 @@ def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
     frozen = {"base": kept, "VAE": s.vae_parameters * e}
     frozen["teacher slots"] = s.teacher_slots * shapes.adapter_parameters(s.teacher_rank, s.targets) * e
     resident = frozen | {
-        "student and critic, fp32": 4 * (student + critic),
-        "AdamW": _part(8 * (student + critic), s.num_gpus),
+        "student and critic": e * (student + critic) + _part((4 - e) * (student + critic), s.num_gpus),
+        "AdamW": _part(2 * s.moments_bytes * (student + critic), s.num_gpus),
         "EMA": _part(4 * student, s.num_gpus) if s.ema else 0,
         # One buffer that stays for both; of several processes each has its part of the sums besides.
         "gradients": 4 * student + (_part(4 * (student + critic), s.num_gpus) if s.num_gpus > 1 else 0),
@@ -230,8 +231,10 @@ def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
         "kept for backward": saved_by_forward(shapes, s, s.batch_size),
         "workspace": backward_workspace(shapes, s, s.batch_size),
     }
-    # AdamW's square roots are one more copy of its part.
-    optimizer = {"workspace": _part(4 * student, s.num_gpus)}
+    together = s.critic_batches if s.shard_base else 1  # many tokens share a forward only where the base is in parts
+    rollouts = {"workspace": forward_workspace(shapes, s, together * s.batch_size)}
+    # Each process sends a copy of its part, which comes back whole.
+    optimizer = {"workspace": _part(e * student, s.num_gpus) if s.num_gpus > 1 else 0}
     # On the first GPU; a base that is to be cut waits in CPU memory meanwhile.
     encoding = {"base": 0 if s.shard_base else base, "VAE": frozen["VAE"]}
     encoding["text encoder"] = s.text_encoder_parameters * e
@@ -240,6 +243,7 @@ def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
         {
             "encoding": encoding,
             "targets": targets,
+            "rollouts": resident | rollouts,
             "critic update": resident | critic_update,
             "student update": resident | _student_update(shapes, s),
             "optimizer step": resident | optimizer,
@@ -273,23 +277,25 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
     """Bytes that each GPU moves in one update of the student (effect stream) and of the critic; none alone.
 
     A ring sends (N - 1) / N of a tensor to gather it or to scatter its sum. Gradients are scattered once an update in
-    fp32, parameters gathered after it; a base in parts is gathered for every forward and backward (a mean exit step in
-    backward simulation), and if it is offloaded, first copied from CPU memory.
+    fp32, parameters gathered after it in the base's dtype; a base in parts is gathered for every forward and backward,
+    and if it is offloaded, first copied from CPU memory. Exit steps of backward simulation count with their mean; the
+    critic's rollouts of a step share their forwards until the last of them ends.
     """
     share = (settings.num_gpus - 1) / settings.num_gpus
     ta_fm, dmd_ts, dmd_bs = settings.terms
-    rollout = (settings.num_steps + 1) / 2
+    steps, together = settings.num_steps, settings.critic_batches
+    longest = sum(1 - (step / steps) ** together for step in range(steps))  # of so many rollouts
     calls = {
-        # forwards and backwards; the guided teacher's two branches are one forward
-        "student": ta_fm * (1 + 1) + dmd_ts * (3 + 1) + dmd_bs * (rollout + 2 + 1),
-        "critic": rollout + 1 + 1,
+        # forwards and backwards; critic and teacher are asked in one forward
+        "student": ta_fm * (1 + 1) + dmd_ts * (2 + 1) + dmd_bs * ((steps + 1) / 2 + 1 + 1),
+        "critic": longest / together + 1 + 1,
     }
     trained = dict(zip(("student", "critic"), _trained(shapes, settings), strict=True))
     base = base_weights(shapes, settings) if settings.shard_base else 0
     return {
         name: {
             "reduce-scatter of gradients": round(share * 4 * trained[name]),
-            "all-gather of parameters": round(share * 4 * trained[name]),
+            "all-gather of parameters": round(share * settings.base_bytes * trained[name]),
             "all-gathers of the base": round(share * base * calls[name]),
             "base from CPU memory": round(base / settings.num_gpus * calls[name]) if settings.offload_base else 0,
         }
@@ -300,12 +306,14 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
 def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> tuple[list[str], bool]:
     """Changes of the configuration that make a run fit, each on top of those before it, and whether they suffice.
 
-    In this order: what costs time (checkpointing, a base in parts or else rounded to int8, swaps of teachers, a base in
-    CPU memory), noise (smaller batches), and a smaller student. A step that saves nothing is left out.
+    In this order: what costs time (checkpointing), precision (moments in bfloat16), time again (a base in parts or else
+    rounded to int8, swaps of teachers, a base in CPU memory), noise (smaller batches), and a smaller student. A step
+    that saves nothing is left out, and what later steps make needless.
     """
     fewest = min(settings.batch_size, settings.teacher_slots)  # a batch may need as many teachers as it has samples
     steps: list[tuple[str, dict[str, Any]]] = [
         ("train.gradient_checkpointing=true", {"checkpointing": True}),
+        ("train.adam_moments=bfloat16", {"moments_bytes": 2}),
         ("train.shard_base=true", {"shard_base": settings.num_gpus > 1 and not settings.quantized}),
         ("base.quantize=int8", {"quantized": settings.quantized or settings.num_gpus == 1}),
         (f"train.teacher_slots={fewest}", {"teacher_slots": fewest}),
@@ -314,18 +322,26 @@ def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> t
         ("train.batch_size=1", {"batch_size": 1}),
         *((f"student.rank={rank}", {"rank": rank}) for rank in (64, 32, 16) if rank < settings.rank),
     ]
-    mends: list[str] = []
-    best = memory_plan(shapes, settings).needed
+    # By key of the configuration, the latest change of it.
+    mends: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def needed(changes: Iterable[tuple[str, dict[str, Any]]]) -> float:
+        return memory_plan(shapes, replace(settings, **{k: v for _, one in changes for k, v in one.items()})).needed
+
+    best = needed(())
     for override, change in steps:
-        settings = replace(settings, **change)
-        needed = memory_plan(shapes, settings).needed
-        if needed < best:
-            key = override.partition("=")[0]
-            mends = [mend for mend in mends if not mend.startswith(f"{key}=")] + [override]
-            best = needed
-        if needed <= memory:
-            return mends, True
-    return mends, False
+        key = override.partition("=")[0]
+        tried = {name: mend for name, mend in mends.items() if name != key} | {key: (override, change)}
+        if needed(tried.values()) < best:
+            mends, best = tried, needed(tried.values())
+        if best <= memory:
+            break
+    suffices = best <= memory
+    for key in list(mends) if suffices else ():  # what later ones made needless
+        without = {name: mend for name, mend in mends.items() if name != key}
+        if needed(without.values()) <= memory:
+            mends = without
+    return [override for override, _ in mends.values()], suffices
 
 
 def _trained(shapes: ModelShapes, settings: TrainSettings) -> tuple[int, int]:
@@ -341,10 +357,11 @@ def _part(count: int, parts: int) -> int:
 
 def _made_whole(shapes: ModelShapes, settings: TrainSettings) -> int:
     """Weights in the form that is computed with, where they are kept in another: the block in use and the one fetched
-    ahead of a base in parts, the largest linear's floats of a quantized one."""
+    ahead of a base in parts, some of the largest linear's floats of a quantized one."""
     if settings.shard_base:
         return 2 * shapes.block_parameters * settings.base_bytes
-    return max(N * K for N, K in shapes.block_linears) * settings.base_bytes if settings.quantized else 0
+    largest = max(N * K for N, K in shapes.block_linears)
+    return min(largest, floats_at_once("cuda")) * settings.base_bytes if settings.quantized else 0
 
 
 @dataclass(frozen=True)
@@ -464,6 +481,8 @@ def read_settings(config: Config) -> TrainSettings:
         teacher_slots=slots,
         base_bytes=base_dtype(config.base.dtype, torch.device("cuda")).itemsize,
         quantized=config.base.quantize != "none",
+        critic_batches=train.critic_updates * train.gradient_accumulation_steps,
+        moments_bytes=DTYPES[train.adam_moments].itemsize,
         ema=train.ema_decay > 0,
         guided=objective.guidance != 1,
         terms=(
