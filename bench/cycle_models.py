@@ -20,7 +20,8 @@ from clora.config import Config, build_config
 from clora.data.examples import Example
 from clora.distill import CRITIC, STUDENT, Distiller
 from clora.lora_files import LoraFile, LoraModule
-from clora.plan import TrainSettings, budget, choose_whole_blocks, device_memory, model_shapes
+from clora.memory import TrainSettings, choose_whole_blocks, model_shapes
+from clora.plan import budget, device_memory
 from clora.quantize import Quantize, quantize_linears
 from clora.routing import Stream, step_generator
 from clora.teachers import TeacherBank
@@ -203,7 +204,7 @@ def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:
 
 
 def plan_settings(data: Data) -> TrainSettings:
-    """What `clora.plan` asks of these sizes."""
+    """What `clora.memory` asks of these sizes."""
     size, train = data.size, data.config.train
     return TrainSettings(
         image_tokens=size.grid[0] * size.grid[1],

@@ -332,7 +332,8 @@ def train(
 
 def _print_plan(config: Config, gpus: int, memory: float, as_json: bool) -> None:
     """Print the plan of a training run; the exit code is 1 where it does not fit."""
-    from clora.plan import GB, plan_training
+    from clora.memory import GB
+    from clora.plan import plan_training
 
     found = plan_training(config, gpus, memory)
     if as_json:

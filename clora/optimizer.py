@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from clora import distributed
+from clora.halves import join, round_either_way, split
 
 _ALIGN = 64  # elements: every parameter starts at a multiple of 128 bytes
 _AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements updated at a time: what caches hold, few launches
@@ -294,33 +295,6 @@ class Group:
         self.steps = {name: steps[name] for name in self.parameters}
         self.updates = updates
         self.forget_gradients()
-
-
-def split(value: Tensor) -> tuple[Tensor, Tensor]:
-    """An fp32 tensor as bfloat16 (to nearest, ties away from zero) and the int16 that `join` makes it whole with."""
-    bits = value.contiguous().view(torch.int32)
-    low = bits.to(torch.int16)  # the lower half as a signed number: what is above the nearest bfloat16, or below
-    high = (bits - low).bitwise_right_shift_(16).to(torch.int16)
-    return high.view(torch.bfloat16), low
-
-
-def join(high: Tensor, low: Tensor) -> Tensor:
-    """The inverse of `split`, bit for bit."""
-    bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    return bits.add_(low).view(torch.float32)
-
-
-def round_either_way(value: Tensor, salt: int) -> Tensor:
-    """An fp32 tensor as bfloat16, up or down with odds by the distance, so that changes too small for bfloat16 (of
-    the second moment a thousandth of itself an update) are made on average.
-
-    The odds are drawn by a hash of each number and `salt`, not by a generator: every number of processes draws the
-    same, and so does a run that was resumed.
-    """
-    bits = value.view(torch.int32)
-    noise = bits.bitwise_xor(salt * 0x9E3779B1 & 0x7FFFFFFF).mul_(0x2C1B3C6D)
-    noise.bitwise_xor_(noise >> 15).mul_(0x297A2D39).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    return noise.add_(bits).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
 def apply_gradients(group: Group, factor: float, where: str) -> float:

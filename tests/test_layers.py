@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "__main__ cli",
     "train teach plan extend groups demo evaluate edit editor validate export serve",
-    "distill sample baselines targets workspace loop optimizer tracker provenance",
+    "distill sample baselines targets workspace loop optimizer tracker provenance memory",
     "objective",
-    "losses simulate teachers routing",
+    "losses simulate teachers routing draws",
     "backbones data checkpoint tiny",
     "flow prompts prompt_rewriting catalogue config config_schema base_dir lora slots lora_files lora_alpha lora_keys "
-    "quantize safetensors_io text_files distributed errors",
+    "quantize halves safetensors_io text_files distributed errors",
     "kernels _C",
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer.split()}

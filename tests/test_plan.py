@@ -26,20 +26,18 @@ from clora.backbones.qwen_image import KEPT
 from clora.config import Config, build_config
 from clora.config_schema import DEFAULT_TARGETS
 from clora.lora import checkpoint_fn, inject_adapters
-from clora.optimizer import Group
-from clora.plan import (
+from clora.memory import (
     GB,
     TrainSettings,
     base_weights,
-    communication_plan,
-    find_mends,
     forward_workspace,
     memory_plan,
     model_shapes,
-    plan_training,
     saved_by_block,
     saved_by_forward,
 )
+from clora.optimizer import Group
+from clora.plan import communication_plan, find_mends, plan_training
 from clora.quantize import floats_at_once, is_quantized, quantize_linears, weight_bytes
 from tests.random_base import random_transformer
 
