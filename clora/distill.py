@@ -60,7 +60,8 @@ class Distiller:
 
     `accelerated`: the backbone has an `ACCELERATION` slot, trained with the student from the first full step on.
     `deal`: the effects' names as often as each is to come up in a round; left out, once each. `rehearsed`: those whose
-    one teacher the student was before, and is to stay.
+    one teacher the student was before, and is to stay. `joint_tokens`: most tokens of a forward that is shared,
+    `math.inf` where every forward has to fetch the weights from other processes.
     """
 
     config: Config
@@ -73,7 +74,7 @@ class Distiller:
     accelerated: bool = False
     deal: Sequence[str] = ()
     rehearsed: frozenset[str] = frozenset()
-    joint_tokens: float = JOINT_TOKENS  # math.inf where the weights come from other processes for each forward
+    joint_tokens: float = JOINT_TOKENS
     _names: list[str] = field(init=False)
     _tokens: int = field(init=False)  # of the largest sample: result, references and text
 
@@ -116,15 +117,13 @@ class Distiller:
             critic,
             teacher,
             cat_conds,
-            scores=scores if self._batches_at_once >= 3 else None,
+            scores=scores if self._at_once(3) == 3 else None,
             rehearse=self._rehearse if self.rehearsed else None,
         )
 
-    @property
-    def _batches_at_once(self) -> int:
-        """How many batches may share a forward."""
-        most = self.joint_tokens / (self.config.train.batch_size * self._tokens)
-        return int(min(most, self.config.train.critic_updates * self.config.train.gradient_accumulation_steps + 3))
+    def _at_once(self, batches: int) -> int:
+        """How many of so many batches may share a forward."""
+        return int(min(batches, self.joint_tokens / (self.config.train.batch_size * self._tokens)))
 
     @torch.no_grad()
     def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
@@ -304,7 +303,7 @@ class Distiller:
             for part in range(parts)
         )
         for _, group in groupby(drawn, key=lambda one: (one[0].student_cond.grid, one[0].student_cond.ref_grids)):
-            while some := list(islice(group, max(1, self._batches_at_once))):
+            while some := list(islice(group, max(1, self._at_once(total)))):
                 batches, rngs = zip(*some, strict=True)
                 yield from zip(batches, rngs, critic_samples(nets, batches, self.config, rngs), strict=True)
 

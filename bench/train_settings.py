@@ -1,0 +1,121 @@
+"""What settings of training cost in quality: `python -m bench.train_settings --run runs/settings [--figures F]`.
+
+The demo's effects are taught once and distilled anew with each setting; every collection is scored against the truth
+on held-out scenes, with the same noise. "other seed" is the plain setting with other random draws: what is as small
+as its change is chance. Half an hour on two CPU cores; a second call goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.quantized_base import psnr_to, quality
+from clora.baselines import COLLECTION, Method
+from clora.config import Config, load_config
+from clora.data.examples import Example
+from clora.demo import SCALES, Images, encode_held_out, sample_held_out, write_dataset
+from clora.evaluate.exact import Outputs, evaluate_methods
+from clora.lora_files import read_lora
+from clora.teach import teach
+from clora.tiny.dataset import EVAL_SCENES, effect_names, write_eval_sources
+from clora.tracker import read_log
+from clora.train import train
+from clora.workspace import Workspace, open_workspace
+
+PLAIN = "plain"
+SETTINGS: dict[str, list[str]] = {
+    PLAIN: [],
+    "other seed": ["seed=1"],
+    "bfloat16 moments": ["train.adam_moments=bfloat16"],
+    "int8 base, bfloat16 moments": ["train.adam_moments=bfloat16", "base.quantize=int8"],
+    "critic_reuse": ["train.critic_reuse=true"],
+}
+
+
+def taught(run: Path, names: list[str], num_scenes: int, console: Console) -> Config:
+    """The demo's dataset with its teachers, more held-out scenes beside it."""
+    write_dataset(run, names, SCALES["full"], seed=0)
+    write_eval_sources(run / "data" / "held_out", num_scenes)
+    config = load_config(run / "config.yaml")
+    teach(config, resume="latest", console=console)
+    return config
+
+
+def distil(run: Path, names: list[str], setting: str, console: Console) -> Path:
+    """The collection of one setting, and its seconds of training; made anew only if it is not there."""
+    lora = [f"effects.{i}.lora={run / 'teachers' / name}.safetensors" for i, name in enumerate(names)]
+    out = run / setting.replace(" ", "_").replace(",", "")
+    config = load_config(run / "config.yaml", [f"output_dir={out}", *lora, *SETTINGS[setting]])
+    if not (out / "collection.safetensors").exists():
+        train(config, resume="latest", console=console)
+    return out
+
+
+def sample(workspace: Workspace, collection: Path, examples: dict[tuple[str, int], Example]) -> Images:
+    modules = read_lora(collection, workspace.adapters.module_shapes).modules
+    workspace.adapters.add_lora(COLLECTION, modules)
+    few = workspace.config.schedule.num_steps
+    method = Method(COLLECTION, 1, few, 1.0, True, "student", lambda effects: [COLLECTION])
+    images, _ = sample_held_out(workspace, method, examples)
+    workspace.adapters.remove_stack(COLLECTION)
+    return images
+
+
+def measure(run: Path, num_effects: int, num_scenes: int) -> dict[str, Any]:
+    console = Console(stderr=True)
+    names = effect_names(num_effects)
+    config = taught(run, names, num_scenes, console)
+    folders = {}
+    for setting in SETTINGS:
+        console.rule(setting)
+        folders[setting] = distil(run, names, setting, console)
+    scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}
+    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
+    workspace.config = config
+    examples = encode_held_out(workspace, scenes)
+    outputs: dict[str, Outputs] = {}
+    for setting, folder in folders.items():
+        images = sample(workspace, folder / "collection.safetensors", examples)
+        outputs[setting] = {key: [image] for key, image in images.items()}
+    scores = evaluate_methods(outputs)
+    rows = []
+    for setting, folder in folders.items():
+        seconds = {"train_seconds": round(read_log(folder / "train")[-1]["seconds"])}
+        found = quality(scores[setting], scores[PLAIN]) | {"vsa": round(scores[setting].vsa, 3)}
+        found["psnr_to_plain"] = round(psnr_to(outputs[setting], outputs[PLAIN]), 2)
+        rows.append({"setting": setting, "overrides": SETTINGS[setting]} | found | seconds)
+    train_config = config.train
+    return {
+        "effects": names,
+        "scenes": num_scenes,
+        "coarse_steps": train_config.coarse_steps,
+        "full_steps": train_config.max_train_steps - train_config.coarse_steps,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--effects", type=int, default=12)
+    parser.add_argument("--scenes", type=int, default=12)
+    parser.add_argument("--figures", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    figures = measure(arguments.run.resolve(), arguments.effects, arguments.scenes)
+    command = f"python -m bench.train_settings --effects {arguments.effects} --scenes {arguments.scenes}"
+    if arguments.figures:
+        arguments.figures.write_text(json.dumps({"command": command} | figures, indent=1) + "\n")
+    for row in figures["rows"]:
+        print(
+            "{setting:28s} BCR {bcr:.4f} ({bcr_change:+.4f})  PSNR {psnr} dB, to plain {psnr_to_plain} dB  VSA {vsa}"
+            "  {train_seconds} s".format(**row)
+        )
+
+
+if __name__ == "__main__":
+    main()
