@@ -72,12 +72,13 @@ def test_group_restore_takes_over_everything(dtype: torch.dtype) -> None:
     assert set(saved) == {"param", "exp_avg", "exp_avg_sq", "ema"} and second.updates == 4
 
 
-def test_bfloat16_parameters_follow_their_fp32_masters() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bfloat16_parameters_follow_their_fp32_masters(device: str) -> None:
     """Updates far below bfloat16's step add up as in fp32, and gradients are taken at the rounded values."""
 
     def make(dtype: torch.dtype) -> Group:
         torch.manual_seed(0)
-        parameters = {"a": nn.Parameter(torch.randn(6, 64)), "b": nn.Parameter(torch.randn(5))}
+        parameters = {"a": nn.Parameter(torch.randn(6, 64).to(device)), "b": nn.Parameter(torch.randn(5).to(device))}
         return Group(parameters, 1e-5, weight_decay=0.1, ema_decay=0.5, dtype=dtype)
 
     exact, halved = make(torch.float32), make(torch.bfloat16)
@@ -85,7 +86,7 @@ def test_bfloat16_parameters_follow_their_fp32_masters() -> None:
     for step in range(20):
         torch.manual_seed(step)
         for name, parameter in halved.parameters.items():
-            slope = torch.randn(parameter.shape).bfloat16()
+            slope = torch.randn(parameter.shape).bfloat16().to(device)
             (parameter * slope).sum().backward()
             (exact.parameters[name] * slope.float()).sum().backward()
         norms = [apply_gradients(group, 1.0, "here") for group in (exact, halved)]

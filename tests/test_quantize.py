@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cycle_models import as_backbone
+from clora import quantize
 from clora.backbones.qwen_image import Kernels, load_backbone
 from clora.errors import InputError
 from clora.quantize import QuantizedLinear, float_weight, frozen_linear, is_quantized, quantize_linears, weight_bytes
@@ -49,11 +50,17 @@ def test_quantize_linears_rounds_to_the_nearest_of_255_steps(dtype: torch.dtype)
     assert weight_bytes(linear) == 80 * 48 + 80 * 5 + plain.bias.nbytes
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rows", [1, 4, 5, 21])  # few have a product of their own in bfloat16 on a CPU
+@pytest.mark.parametrize("at_once", [1, 48 * 32, 48 * 80])  # of the weight, in floats
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_linear_and_its_gradient_are_those_of_the_rounded_weight(dtype: torch.dtype) -> None:
-    _, linear = quantized(dtype)
-    x = torch.randn(3, 7, 48).to(dtype).requires_grad_()
-    grad = torch.randn(3, 7, 80).to(dtype)
+def test_frozen_linear_and_its_gradient_are_those_of_the_rounded_weight(
+    dtype: torch.dtype, at_once: int, rows: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "_FLOATS_AT_ONCE", {"cpu": at_once, "cuda": at_once})
+    linear = quantized(dtype)[1].to(device)
+    x = torch.randn(1, rows, 48).to(device, dtype).requires_grad_()
+    grad = torch.randn(1, rows, 80).to(device, dtype)
     y = frozen_linear(x, linear.weight, linear.bias)
     y.backward(grad)
     weight = float_weight(linear.weight).double()
