@@ -1,43 +1,24 @@
 """The command line: argument handling and nothing else. Every command imports its job when it is called, so
-that `clora --help` answers at once.
-
-Exit codes: 0 done, 1 failed, 2 bad input; 128 + N after signal N, with the state saved.
+that `clora --help` answers at once. Exit codes are those of `clora.app`.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import logging
-import os
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clora.errors import InputError, InputErrors
+from clora.app import BAD_INPUT, FAILED, app, command, is_main, run_command, say
+from clora.errors import InputError
+from clora.printing import print_json, print_plan, print_report, print_table
 
 if TYPE_CHECKING:
     from clora.config import Config
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 130
-PARALLEL = {"cache", "teach", "train"}  # the commands that torchrun may start on several processes
-_debug: ContextVar[bool] = ContextVar("debug", default=False)
-Arguments = ParamSpec("Arguments")
-
-app = typer.Typer(
-    name="clora",
-    help="Distil many effect LoRAs and few-step sampling into one LoRA for an image-editing model.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+__all__ = ["app", "main", "train_main"]
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
 Overrides = Annotated[
@@ -52,95 +33,12 @@ Resume = Annotated[
 
 def main() -> None:
     """The console script `clora`, and `python -m clora`."""
-    _run(sys.argv[1:])
+    run_command(sys.argv[1:])
 
 
 def train_main() -> None:
     """The console script `clora-train`: `clora train`."""
-    _run(["train", *sys.argv[1:]])
-
-
-def _run(arguments: Sequence[str]) -> None:
-    # --debug is the program's own option; users add it to the end of the command that failed.
-    rest = [argument for argument in arguments if argument != "--debug"]
-    app(["--debug"] * (len(rest) != len(arguments)) + rest, prog_name="clora")
-
-
-def command(name: str) -> Callable[[Callable[Arguments, None]], Callable[Arguments, None]]:
-    """Register a command whose errors become lines on stderr and exit codes."""
-
-    def register(job: Callable[Arguments, None]) -> Callable[Arguments, None]:
-        @app.command(name)
-        @functools.wraps(job)
-        def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-            try:
-                if name not in PARALLEL and os.environ.get("WORLD_SIZE", "1") != "1":
-                    raise InputError(f"`clora {name}` is one process; start it without torchrun")
-                job(*args, **kwargs)
-            except (typer.Exit, typer.Abort):
-                raise
-            except InputError as error:
-                _say(_faults(error))
-                raise typer.Exit(BAD_INPUT) from error
-            except KeyboardInterrupt as error:
-                raise typer.Exit(STOPPED) from error
-            except Exception as error:
-                raise typer.Exit(_failure(error)) from error
-
-        return guarded
-
-    return register
-
-
-def _failure(error: Exception) -> int:
-    """Report what is not the input's fault in one line, the whole of it with --debug; returns the exit
-    code."""
-    from clora.distributed import ProcessLost
-    from clora.loop import Interrupted
-    from clora.optimizer import NonFiniteError
-
-    if _debug.get():
-        traceback.print_exception(error)
-    if isinstance(error, Interrupted | NonFiniteError):
-        if _is_main():  # all processes raise the same
-            _say([str(error)])
-        return error.code if isinstance(error, Interrupted) else FAILED
-    if isinstance(error, ProcessLost):
-        _say([str(error)])
-        return FAILED
-    what = " ".join(str(error).split()) or "no message"
-    hint = "" if _debug.get() else " (--debug shows where)"
-    _say([f"{type(error).__name__}: {what}{hint}"])
-    return FAILED
-
-
-def _say(faults: Iterable[str]) -> None:
-    whose = "" if _is_main() else f" of process {os.environ['RANK']}"
-    for fault in faults:
-        typer.echo(f"error{whose}: {fault}", err=True)
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"clora {version('clora')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
-) -> None:
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
-    _debug.set(debug)
+    run_command(["train", *sys.argv[1:]])
 
 
 @command("demo")
@@ -181,9 +79,9 @@ def validate(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fa
 
     report = validate_file(config, overrides or [])
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        _say(report.faults)
+        say(report.faults)
         for warning in report.warnings:
             typer.echo(f"warning: {warning}", err=True)
         checked = f"{report.num_effects} effects, {report.num_pairs} pairs, {report.num_images} images"
@@ -219,9 +117,9 @@ def prompts(
         for prompt in written
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
-        _print_table(rows)
+        print_table(rows)
 
 
 @command("cache")
@@ -235,12 +133,12 @@ def cache(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     from clora.train import make_caches
 
     counts = make_caches(_load(config, overrides))
-    if not _is_main():
+    if not is_main():
         return
     if as_json:
-        _print_json(counts)
+        print_json(counts)
     else:
-        _print_table([{"effect": name, "examples": count} for name, count in counts.items()])
+        print_table([{"effect": name, "examples": count} for name, count in counts.items()])
 
 
 @command("teach")
@@ -262,7 +160,7 @@ def teach(
     from clora.teach import teach as run
 
     paths = run(_load(config, overrides), joint, resume).values()
-    if _is_main():
+    if is_main():
         typer.echo("\n".join(map(str, paths)))
 
 
@@ -289,9 +187,9 @@ def plan_groups(
     path = groups.write_groups(loaded, plan, output or loaded.output_dir / "groups")
     rows = plan.to_json()
     if as_json:
-        _print_json({"output": str(path), "groups": rows})
+        print_json({"output": str(path), "groups": rows})
     else:
-        _print_table([row | {"effects": len(row["effects"])} for row in rows])
+        print_table([row | {"effects": len(row["effects"])} for row in rows])
         typer.echo(path)
 
 
@@ -319,46 +217,20 @@ def train(
       torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 -m clora train config.yaml
     """
     if plan:
-        _print_plan(_load(config, overrides), gpus, memory, as_json)
+        from clora.plan import plan_training
+
+        found = plan_training(_load(config, overrides), gpus, memory)
+        print_json(found.to_json()) if as_json else print_plan(found)
+        if not found.fits:
+            raise typer.Exit(FAILED)
         return
     if as_json:
         raise InputError("--json: belongs to --plan; add it, or leave --json out")
     from clora.train import train as run
 
     path = run(_load(config, overrides), resume)
-    if _is_main():
+    if is_main():
         typer.echo(path)
-
-
-def _print_plan(config: Config, gpus: int, memory: float, as_json: bool) -> None:
-    """Print the plan of a training run; the exit code is 1 where it does not fit."""
-    from clora.memory import GB
-    from clora.plan import plan_training
-
-    found = plan_training(config, gpus, memory)
-    if as_json:
-        _print_json(found.to_json())
-    else:
-        phases = found.to_json()["phases"]
-        parts = list(dict.fromkeys([*phases["encoding"], *phases["student update"]]))
-        parts.remove("total")
-        rows = [
-            {
-                "GB on each GPU": part,
-                **{name: f"{phase[part] / GB:.2f}" for name, phase in phases.items() if part in phase},
-            }
-            for part in [*parts, "total"]
-        ]
-        _print_table(rows)
-        sent = found.communication
-        if gpus > 1:
-            _print_table([
-                {"GB moved by each GPU": part, **{f"{name} update": f"{sent[name][part] / GB:.2f}" for name in sent}}
-                for part in sent["student"]
-            ])  # fmt: skip
-        typer.echo(found.verdict)
-    if not found.fits:
-        raise typer.Exit(FAILED)
 
 
 @command("extend")
@@ -385,7 +257,7 @@ def extend(
     if as_json:
         catalogue = read_catalogue(path)
         names = [entry.name for entry in catalogue.effects]
-        _print_json({"output": str(path), "version": catalogue.version, "effects": names})
+        print_json({"output": str(path), "version": catalogue.version, "effects": names})
     else:
         typer.echo(path)
 
@@ -450,7 +322,7 @@ def edit(
     )
     paths = [str(path) for path in edit_files(request)]
     if as_json:
-        _print_json({"outputs": paths})
+        print_json({"outputs": paths})
     else:
         typer.echo("\n".join(paths))
 
@@ -472,9 +344,9 @@ def evaluate(
 
     figures = evaluate_collection(_load(config, overrides), lora)
     if as_json:
-        _print_json(figures)
+        print_json(figures)
     else:
-        _print_report(figures)
+        print_report(figures)
 
 
 @command("inspect")
@@ -492,11 +364,11 @@ def inspect(
 
     found = describe_file(file)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        _print_report(found)
+        print_report(found)
     if found["lora"]["faults"]:
-        _say(found["lora"]["faults"])
+        say(found["lora"]["faults"])
         raise typer.Exit(BAD_INPUT)
 
 
@@ -517,70 +389,12 @@ def convert(
 
     read = convert_lora(source, target, to)
     if as_json:
-        _print_json({"output": str(target), "from": read.layout, "to": to, "num_modules": len(read.modules)})
+        print_json({"output": str(target), "from": read.layout, "to": to, "num_modules": len(read.modules)})
     else:
         typer.echo(f"{target}: {len(read.modules)} modules, {read.layout} to {to}")
-
-
-def _faults(error: InputError) -> list[str]:
-    return error.faults if isinstance(error, InputErrors) else [str(error)]
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:
     from clora.config import load_config
 
     return load_config(path, overrides or [])
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-
-
-def _print_report(values: Mapping[str, Any]) -> None:
-    """Single values as one table, each list of records as a table of its own."""
-    single: list[dict[str, Any]] = []
-
-    def collect(prefix: str, items: Mapping[str, Any]) -> None:
-        for key, value in items.items():
-            if isinstance(value, Mapping) and value and all(isinstance(v, Mapping) for v in value.values()):
-                tables.append((f"{prefix}{key}", [{"": name, **row} for name, row in value.items()]))
-            elif isinstance(value, Mapping) and value and not prefix:
-                collect(f"{key}.", value)
-            elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-                tables.append((f"{prefix}{key}", value))
-            else:
-                single.append({"": f"{prefix}{key}", "value": value})
-
-    tables: list[tuple[str, list[Mapping[str, Any]]]] = []
-    collect("", values)
-    if single:
-        _print_table(single)
-    for title, rows in tables:
-        _print_table(rows, title)
-
-
-def _print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        # Text, because names may hold what rich reads as markup.
-        table.add_row(*(Text(_shown(row.get(column))) for column in columns))
-    Console().print(table)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(_shown(item) for item in value) or "none"
-    return str(value)

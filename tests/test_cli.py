@@ -107,7 +107,7 @@ def test_start_imports_no_heavy_library() -> None:
     heavy = {"torch", "numpy", "diffusers", "transformers", "omegaconf", "PIL", "rich.progress"}
     code = (
         "import sys, clora.cli\n"
-        "try: clora.cli._run(['train', '--help'])\n"
+        "try: clora.cli.run_command(['train', '--help'])\n"
         f"finally: print(sorted({heavy} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)

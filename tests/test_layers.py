@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Top to bottom. A module may import from its own layer and from those below it.
 LAYERS = (
-    "__main__ cli",
+    "__main__ cli app printing",
     "train teach plan extend groups demo evaluate edit editor validate export serve",
     "distill sample baselines targets workspace loop optimizer tracker provenance memory",
     "objective",
