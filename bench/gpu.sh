@@ -5,6 +5,7 @@
 #     bench/gpu.sh tests lora_linear lora_qkv adaln renoise dmd_score sampler tiny_step
 #     bench/gpu.sh block forward sanitizer
 #     bench/gpu.sh train_cycle
+#     bench/gpu.sh train_cycle_lean      # with an int8 base and bfloat16 moments
 #     bench/gpu.sh train_cycle_60        # 60 layers, ours alone, within 125 GB
 # PYTHON chooses the interpreter (default python3); it needs torch, pytest, pybind11, cmake and a C++ compiler, and
 # diffusers and peft for block, forward and train_cycle.
@@ -57,13 +58,14 @@ mkdir -p bench/results
 parts=("$@")
 if ((${#parts[@]} == 0)); then
   mapfile -t benches < <(grep -lF -e '[--json]' bench/*.py | xargs -r -n1 basename -s .py | sort)
-  parts=(tests sanitizer "${benches[@]}" train_cycle_60)
+  parts=(tests sanitizer "${benches[@]}" train_cycle_lean train_cycle_60)
 fi
 for name in "${parts[@]}"; do
   command=("bench.$name" --json)
   case "$name" in
     tests) gpu_tests && continue ;;
     sanitizer) sanitizer && continue ;;
+    train_cycle_lean) command=(bench.train_cycle --json --runs lean authors) ;;
     train_cycle_60) command=(bench.train_cycle --json --size full-width-60 --runs exact) ;;
   esac
   echo "== python -m ${command[*]} > bench/results/$name.json"

@@ -260,14 +260,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--size", choices=SIZES, default="full-width-20" if device == "cuda" else "full-width-2")
     parser.add_argument("--rank", type=int, help="of all adapters, in place of the size's own")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, help="all that fit, if not given")
+    parser.add_argument(
+        "--runs", nargs="+", choices=RUNS, help="all, on a GPU all but lean: what fits beside each other"
+    )
     parser.add_argument("--rounds", type=int, help="timed cycles of each run and stream, at least 2")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = SIZES[options.size]
     size = replace(size, rank=options.rank or size.rank)
     fitting = RUNS if size.authors_fit else RUNS[:2]
-    runs = [run for run in fitting if options.runs is None or run in options.runs]
+    wanted = options.runs or (RUNS if device == "cpu" else RUNS[1:])
+    runs = [run for run in fitting if run in wanted]
     if not runs:
         parser.error(f"--runs: {options.size} has no authors' run; its three copies of the transformer fit nowhere")
     rounds = max(2, options.rounds or size.rounds)
