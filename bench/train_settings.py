@@ -14,18 +14,18 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.extend import Images, encode, sample
 from bench.quantized_base import psnr_to, quality
 from clora.baselines import COLLECTION, Method
+from clora.catalogue import read_catalogue
 from clora.config import Config, load_config
-from clora.data.examples import Example
-from clora.demo import SCALES, Images, encode_held_out, sample_held_out, write_dataset
-from clora.evaluate.exact import Outputs, evaluate_methods
+from clora.demo import SCALES, write_dataset
+from clora.evaluate.exact import evaluate_methods
 from clora.lora_files import read_lora
 from clora.teach import teach
 from clora.tiny.dataset import EVAL_SCENES, effect_names, write_eval_sources
-from clora.tracker import read_log
 from clora.train import train
-from clora.workspace import Workspace, open_workspace
+from clora.workspace import open_workspace
 
 PLAIN = "plain"
 SETTINGS: dict[str, list[str]] = {
@@ -47,22 +47,35 @@ def taught(run: Path, names: list[str], num_scenes: int, console: Console) -> Co
 
 
 def distil(run: Path, names: list[str], setting: str, console: Console) -> Path:
-    """The collection of one setting, and its seconds of training; made anew only if it is not there."""
+    """The collection of one setting; made anew only if it is not there."""
     lora = [f"effects.{i}.lora={run / 'teachers' / name}.safetensors" for i, name in enumerate(names)]
     out = run / setting.replace(" ", "_").replace(",", "")
     config = load_config(run / "config.yaml", [f"output_dir={out}", *lora, *SETTINGS[setting]])
-    if not (out / "collection.safetensors").exists():
+    path = out / "collection.safetensors"
+    if not path.exists():
         train(config, resume="latest", console=console)
-    return out
+    return path
 
 
-def sample(workspace: Workspace, collection: Path, examples: dict[tuple[str, int], Example]) -> Images:
-    modules = read_lora(collection, workspace.adapters.module_shapes).modules
-    workspace.adapters.add_lora(COLLECTION, modules)
-    few = workspace.config.schedule.num_steps
-    method = Method(COLLECTION, 1, few, 1.0, True, "student", lambda effects: [COLLECTION])
-    images, _ = sample_held_out(workspace, method, examples)
-    workspace.adapters.remove_stack(COLLECTION)
+def prompts_of(collection: Path) -> dict[str, dict[str, str]]:
+    """Another seed has other triggers, so that every collection is asked in its own words."""
+    return {entry.name: {"student": entry.prompt} for entry in read_catalogue(collection).effects}
+
+
+def sample_all(run: Path, config: Config, collections: dict[str, Path], num_scenes: int) -> dict[str, Images]:
+    """Every collection's images of all effects on the held-out scenes."""
+    scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}
+    bare, console = config.model_copy(update={"effects": []}), Console(stderr=True)
+    workspace = open_workspace(bare, console, general=False, keep_encoders=True)
+    examples = {name: encode(workspace, prompts_of(path), scenes) for name, path in collections.items()}
+    workspace.backbone.free_encoders()
+    method = Method(COLLECTION, 1, config.schedule.num_steps, 1.0, True, "student", lambda effects: [COLLECTION])
+    images = {}
+    for name, path in collections.items():
+        modules = read_lora(path, workspace.adapters.module_shapes).modules
+        workspace.adapters.add_lora(COLLECTION, modules)
+        images[name] = sample(workspace, method, examples[name])
+        workspace.adapters.remove_stack(COLLECTION)
     return images
 
 
@@ -70,31 +83,22 @@ def measure(run: Path, num_effects: int, num_scenes: int) -> dict[str, Any]:
     console = Console(stderr=True)
     names = effect_names(num_effects)
     config = taught(run, names, num_scenes, console)
-    folders = {}
+    collections = {}
     for setting in SETTINGS:
         console.rule(setting)
-        folders[setting] = distil(run, names, setting, console)
-    scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}
-    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
-    workspace.config = config
-    examples = encode_held_out(workspace, scenes)
-    outputs: dict[str, Outputs] = {}
-    for setting, folder in folders.items():
-        images = sample(workspace, folder / "collection.safetensors", examples)
-        outputs[setting] = {key: [image] for key, image in images.items()}
-    scores = evaluate_methods(outputs)
+        collections[setting] = distil(run, names, setting, console)
+    images = sample_all(run, config, collections, num_scenes)
+    scores = evaluate_methods(images)
     rows = []
-    for setting, folder in folders.items():
-        seconds = {"train_seconds": round(read_log(folder / "train")[-1]["seconds"])}
+    for setting, overrides in SETTINGS.items():
         found = quality(scores[setting], scores[PLAIN]) | {"vsa": round(scores[setting].vsa, 3)}
-        found["psnr_to_plain"] = round(psnr_to(outputs[setting], outputs[PLAIN]), 2)
-        rows.append({"setting": setting, "overrides": SETTINGS[setting]} | found | seconds)
-    train_config = config.train
+        found["psnr_to_plain"] = round(psnr_to(images[setting], images[PLAIN]), 2)
+        rows.append({"setting": setting, "overrides": overrides} | found)
     return {
         "effects": names,
         "scenes": num_scenes,
-        "coarse_steps": train_config.coarse_steps,
-        "full_steps": train_config.max_train_steps - train_config.coarse_steps,
+        "coarse_steps": config.train.coarse_steps,
+        "full_steps": config.train.max_train_steps - config.train.coarse_steps,
         "rows": rows,
     }
 
@@ -110,11 +114,9 @@ def main() -> None:
     command = f"python -m bench.train_settings --effects {arguments.effects} --scenes {arguments.scenes}"
     if arguments.figures:
         arguments.figures.write_text(json.dumps({"command": command} | figures, indent=1) + "\n")
+    line = "{setting:28s} BCR {bcr:.4f} ({bcr_change:+.4f})  PSNR {psnr} dB, to plain {psnr_to_plain} dB  VSA {vsa}"
     for row in figures["rows"]:
-        print(
-            "{setting:28s} BCR {bcr:.4f} ({bcr_change:+.4f})  PSNR {psnr} dB, to plain {psnr_to_plain} dB  VSA {vsa}"
-            "  {train_seconds} s".format(**row)
-        )
+        print(line.format(**row))
 
 
 if __name__ == "__main__":
