@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clora.config import Config
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
-PARALLEL = {"cache", "teach", "train"}  # the commands that torchrun may start on several processes
+PARALLEL = {"cache", "extend", "teach", "train"}  # the commands that torchrun may start on several processes
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
 Arguments = ParamSpec("Arguments")
 
@@ -381,6 +381,8 @@ def extend(
     from clora.extend import extend as run
 
     path = run(collection, _load(config, overrides), resume)
+    if not _is_main():
+        return
     if as_json:
         catalogue = read_catalogue(path)
         names = [entry.name for entry in catalogue.effects]

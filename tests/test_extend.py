@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from clora import cli
 from clora.backbones.loading import linear_shapes
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
+from clora.checkpoint import open_latest
 from clora.config import Config, build_config
 from clora.data.examples import collate
 from clora.editor import load_editor
@@ -30,6 +31,7 @@ from clora.targets import rehearsal_targets
 from clora.tracker import read_log
 from clora.train import make_distiller, open_bank, teacher_files
 from clora.workspace import open_workspace
+from tests import processes
 
 TARGETS = ["to_q", "to_v", "img_mlp.net.2"]
 QUIET = Console(quiet=True)
@@ -120,6 +122,38 @@ def test_extend_resumes_bitwise_equal(
     monkeypatch.setattr("clora.targets.few_step_sample", None)
     resumed = extend(collection, make_config(random_base, place, tmp_path / "split"), "latest", QUIET)
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+def student_of(out: Path) -> torch.Tensor:
+    """All of the student's parameters at the end, in fp32, whoever of the processes kept them."""
+    checkpoint, faults = open_latest(out / "extend")
+    assert checkpoint is not None and not faults
+    return checkpoint.read(
+        "student", "param", 0, max(shard["parts"]["student"][1] for shard in checkpoint.shards.values())
+    )
+
+
+@pytest.mark.slow
+def test_extend_on_two_processes_equals_one(random_base: Path, place: Path, tmp_path: Path) -> None:
+    """Coarse and full steps on new and old effects, half of every batch on each of two processes."""
+    collection = place / "collection.safetensors"
+    one, two = tmp_path / "one", tmp_path / "two"
+    extend(collection, make_config(random_base, place, one, "extend.anchor_batch_size=4"), console=QUIET)
+    halves = make_config(random_base, place, two, "extend.anchor_batch_size=2", "train.batch_size=1")
+    file = tmp_path / "two.yaml"
+    file.write_text(json.dumps(halves.model_dump(mode="json")))
+    said = processes.run(2, ["extend", str(collection), str(file)], tmp_path / "output")
+    assert said.splitlines()[-1] == str(two / "collection.safetensors")
+    ours, theirs = read_log(two / "extend"), read_log(one / "extend")
+    assert [("ta_fm_loss" in row, "critic_loss" in row) for row in ours] == [(True, False)] * 2 + [(False, True)] * 2
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row.keys() == expected.keys()
+        for name in row.keys() - {"seconds"}:
+            assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (row["step"], name)
+    torch.testing.assert_close(student_of(two), student_of(one), rtol=0, atol=1e-5)
+    shards = (two / "extend" / "checkpoint-00000004").glob("shard-*.safetensors")
+    assert sorted(path.name for path in shards) == ["shard-0-of-2.safetensors", "shard-1-of-2.safetensors"]
+    assert read_catalogue(two / "collection.safetensors") == read_catalogue(one / "collection.safetensors")
 
 
 def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, place: Path, tmp_path: Path) -> None:
