@@ -259,6 +259,7 @@ class TrainConfig(Section):
 class ExtendConfig(Section):
     """`clora extend`: effects for an existing collection (Table 5), in place of `train`'s keys of these names."""
 
+    rank: Annotated[Count, doc("Rank of what is added to the collection's LoRA.")] = 32
     max_train_steps: Annotated[Count, doc("Student updates in all, the coarse ones included.")] = 100
     coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone.")] = 50
     learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4

@@ -31,8 +31,9 @@ from clora.routing import Draws, Rows, Stream, draw_effects, draw_stream, split_
 from clora.slots import Slot
 from clora.teachers import TeacherBank
 
-# The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one.
-STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
+# The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one. In
+# `clora extend` student and critic lie on top of the collection, which is frozen.
+STUDENT, ACCELERATION, CRITIC, COLLECTION = "student", "student_acceleration", "critic", "collection"
 # Up to so many tokens critic and teacher share a forward, which is a little faster there (`bench.joint_scores`): a
 # forward of few tokens mostly reads the weights.
 JOINT_TOKENS = 512
@@ -49,7 +50,8 @@ class Distiller:
 
     `accelerated`: the backbone has an `ACCELERATION` slot, trained with the student from the first full step on.
     `deal`: the effects' names as often as each is to come up in a round; left out, once each. `rehearsed`: those whose
-    one teacher the student was before, and is to stay.
+    one teacher the student was before, and is to stay. `extended`: student and critic are adapters on top of the
+    frozen `COLLECTION`. `accelerated_teachers`: TA-FM follows the velocity of teachers with the frozen `ACCELERATION`.
     """
 
     config: Config
@@ -62,6 +64,8 @@ class Distiller:
     accelerated: bool = False
     deal: Sequence[str] = ()
     rehearsed: frozenset[str] = frozenset()
+    extended: bool = False
+    accelerated_teachers: bool = False
     _names: list[str] = field(init=False)
     _joint_scores: bool = field(init=False)
 
@@ -78,13 +82,15 @@ class Distiller:
 
     def networks(self, step: int) -> Networks:
         """Student, critic and teachers of `step` as velocities; the teacher reads a sample's effect from its cond."""
-        whole: Slot = (STUDENT, ACCELERATION) if self.accelerated and step >= self.coarse_steps else STUDENT
+        below = (COLLECTION,) if self.extended else ()
+        joined = (ACCELERATION,) if self.accelerated and step >= self.coarse_steps else ()
+        student_slot, critic_slot = (*below, STUDENT, *joined), (*below, CRITIC)
 
         def student(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-            return self.backbone.velocity(x_sigma, sigma, cond, [whole])
+            return self.backbone.velocity(x_sigma, sigma, cond, [student_slot])
 
         def critic(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-            return self.backbone.velocity(x_sigma, sigma, cond, [CRITIC])
+            return self.backbone.velocity(x_sigma, sigma, cond, [critic_slot])
 
         def teacher(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
             slots: Sequence[Any] = [None] if self.bank is None else self.bank.slots_for(cond.effects)
@@ -93,7 +99,7 @@ class Distiller:
         def scores(x_sigma: Tensor, sigma: Tensor, student_cond: Cond, teacher_conds: list[Cond]) -> list[Tensor]:
             conds, count = cat_conds([student_cond, *teacher_conds]), 1 + len(teacher_conds)
             taught = [None] * len(x_sigma) if self.bank is None else self.bank.slots_for(teacher_conds[0].effects)
-            slots = [CRITIC] * len(x_sigma) + [*taught] * len(teacher_conds)
+            slots = [critic_slot] * len(x_sigma) + [*taught] * len(teacher_conds)
             v = self.backbone.velocity(x_sigma.repeat(count, 1, 1), sigma.repeat(count), conds, slots)
             return list(v.chunk(count))
 
@@ -103,7 +109,7 @@ class Distiller:
             teacher,
             cat_conds,
             scores=scores if self._joint_scores else None,
-            rehearse=self._rehearse if self.rehearsed else None,
+            anchor=self._anchor if self.rehearsed or self.accelerated_teachers else None,
         )
 
     def _join_scores(self) -> bool:
@@ -116,19 +122,28 @@ class Distiller:
         return sharded or 3 * self.config.train.batch_size * (images + text) <= JOINT_TOKENS
 
     @torch.no_grad()
-    def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """y, and for samples of rehearsed effects the x0 whose flow-matching target is their teacher's velocity.
+    def _anchor(
+        self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, teacher_cond: Cond
+    ) -> tuple[Tensor, Tensor]:
+        """The x0 whose flow-matching target is the velocity of a few-step teacher, and each sample's weight.
 
-        Flow matching on a few-step student's own samples would not leave it as it is: distribution matching has taken
-        it elsewhere. Its own velocity does, and without noise in the gradient, so that it can weigh
-        `extend.rehearsal_weight` times as much. The teacher reads the student's prompt.
+        Flow matching on images, be they its own samples, makes of a few-step student one of many steps: distribution
+        matching has taken it elsewhere. The velocity of one that samples in few steps leaves it there, and without
+        noise in the gradient, so that rehearsed effects can weigh `extend.rehearsal_weight` times as much. For those it
+        is the collection; for new effects their teacher with the acceleration LoRA, and y stays where there is none.
         """
         assert self.bank is not None
-        known = torch.tensor([effect in self.rehearsed for effect in cond.effects], device=y.device).view(-1, 1, 1)
+        known = [effect in self.rehearsed for effect in teacher_cond.effects]
+        if self.accelerated_teachers:
+            taught = zip(known, self.bank.slots_for(teacher_cond.effects), strict=True)
+            slots: Sequence[Slot] = [slot if old or slot is None else (slot, ACCELERATION) for old, slot in taught]
+        else:
+            slots = self.bank.slots_for([min(self.rehearsed)])
         # All samples go through it, because processes that share the base must run equally many forwards.
-        v_teacher = self.backbone.velocity(x_sigma, sigma, cond, self.bank.slots_for([min(self.rehearsed)]))
-        weight = torch.where(known, self.config.extend.rehearsal_weight, 1.0)
-        return torch.where(known, eps - v_teacher, y), weight
+        v_teacher = self.backbone.velocity(x_sigma, sigma, teacher_cond, slots)
+        old = torch.tensor(known, device=y.device).view(-1, 1, 1)
+        weight = torch.where(old, self.config.extend.rehearsal_weight, 1.0)
+        return torch.where(old | self.accelerated_teachers, eps - v_teacher, y), weight
 
     def stream(self, step: int) -> Stream:
         """The stream of `step` (Eq. 9); the only one there is when effects or general data are missing."""
@@ -223,6 +238,7 @@ class Distiller:
             y=y,
             anchor_y=anchor_y,
             anchor_cond=collate(anchors, student_text, device) if anchors else None,
+            anchor_teacher_cond=collate(anchors, "teacher", device) if anchors else None,
         )
 
     def coarse_step(self, step: int) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_
 from clora.config import Config
 from clora.config_schema import Job
 from clora.data.examples import Example, collate
-from clora.distill import ACCELERATION, CRITIC, STUDENT, Distiller
+from clora.distill import ACCELERATION, COLLECTION, CRITIC, STUDENT, Distiller
 from clora.errors import raise_faults
 from clora.evaluate.pictures import grid_image
 from clora.flow import few_step_sigmas
@@ -157,10 +157,17 @@ def run_distillation(
 
 
 def make_distiller(
-    workspace: Workspace, bank: TeacherBank | None, deal: Sequence[str] = (), rehearsed: Iterable[str] = ()
+    workspace: Workspace,
+    bank: TeacherBank | None,
+    deal: Sequence[str] = (),
+    rehearsed: Iterable[str] = (),
+    collection: Path | None = None,
 ) -> Distiller:
-    """Add the student's and the critic's slots and wire one step's parts together; `deal` and `rehearsed` as in
-    `Distiller`."""
+    """Add the student's and the critic's slots and wire one step's parts together.
+
+    `deal` and `rehearsed` as in `Distiller`. With `collection` both are added to this file's LoRA, which stays as it
+    is, and the acceleration LoRA, which it has in it, joins the new effects' teachers instead of the student.
+    """
     config = workspace.config
     adapters, student = workspace.adapters, config.student
     generator = torch.Generator().manual_seed(config.seed)
@@ -170,10 +177,14 @@ def make_distiller(
         modules = read_lora(student.init_from, adapters.module_shapes).modules
         for name in (STUDENT, CRITIC):
             adapters.init_slot(name, modules, generator)
+    if collection is not None:
+        modules = read_lora(collection, adapters.module_shapes).modules
+        adapters.add_lora(COLLECTION, modules, dtype=workspace.backbone.dtype)
     stacks = [STUDENT]
     if (path := acceleration_of(config)) is not None:
-        adapters.add_lora(ACCELERATION, read_lora(path, adapters.module_shapes).modules, trainable=True)
-        stacks.append(ACCELERATION)
+        modules = read_lora(path, adapters.module_shapes).modules
+        adapters.add_lora(ACCELERATION, modules, trainable=collection is None)
+        stacks += [ACCELERATION] if collection is None else []
     train_config = config.train
     if train_config.gradient_checkpointing:
         workspace.backbone.set_gradient_checkpointing(True, whole_blocks(config, distributed.world()))
@@ -189,9 +200,11 @@ def make_distiller(
         workspace.general,
         student=student_group,
         critic=critic_group,
-        accelerated=path is not None,
+        accelerated=ACCELERATION in stacks,
         deal=deal,
         rehearsed=frozenset(rehearsed),
+        extended=collection is not None,
+        accelerated_teachers=collection is not None and path is not None,
     )
 
 

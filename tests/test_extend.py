@@ -21,10 +21,10 @@ from clora.checkpoint import open_latest
 from clora.config import Config, build_config
 from clora.data.examples import collate
 from clora.editor import load_editor
-from clora.errors import InputErrors
+from clora.errors import InputError, InputErrors
 from clora.extend import deal_names, extend, extend_faults, extended_config, merge_catalogue
 from clora.flow import few_step_sigmas
-from clora.lora_files import LoraModule, read_lora, write_lora
+from clora.lora_files import LoraModule, join_modules, read_lora, write_lora
 from clora.routing import step_generator
 from clora.sample import few_step_sample_ref
 from clora.targets import rehearsal_targets
@@ -75,10 +75,16 @@ def make_config(base: Path, place: Path, out: Path, *overrides: str, name: str =
         "base": {"model": str(base), "dtype": "float32"},
         "output_dir": str(out),
         "effects": [{"name": name, "prompt": "change it", "lora": "warm.safetensors", "pairs": "warm"}],
-        "student": {"rank": 4, "alpha": 4, "targets": TARGETS},
+        "student": {"acceleration": None, "targets": TARGETS},
         "schedule": {"num_steps": 2},
         "objective": {"p_switch": 1.0, "guidance": 2.0},
-        "extend": {"max_train_steps": 4, "coarse_steps": 2, "rehearsal_sources": 2, "anchor_batch_size": 3},
+        "extend": {
+            "rank": 4,
+            "max_train_steps": 4,
+            "coarse_steps": 2,
+            "rehearsal_sources": 2,
+            "anchor_batch_size": 3,
+        },
         "train": {"critic_updates": 1, "batch_size": 2, "log_every": 1, "checkpointing_steps": 2},
     }
     return build_config(values, place, overrides)
@@ -200,7 +206,7 @@ def rehearsing_loss(
     for name, examples in workspace.effects.items():
         rng = torch.Generator().manual_seed(0)
         workspace.effects[name] = [replace(e, y=(torch.randn(e.num_tokens, 64, generator=rng),)) for e in examples]
-    distiller = make_distiller(workspace, bank, names, ["first", "second"])
+    distiller = make_distiller(workspace, bank, names, ["first", "second"], collection)
     with torch.no_grad():
         for key, value in distiller.student.parameters.items():
             value.add_(moved if key.endswith(".B") else 0.0)
@@ -213,12 +219,38 @@ def test_rehearsal_holds_the_student_where_it_is(random_base: Path, place: Path,
     assert rehearsing_loss(random_base, place, tmp_path, old) < 1e-9
     assert rehearsing_loss(random_base, place, tmp_path, new) > 0.1
     light, heavy = (
-        rehearsing_loss(random_base, place, tmp_path, old, f"extend.rehearsal_weight={weight}", moved=0.02)
+        rehearsing_loss(random_base, place, tmp_path, old, f"extend.rehearsal_weight={weight}", moved=0.1)
         for weight in (1, 4)
     )
     assert light > 1e-4 and heavy == pytest.approx(4 * light, rel=1e-4)
     unweighted = rehearsing_loss(random_base, place, tmp_path, new, "extend.rehearsal_weight=1")
     assert unweighted == pytest.approx(rehearsing_loss(random_base, place, tmp_path, new), rel=1e-6)
+
+
+def test_anchors_follow_the_collection_and_accelerated_teachers(random_base: Path, place: Path, tmp_path: Path) -> None:
+    """TA-FM's velocity: the collection's for an old effect; for a new one the teacher's, with the acceleration LoRA."""
+    collection, fast = place / "collection.safetensors", random_modules(random_base, 2, 3)
+    write_lora(tmp_path / "fast.safetensors", fast, dtype=torch.float32)
+    given = make_config(random_base, place, tmp_path, f"student.acceleration={tmp_path / 'fast.safetensors'}")
+    workspace = open_workspace(extended_config(collection, read_catalogue(collection), given), QUIET)
+    bank = open_bank(workspace)
+    assert bank is not None
+    distiller = make_distiller(workspace, bank, ("warm", "first"), ["first"], collection)
+    assert not any("acceleration" in name for name in distiller.student.parameters)
+    taught = join_modules(read_lora(place / "warm.safetensors").modules, fast)
+    workspace.adapters.add_lora("new_by_hand", taught)
+    workspace.adapters.add_lora("old_by_hand", read_lora(collection).modules)
+    cond = collate([workspace.effects[name][0] for name in ("warm", "first")], "teacher", workspace.backbone.device)
+    rng = torch.Generator().manual_seed(0)
+    x_sigma, eps, y = torch.randn(3, 2, workspace.effects["warm"][0].num_tokens, 64, generator=rng)
+    sigma = torch.tensor([0.3, 0.9])
+    anchor = distiller.networks(0).anchor
+    assert anchor is not None
+    x0, weight = anchor(y, eps, x_sigma, sigma, cond)
+    with torch.no_grad():
+        expected = workspace.backbone.velocity(x_sigma, sigma, cond, ["new_by_hand", "old_by_hand"])
+    torch.testing.assert_close(eps - x0, expected, rtol=1e-4, atol=1e-5)
+    assert weight.flatten().tolist() == [1.0, given.extend.rehearsal_weight]
 
 
 def _holds(path: Path, latents: torch.Tensor) -> bool:
@@ -231,10 +263,8 @@ def _holds(path: Path, latents: torch.Tensor) -> bool:
 def test_extended_config_starts_from_the_collection(random_base: Path, place: Path, tmp_path: Path) -> None:
     collection = place / "collection.safetensors"
     catalogue = read_catalogue(collection)
-    config = make_config(random_base, place, tmp_path / "out", "student.acceleration=base")
-    extended = extended_config(collection, catalogue, config)
-    assert (extended.student.rank, extended.student.alpha, extended.student.acceleration) == (6, 6.0, None)
-    assert extended.student.init_from == collection
+    extended = extended_config(collection, catalogue, make_config(random_base, place, tmp_path / "out"))
+    assert (extended.student.rank, extended.student.alpha, extended.student.init_from) == (4, 4.0, None)
     assert (extended.train.max_train_steps, extended.train.coarse_steps) == (4, 2)
     assert [effect.name for effect in extended.effects] == ["warm", "first", "second"]
     assert teacher_files(extended)["first"] == teacher_files(extended)["second"] == collection
@@ -246,8 +276,9 @@ def test_extended_config_starts_from_the_collection(random_base: Path, place: Pa
         collection, catalogue, make_config(random_base, place, tmp_path, "extend.rehearsal_share=0")
     )
     assert [effect.name for effect in alone.effects] == ["warm"]
-    larger = make_config(random_base, place, tmp_path, "student.rank=8")
-    assert extended_config(collection, catalogue, larger).student.rank == 8
+    accelerated = make_config(random_base, place, tmp_path, "student.acceleration=base")
+    with pytest.raises(InputError, match=r"student\.acceleration: base .* brings no acceleration LoRA"):
+        extended_config(collection, catalogue, accelerated)
 
 
 def test_extend_faults_lists_every_misfit(random_base: Path, place: Path) -> None:
