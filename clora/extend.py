@@ -130,6 +130,8 @@ def extended_config(collection: Path, catalogue: Catalogue, config: Config) -> C
     train = config.train.model_copy(update={key: getattr(settings, key) for key in (*keys, "anchor_batch_size")})
     changes = {"rank": settings.rank, "alpha": float(settings.rank), "acceleration": acceleration_of(config)}
     student = config.student.model_copy(update=changes)
+    p_switch = config.objective.p_switch if settings.p_switch is None else settings.p_switch
+    objective = config.objective.model_copy(update={"p_switch": p_switch})
     pool = _sources(config)
     rehearsed = []
     if settings.rehearsal_share > 0:
@@ -143,6 +145,7 @@ def extended_config(collection: Path, catalogue: Catalogue, config: Config) -> C
         update={
             "train": train,
             "student": student,
+            "objective": objective,
             "effects": [*config.effects, *rehearsed],
             "data_roots": [*config.data_roots, *roots],
         }

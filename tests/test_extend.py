@@ -80,6 +80,7 @@ def make_config(base: Path, place: Path, out: Path, *overrides: str, name: str =
         "objective": {"p_switch": 1.0, "guidance": 2.0},
         "extend": {
             "rank": 4,
+            "p_switch": None,
             "max_train_steps": 4,
             "coarse_steps": 2,
             "rehearsal_sources": 2,
@@ -272,6 +273,9 @@ def test_extended_config_starts_from_the_collection(random_base: Path, place: Pa
     # Two sources each, taken in turn: the first effect has 0 and 1, the second 2 and 0.
     sources = [Path(json.loads(row)["source_images"][0]).name for row in rows]
     assert sources == ["2.png", "0.png"]
+    assert extended.objective.p_switch == 1.0
+    other_share = make_config(random_base, place, tmp_path, "extend.p_switch=0.25")
+    assert extended_config(collection, catalogue, other_share).objective.p_switch == 0.25
     alone = extended_config(
         collection, catalogue, make_config(random_base, place, tmp_path, "extend.rehearsal_share=0")
     )
