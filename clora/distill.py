@@ -32,7 +32,7 @@ from clora.slots import Slot
 from clora.teachers import TeacherBank
 
 # The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one. In
-# `clora extend` student and critic lie on top of the collection, which is frozen.
+# `clora extend` the student lies on top of the collection, which is frozen.
 STUDENT, ACCELERATION, CRITIC, COLLECTION = "student", "student_acceleration", "critic", "collection"
 # Up to so many tokens critic and teacher share a forward, which is a little faster there (`bench.joint_scores`): a
 # forward of few tokens mostly reads the weights.
@@ -50,8 +50,9 @@ class Distiller:
 
     `accelerated`: the backbone has an `ACCELERATION` slot, trained with the student from the first full step on.
     `deal`: the effects' names as often as each is to come up in a round; left out, once each. `rehearsed`: those whose
-    one teacher the student was before, and is to stay. `extended`: student and critic are adapters on top of the
-    frozen `COLLECTION`. `accelerated_teachers`: TA-FM follows the velocity of teachers with the frozen `ACCELERATION`.
+    one teacher the student was before, and is to stay. `extended`: the student is an adapter on top of the frozen
+    `COLLECTION`, of which the critic has a copy. `accelerated_teachers`: TA-FM follows the velocity of teachers with
+    the frozen `ACCELERATION`.
     """
 
     config: Config
@@ -84,13 +85,13 @@ class Distiller:
         """Student, critic and teachers of `step` as velocities; the teacher reads a sample's effect from its cond."""
         below = (COLLECTION,) if self.extended else ()
         joined = (ACCELERATION,) if self.accelerated and step >= self.coarse_steps else ()
-        student_slot, critic_slot = (*below, STUDENT, *joined), (*below, CRITIC)
+        student_slot = (*below, STUDENT, *joined)
 
         def student(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
             return self.backbone.velocity(x_sigma, sigma, cond, [student_slot])
 
         def critic(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-            return self.backbone.velocity(x_sigma, sigma, cond, [critic_slot])
+            return self.backbone.velocity(x_sigma, sigma, cond, [CRITIC])
 
         def teacher(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
             slots: Sequence[Any] = [None] if self.bank is None else self.bank.slots_for(cond.effects)
@@ -99,7 +100,7 @@ class Distiller:
         def scores(x_sigma: Tensor, sigma: Tensor, student_cond: Cond, teacher_conds: list[Cond]) -> list[Tensor]:
             conds, count = cat_conds([student_cond, *teacher_conds]), 1 + len(teacher_conds)
             taught = [None] * len(x_sigma) if self.bank is None else self.bank.slots_for(teacher_conds[0].effects)
-            slots = [critic_slot] * len(x_sigma) + [*taught] * len(teacher_conds)
+            slots: list[Slot] = [CRITIC] * len(x_sigma) + [*taught] * len(teacher_conds)
             v = self.backbone.velocity(x_sigma.repeat(count, 1, 1), sigma.repeat(count), conds, slots)
             return list(v.chunk(count))
 
@@ -307,9 +308,11 @@ class Distiller:
         return self.full_step(step)
 
     def _start_critic(self) -> None:
+        """The student's ranks are the critic's last ones; below them it has the collection, where there is one."""
         with torch.no_grad():
             for key, value in self.critic.parameters.items():
-                value.copy_(self.student.parameters[key.replace(CRITIC, STUDENT, 1)])
+                own, dim = self.student.parameters[key.replace(CRITIC, STUDENT, 1)], 1 if key.endswith(".A") else 2
+                value.narrow(dim, value.shape[dim] - own.shape[dim], own.shape[dim]).copy_(own)
 
     def _update(self, group: Group, loss_of: LossOf, step: int) -> dict[str, Tensor]:
         """One update of `group` over `gradient_accumulation_steps` batches; the figures are those of the last."""

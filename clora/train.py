@@ -165,21 +165,25 @@ def make_distiller(
 ) -> Distiller:
     """Add the student's and the critic's slots and wire one step's parts together.
 
-    `deal` and `rehearsed` as in `Distiller`. With `collection` both are added to this file's LoRA, which stays as it
-    is, and the acceleration LoRA, which it has in it, joins the new effects' teachers instead of the student.
+    `deal` and `rehearsed` as in `Distiller`. With `collection` the student is added to this file's LoRA, which stays as
+    it is; the critic starts from it and can change all of it, because it must follow what the collection samples, which
+    is not what it predicts. The acceleration LoRA, which a collection has in it, joins the new effects' teachers.
     """
     config = workspace.config
     adapters, student = workspace.adapters, config.student
     generator = torch.Generator().manual_seed(config.seed)
-    for name in (STUDENT, CRITIC):
-        adapters.add_stack(name, [name], student.rank, student.alpha, trainable=True, init="lora", generator=generator)
+    below = {} if collection is None else read_lora(collection, adapters.module_shapes).modules
+    for name, extra in ((STUDENT, 0), (CRITIC, max((module.rank for module in below.values()), default=0))):
+        rank = student.rank + extra
+        alpha = student.alpha * rank / student.rank
+        adapters.add_stack(name, [name], rank, alpha, trainable=True, init="lora", generator=generator)
     if student.init_from is not None:
         modules = read_lora(student.init_from, adapters.module_shapes).modules
         for name in (STUDENT, CRITIC):
             adapters.init_slot(name, modules, generator)
-    if collection is not None:
-        modules = read_lora(collection, adapters.module_shapes).modules
-        adapters.add_lora(COLLECTION, modules, dtype=workspace.backbone.dtype)
+    if below:
+        adapters.add_lora(COLLECTION, below, dtype=workspace.backbone.dtype)
+        adapters.init_slot(CRITIC, below, generator)
     stacks = [STUDENT]
     if (path := acceleration_of(config)) is not None:
         modules = read_lora(path, adapters.module_shapes).modules

@@ -254,6 +254,29 @@ def test_anchors_follow_the_collection_and_accelerated_teachers(random_base: Pat
     assert weight.flatten().tolist() == [1.0, given.extend.rehearsal_weight]
 
 
+def test_critic_starts_as_the_student_on_its_collection(random_base: Path, place: Path, tmp_path: Path) -> None:
+    collection = place / "collection.safetensors"
+    given = make_config(random_base, place, tmp_path, "extend.coarse_steps=1", "train.critic_learning_rate=1e-30")
+    workspace = open_workspace(extended_config(collection, read_catalogue(collection), given), QUIET)
+    bank = open_bank(workspace)
+    assert bank is not None
+    warm = [replace(e, y=(torch.zeros(e.num_tokens, 64),)) for e in workspace.effects["warm"]]
+    workspace.effects["warm"] = warm
+    distiller = make_distiller(workspace, bank, ["warm"], ["first"], collection)
+    cond = collate(warm[:1], "student", workspace.backbone.device)
+    x_sigma, sigma = torch.randn(1, warm[0].num_tokens, 64), torch.tensor([0.5])
+    before = distiller.networks(0).critic(x_sigma, sigma, cond)
+    torch.testing.assert_close(before, distiller.networks(0).student(x_sigma, sigma, cond), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for value in distiller.student.parameters.values():
+            value.add_(0.1)
+    moved = distiller.networks(0).student(x_sigma, sigma, cond).detach()
+    distiller.step(1)  # the first full step; its critic learns next to nothing
+    critic = distiller.networks(1).critic(x_sigma, sigma, cond)
+    torch.testing.assert_close(critic, moved, rtol=1e-4, atol=1e-5)
+    assert float((critic - before).detach().abs().max()) > 1e-2
+
+
 def _holds(path: Path, latents: torch.Tensor) -> bool:
     from safetensors.torch import load_file
 
