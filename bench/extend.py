@@ -37,7 +37,7 @@ from clora.workspace import Workspace, acceleration_of, in_batches, open_workspa
 PAIRS = 40
 TEACHER_STEPS = 400  # twice the preset's, as for the collection of 50
 # The first held-out scene of each use: those that settings are chosen on, and those that they are judged on.
-SCENES = {"tune": EVAL_SCENES, "judge": EVAL_SCENES + 10_000}
+SCENES = {"tune": EVAL_SCENES, "judge": EVAL_SCENES + 20_000}
 Images = dict[tuple[str, int], list[Pixels]]
 
 
