@@ -198,12 +198,10 @@ class Distiller:
         return self._draw_effects(step, role, part, parts, size, p_switch), anchors
 
     def _draw_effects(self, step: int, role: Role, part: int, parts: int, size: int, p_switch: float) -> list[Example]:
-        names = self._names
-        if role in ("student", "critic") and self.config.train.anchor_batch_size:
-            # A collection is no score of what it samples: matching it would move old effects. TA-FM holds them.
-            names = [name for name in names if name not in self.rehearsed]
-        drawn = draw_effects(self.config.seed, step, len(names), size, p_switch, purpose=role, part=part, parts=parts)
-        return self._draw_examples(step, f"{role}/{part}", [names[i] for i in drawn])
+        drawn = draw_effects(
+            self.config.seed, step, len(self._names), size, p_switch, purpose=role, part=part, parts=parts
+        )
+        return self._draw_examples(step, f"{role}/{part}", [self._names[i] for i in drawn])
 
     def _draw_examples(self, step: int, purpose: str, names: Sequence[str | None]) -> list[Example]:
         """One example for each name, all of one size (a batch has one): the first draw decides."""

@@ -254,25 +254,6 @@ def test_anchors_follow_the_collection_and_accelerated_teachers(random_base: Pat
     assert weight.flatten().tolist() == [1.0, given.extend.rehearsal_weight]
 
 
-def test_old_effects_are_rehearsed_by_ta_fm_alone(random_base: Path, place: Path, tmp_path: Path) -> None:
-    """Matching distributions sees new effects only, where TA-FM has samples of its own; without them it sees all."""
-    collection, deal = place / "collection.safetensors", ["warm", "first", "second"]
-    for anchors, in_dmd in ((3, {"warm"}), ("null", {"warm", "first", "second"})):
-        given = make_config(random_base, place, tmp_path, f"extend.anchor_batch_size={anchors}")
-        workspace = open_workspace(extended_config(collection, read_catalogue(collection), given), QUIET)
-        bank = open_bank(workspace)
-        assert bank is not None
-        for name, examples in workspace.effects.items():
-            workspace.effects[name] = [replace(e, y=(torch.zeros(e.num_tokens, 64),)) for e in examples]
-        distiller = make_distiller(workspace, bank, deal, deal[1:], collection)
-        for role in ("student", "critic"):
-            batches = [distiller.batch(step, "effect", role)[0] for step in range(2, 8)]
-            assert {effect for batch in batches for effect in batch.teacher_cond.effects} == in_dmd
-        anchored = distiller.batch(2, "effect", "student")[0].anchor_teacher_cond
-        assert (anchored is None) == (anchors == "null")
-        assert anchored is None or set(anchored.effects) == set(deal)
-
-
 def test_critic_starts_as_the_student_on_its_collection(random_base: Path, place: Path, tmp_path: Path) -> None:
     collection = place / "collection.safetensors"
     given = make_config(random_base, place, tmp_path, "extend.coarse_steps=1", "train.critic_learning_rate=1e-30")
