@@ -1,8 +1,9 @@
 """Do old effects survive `clora extend`? `python -m bench.extend --run runs/extend [--figures F] [key=value ...]`.
 
-The tiny base's collection of 50 effects, extended by the next three of the world (Table 5): a teacher is taught to
-each (once per folder), the collection is extended, and old and new effects are scored against the truth on held-out
-scenes before and after, with the same noise. `key=value` are overrides of the configuration.
+The tiny base's collection of 50 effects, extended by the next three of the world (Table 5) or by those named: a teacher
+is taught to each (once per folder), the collection is extended, and old and new effects are scored against the truth on
+held-out scenes before and after, with the same noise. Settings are chosen on `--scenes tune` (`key=value` are overrides
+of the configuration) and judged on `--scenes judge`, which are others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from clora.base_dir import collection_lora
-from clora.baselines import COLLECTION, Method, sample_method
+from clora.baselines import ACCELERATION, COLLECTION, Method, methods, sample_method
 from clora.catalogue import Catalogue, read_catalogue
 from clora.config import Config, load_config
 from clora.data.examples import Example
@@ -30,18 +32,19 @@ from clora.lora_files import read_lora
 from clora.teach import teach
 from clora.tiny.dataset import EVAL_SCENES, effect_config, effect_names, write_effect_pairs, write_eval_sources
 from clora.train import open_bank
-from clora.workspace import Workspace, in_batches, open_workspace
+from clora.workspace import Workspace, acceleration_of, in_batches, open_workspace
 
 PAIRS = 40
 TEACHER_STEPS = 400  # twice the preset's, as for the collection of 50
+# The first held-out scene of each use: those that settings are chosen on, and those that they are judged on.
+SCENES = {"tune": EVAL_SCENES, "judge": EVAL_SCENES + 20_000}
 Images = dict[tuple[str, int], list[Pixels]]
 
 
-def write_dataset(run: Path, names: list[str], num_scenes: int) -> Path:
-    """Pairs of the new effects and held-out scenes; returns the configuration file."""
+def write_dataset(run: Path, names: Sequence[str]) -> Path:
+    """Pairs of the new effects; returns the configuration file."""
     for name in names:
         write_effect_pairs(run / "data" / name, name, PAIRS)
-    write_eval_sources(run / "data" / "held_out", num_scenes)
     values = {
         "base": "tiny",
         "output_dir": "extended",
@@ -82,9 +85,9 @@ def sample(workspace: Workspace, method: Method, examples: dict[int, tuple[tuple
     return images
 
 
-def sample_collections(run: Path, config: Config, before: Path, after: Path, num_scenes: int) -> dict[str, Images]:
-    """Images of the collection before and after, and of the new effects' teachers at 40 steps."""
-    scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}
+def sample_collections(config: Config, before: Path, after: Path, scenes: dict[int, Path]) -> dict[str, Images]:
+    """Images of the collection before and after, and of the new effects' teachers: at 40 steps, and at the collection's
+    number of steps with the base's acceleration LoRA."""
     console = Console(stderr=True)
     bare = config.model_copy(update={"effects": []})
     workspace = open_workspace(bare, console, general=False, keep_encoders=True)
@@ -113,6 +116,11 @@ def sample_collections(run: Path, config: Config, before: Path, after: Path, num
     assert bank is not None
     teachers = Method("teachers", len(new), config.targets.num_steps, 1.0, False, "teacher", bank.slots_for)
     images["teachers"] = sample(workspace, teachers, added)
+    fast = acceleration_of(config)
+    assert fast is not None
+    workspace.adapters.add_lora(ACCELERATION, read_lora(fast, workspace.adapters.module_shapes).modules)
+    stacked = next(m for m in methods(config, bank, joint=False, acceleration=True) if m.name == "teacher+accel")
+    images["teachers, accelerated"] = sample(workspace, stacked, added)
     return images
 
 
@@ -123,6 +131,7 @@ def figures_of(images: dict[str, Images], new: set[str]) -> dict[str, Any]:
         "old, after": {key: value for key, value in images["after"].items() if key[0] not in new},
         "new, after": {key: value for key, value in images["after"].items() if key[0] in new},
         "new, teachers": images["teachers"],
+        "new, teachers, accelerated": images["teachers, accelerated"],
     }
     scores = evaluate_methods(methods)
     before, after = scores["old, before"].per_effect, scores["old, after"].per_effect
@@ -134,8 +143,15 @@ def figures_of(images: dict[str, Images], new: set[str]) -> dict[str, Any]:
         "old_bcr_change_interval": [round(x, 4) for x in bootstrap_interval([[c] for c in changes.values()])],
         "old_bcr_change_by_effect": {name: round(c, 3) for name, c in sorted(changes.items()) if c},
         "new_bcr_by_effect": {
-            name: {"after": round(one.bcr, 3), "teacher": round(scores["new, teachers"].per_effect[name].bcr, 3)}
-            for name, one in scores["new, after"].per_effect.items()
+            name: {
+                key: round(scores[row].per_effect[name].bcr, 3)
+                for key, row in (
+                    ("after", "new, after"),
+                    ("teacher", "new, teachers"),
+                    ("teacher, accelerated", "new, teachers, accelerated"),
+                )
+            }
+            for name in scores["new, after"].per_effect
         },
     }
 
@@ -148,8 +164,9 @@ def row(scores: MethodScores) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--new", type=int, default=3, help="effects added, after the collection's in the world's order")
-    parser.add_argument("--scenes", type=int, default=12)
+    parser.add_argument("--new", metavar="NAME,...", help="effects added; default: the next three in the world's order")
+    parser.add_argument("--scenes", choices=SCENES, default="judge", help="scenes to choose settings on, or to judge")
+    parser.add_argument("--num-scenes", type=int, default=12)
     parser.add_argument("--figures", type=Path, help="write the figures as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
@@ -157,19 +174,22 @@ def main() -> None:
     collection = collection_lora("tiny")
     assert collection is not None
     old: Catalogue = read_catalogue(collection)
-    names = effect_names(len(old.effects) + arguments.new)[len(old.effects) :]
-    file = write_dataset(arguments.run, names, arguments.scenes)
+    following = effect_names(len(old.effects) + 3)[len(old.effects) :]
+    names = arguments.new.split(",") if arguments.new else following
+    file = write_dataset(arguments.run, names)
     if not all((arguments.run / "teachers" / f"{name}.safetensors").exists() for name in names):
         teach_new(load_config(file), arguments.run, console)
     config = load_config(file, arguments.overrides)
     started = time.perf_counter()
     extended = extend(collection, config, console=console)
     seconds = time.perf_counter() - started
-    images = sample_collections(arguments.run, config, collection, extended, arguments.scenes)
+    folder = arguments.run / "data" / f"held_out_{arguments.scenes}"
+    scenes = write_eval_sources(folder, arguments.num_scenes, first=SCENES[arguments.scenes])
+    images = sample_collections(config, collection, extended, scenes)
     figures = {
         "collection": {"effects": len(old.effects), "version": old.version},
         "new": names,
-        "scenes": arguments.scenes,
+        "scenes": {"use": arguments.scenes, "first": SCENES[arguments.scenes], "count": arguments.num_scenes},
         "overrides": arguments.overrides,
         "extend": config.extend.model_dump(),
         "seconds": round(seconds, 1),

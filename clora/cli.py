@@ -254,6 +254,8 @@ def extend(
     from clora.extend import extend as run
 
     path = run(collection, _load(config, overrides), resume)
+    if not is_main():
+        return
     if as_json:
         catalogue = read_catalogue(path)
         names = [entry.name for entry in catalogue.effects]

@@ -260,14 +260,17 @@ class TrainConfig(Section):
 
 
 class ExtendConfig(Section):
-    """`clora extend`: effects for an existing collection (Table 5), in place of `train`'s keys of these names."""
+    """`clora extend`: effects for an existing collection (Table 5), in place of the keys of these names in `train`,
+    `student` and `objective`."""
 
+    rank: Annotated[Count, doc("Rank of what is added to the collection's LoRA.")] = 32
     max_train_steps: Annotated[Count, doc("Student updates in all, the coarse ones included.")] = 100
     coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone.")] = 50
     learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
     coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
     lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 10
     anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
+    p_switch: Annotated[Share | None, doc("As `objective.p_switch`; null = that one.")] = None
     rehearsal_share: Annotated[Decay, doc("Share of the effects' samples that rehearse old effects.")] = 0.5
     rehearsal_weight: Annotated[Positive, doc("Weight of their TA-FM, which keeps to the old velocity.")] = 5.0
     rehearsal_sources: Annotated[Count, doc("Images that each old effect is rehearsed on.")] = 8

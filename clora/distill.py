@@ -42,8 +42,9 @@ from clora.routing import Draws, Rows, Stream, draw_effects, draw_stream, split_
 from clora.slots import Slot
 from clora.teachers import TeacherBank
 
-# The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one.
-STUDENT, ACCELERATION, CRITIC = "student", "student_acceleration", "critic"
+# The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one. In
+# `clora extend` the student lies on top of the collection, which is frozen.
+STUDENT, ACCELERATION, CRITIC, COLLECTION = "student", "student_acceleration", "critic", "collection"
 # Up to so many tokens what needs not wait for each other shares a forward, which is faster there (`bench.joint`): a
 # forward of few tokens mostly reads the weights.
 JOINT_TOKENS = 1024
@@ -60,8 +61,10 @@ class Distiller:
 
     `accelerated`: the backbone has an `ACCELERATION` slot, trained with the student from the first full step on.
     `deal`: the effects' names as often as each is to come up in a round; left out, once each. `rehearsed`: those whose
-    one teacher the student was before, and is to stay. `joint_tokens`: most tokens of a forward that is shared,
-    `math.inf` where every forward has to fetch the weights from other processes.
+    one teacher the student was before, and is to stay. `extended`: the student is an adapter on top of the frozen
+    `COLLECTION`, of which the critic has a copy. `accelerated_teachers`: TA-FM follows the velocity of teachers with
+    the frozen `ACCELERATION`. `joint_tokens`: most tokens of a forward that is shared, `math.inf` where every forward
+    has to fetch the weights from other processes.
     """
 
     config: Config
@@ -74,6 +77,8 @@ class Distiller:
     accelerated: bool = False
     deal: Sequence[str] = ()
     rehearsed: frozenset[str] = frozenset()
+    extended: bool = False
+    accelerated_teachers: bool = False
     joint_tokens: float = JOINT_TOKENS
     _names: list[str] = field(init=False)
     _tokens: int = field(init=False)  # of the largest sample: result, references and text
@@ -93,10 +98,12 @@ class Distiller:
 
     def networks(self, step: int) -> Networks:
         """Student, critic and teachers of `step` as velocities; the teacher reads a sample's effect from its cond."""
-        whole: Slot = (STUDENT, ACCELERATION) if self.accelerated and step >= self.coarse_steps else STUDENT
+        below = (COLLECTION,) if self.extended else ()
+        joined = (ACCELERATION,) if self.accelerated and step >= self.coarse_steps else ()
+        student_slot = (*below, STUDENT, *joined)
 
         def student(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-            return self.backbone.velocity(x_sigma, sigma, cond, [whole])
+            return self.backbone.velocity(x_sigma, sigma, cond, [student_slot])
 
         def critic(x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
             return self.backbone.velocity(x_sigma, sigma, cond, [CRITIC])
@@ -108,7 +115,7 @@ class Distiller:
         def scores(x_sigma: Tensor, sigma: Tensor, student_cond: Cond, teacher_conds: list[Cond]) -> list[Tensor]:
             conds, count = cat_conds([student_cond, *teacher_conds]), 1 + len(teacher_conds)
             taught = [None] * len(x_sigma) if self.bank is None else self.bank.slots_for(teacher_conds[0].effects)
-            slots = [CRITIC] * len(x_sigma) + [*taught] * len(teacher_conds)
+            slots: list[Slot] = [CRITIC] * len(x_sigma) + [*taught] * len(teacher_conds)
             v = self.backbone.velocity(x_sigma.repeat(count, 1, 1), sigma.repeat(count), conds, slots)
             return list(v.chunk(count))
 
@@ -118,7 +125,7 @@ class Distiller:
             teacher,
             cat_conds,
             scores=scores if self._at_once(3) == 3 else None,
-            rehearse=self._rehearse if self.rehearsed else None,
+            anchor=self._anchor if self.rehearsed or self.accelerated_teachers else None,
         )
 
     def _at_once(self, batches: int) -> int:
@@ -126,19 +133,28 @@ class Distiller:
         return int(min(batches, self.joint_tokens / (self.config.train.batch_size * self._tokens)))
 
     @torch.no_grad()
-    def _rehearse(self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """y, and for samples of rehearsed effects the x0 whose flow-matching target is their teacher's velocity.
+    def _anchor(
+        self, y: Tensor, eps: Tensor, x_sigma: Tensor, sigma: Tensor, teacher_cond: Cond
+    ) -> tuple[Tensor, Tensor]:
+        """The x0 whose flow-matching target is the velocity of a few-step teacher, and each sample's weight.
 
-        Flow matching on a few-step student's own samples would not leave it as it is: distribution matching has taken
-        it elsewhere. Its own velocity does, and without noise in the gradient, so that it can weigh
-        `extend.rehearsal_weight` times as much. The teacher reads the student's prompt.
+        Flow matching on images, be they its own samples, makes of a few-step student one of many steps: distribution
+        matching has taken it elsewhere. The velocity of one that samples in few steps leaves it there, and without
+        noise in the gradient, so that rehearsed effects can weigh `extend.rehearsal_weight` times as much. For those it
+        is the collection; for new effects their teacher with the acceleration LoRA, and y stays where there is none.
         """
         assert self.bank is not None
-        known = torch.tensor([effect in self.rehearsed for effect in cond.effects], device=y.device).view(-1, 1, 1)
+        known = [effect in self.rehearsed for effect in teacher_cond.effects]
+        if self.accelerated_teachers:
+            taught = zip(known, self.bank.slots_for(teacher_cond.effects), strict=True)
+            slots: Sequence[Slot] = [slot if old or slot is None else (slot, ACCELERATION) for old, slot in taught]
+        else:
+            slots = self.bank.slots_for([min(self.rehearsed)])
         # All samples go through it, because processes that share the base must run equally many forwards.
-        v_teacher = self.backbone.velocity(x_sigma, sigma, cond, self.bank.slots_for([min(self.rehearsed)]))
-        weight = torch.where(known, self.config.extend.rehearsal_weight, 1.0)
-        return torch.where(known, eps - v_teacher, y), weight
+        v_teacher = self.backbone.velocity(x_sigma, sigma, teacher_cond, slots)
+        old = torch.tensor(known, device=y.device).view(-1, 1, 1)
+        weight = torch.where(old, self.config.extend.rehearsal_weight, 1.0)
+        return torch.where(old | self.accelerated_teachers, eps - v_teacher, y), weight
 
     def stream(self, step: int) -> Stream:
         """The stream of `step` (Eq. 9); the only one there is when effects or general data are missing."""
@@ -233,6 +249,7 @@ class Distiller:
             y=y,
             anchor_y=anchor_y,
             anchor_cond=collate(anchors, student_text, device) if anchors else None,
+            anchor_teacher_cond=collate(anchors, "teacher", device) if anchors else None,
         )
 
     def coarse_step(self, step: int) -> dict[str, Tensor]:
@@ -324,8 +341,12 @@ class Distiller:
         return self.full_step(step)
 
     def _start_critic(self) -> None:
-        start = self.student.masters()
-        self.critic.assign({key: start[key.replace(CRITIC, STUDENT, 1)] for key in self.critic.parameters})
+        """The student's ranks are the critic's last ones; below them it has the collection, where there is one."""
+        start, values = self.student.masters(), self.critic.masters()
+        for key, value in values.items():
+            own, dim = start[key.replace(CRITIC, STUDENT, 1)], 1 if key.endswith(".A") else 2
+            value.narrow(dim, value.shape[dim] - own.shape[dim], own.shape[dim]).copy_(own)
+        self.critic.assign(values)
 
     def _update(self, group: Group, loss_of: LossOf, step: int) -> dict[str, Tensor]:
         """One update of `group` over `gradient_accumulation_steps` batches; the figures are those of the last."""

@@ -1,5 +1,6 @@
 """`clora extend`: new effects for an existing collection, by about a hundred updates from it (Table 5).
 
+The collection stays as it is; a LoRA of rank `extend.rank` is trained on top of it, and the two are written as one.
 The old effects' teachers and pairs are not needed: each old effect is rehearsed as an ordinary effect whose teacher is
 the collection itself, frozen, and whose targets y are its few-step samples with the old student prompt on the new
 effects' sources. In TA-FM the student keeps to the collection's velocity at these samples, noised. Old and new share
@@ -21,7 +22,7 @@ from clora.config import Config, EffectConfig
 from clora.data.examples import Example
 from clora.distill import STUDENT
 from clora.errors import InputErrors, raise_faults
-from clora.lora_files import check_lora
+from clora.lora_files import join_modules, read_lora
 from clora.provenance import hash_files
 from clora.targets import rehearsal_targets
 from clora.teachers import TeacherBank
@@ -35,6 +36,7 @@ from clora.train import (
 )
 from clora.workspace import (
     Workspace,
+    acceleration_of,
     averaged_weights,
     determinism,
     effect_pairs,
@@ -60,18 +62,21 @@ def extend(collection: Path, config: Config, resume: str | None = None, console:
         bank = open_bank(workspace)
         assert bank is not None
         collection_hash = hash_files({"collection": collection})["collection"]
+        workspace.hashes["collection"] = collection_hash
         workspace.effects = _new_targets(workspace, bank, config, console) | rehearsal_targets(
             workspace, bank.slots_for, catalogue, collection_hash, console
         )
         old, new = [entry.name for entry in catalogue.effects], [effect.name for effect in config.effects]
         share = config.extend.rehearsal_share
-        distiller = make_distiller(workspace, bank, deal_names(new, old, share), old if share > 0 else ())
+        rehearsed = old if share > 0 else []
+        distiller = make_distiller(workspace, bank, deal_names(new, old, share), rehearsed, collection)
         teachers = run_distillation(workspace, distiller, "extend", resume, console)
         path = config.output_dir / "collection.safetensors"
         with averaged_weights(distiller.student):
-            modules = slot_to_cpu(workspace.adapters, STUDENT)
+            added = slot_to_cpu(workspace.adapters, STUDENT)
         if distributed.is_main():
             entries = catalogue_entries(config, [workspace.prompts[name] for name in new], teachers)
+            modules = join_modules(read_lora(collection).modules, added)
             write_collection(path, modules, merge_catalogue(catalogue, entries))
     return path
 
@@ -108,9 +113,8 @@ def extend_faults(collection: Path, catalogue: Catalogue, config: Config) -> lis
     if config.objective.aop != any(entry.trigger for entry in catalogue.effects):
         has = "no triggers" if config.objective.aop else "triggers"
         faults.append(f"objective.aop: the collection has {has}; set it to {str(not config.objective.aop).lower()}")
-    for key in ("init_from", "acceleration"):
-        if getattr(config.student, key) not in (None, "base"):
-            faults.append(f"student.{key}: the student starts from {collection}; leave the key out")
+    if config.student.init_from is not None:
+        faults.append(f"student.init_from: the student starts from {collection}; leave the key out")
     if (config.output_dir / "collection.safetensors").resolve() == collection.resolve():
         faults.append(f"output_dir: {config.output_dir} holds the collection that is extended; choose another folder")
     return faults
@@ -124,11 +128,10 @@ def extended_config(collection: Path, catalogue: Catalogue, config: Config) -> C
     settings = config.extend
     keys = ("max_train_steps", "coarse_steps", "learning_rate", "coarse_learning_rate", "lr_warmup_steps")
     train = config.train.model_copy(update={key: getattr(settings, key) for key in (*keys, "anchor_batch_size")})
-    # Not below the collection's rank, or it would not fit; a larger one gives the new effects room of their own.
-    rank = max(config.student.rank, check_lora(collection).max_rank)
-    student = config.student.model_copy(
-        update={"rank": rank, "alpha": float(rank), "init_from": collection.absolute(), "acceleration": None}
-    )
+    changes = {"rank": settings.rank, "alpha": float(settings.rank), "acceleration": acceleration_of(config)}
+    student = config.student.model_copy(update=changes)
+    p_switch = config.objective.p_switch if settings.p_switch is None else settings.p_switch
+    objective = config.objective.model_copy(update={"p_switch": p_switch})
     pool = _sources(config)
     rehearsed = []
     if settings.rehearsal_share > 0:
@@ -142,6 +145,7 @@ def extended_config(collection: Path, catalogue: Catalogue, config: Config) -> C
         update={
             "train": train,
             "student": student,
+            "objective": objective,
             "effects": [*config.effects, *rehearsed],
             "data_roots": [*config.data_roots, *roots],
         }

@@ -58,9 +58,9 @@ class Networks:
     # Joins conds along the batch, for the guided teacher's one call and for rollouts of several batches; needed only
     # when guidance is not 1.
     cat_conds: Callable[[Sequence[Any]], Any] | None = None
-    # What TA-FM takes for y, and the samples' weights (B, 1, 1), from (y, eps, x_sigma, sigma, cond); needed only to
-    # rehearse what the student knows.
-    rehearse: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None
+    # What TA-FM takes for y, and the samples' weights (B, 1, 1), from (y, eps, x_sigma, sigma, teacher's cond); needed
+    # only to extend a collection.
+    anchor: Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None
     # scores(x_sigma, sigma, student_cond, teacher_conds): the critic's velocity and the teacher's for each of its
     # conds, in one call; None asks one after the other.
     scores: Callable[[Tensor, Tensor, Any, list[Any]], list[Tensor]] | None = None
@@ -82,6 +82,7 @@ class DistillBatch:
     # A batch of its own for TA-FM, usually larger (it costs one forward); y and student_cond when None.
     anchor_y: Tensor | None = None
     anchor_cond: Any | None = None
+    anchor_teacher_cond: Any | None = None  # the same with the teacher's prompt; only `Networks.anchor` reads it
 
 
 def total_loss(
@@ -150,16 +151,16 @@ def ta_fm_loss(
     `sigma_dmd`, of the whole batch, is read only by `ta_fm_sigma: above_dmd`; None draws it anew.
     """
     if batch.anchor_y is None:
-        y, cond = _targets(batch, "TA-FM"), batch.student_cond
+        y, cond, teacher_cond = _targets(batch, "TA-FM"), batch.student_cond, batch.teacher_cond
     else:
-        y, cond = batch.anchor_y, batch.anchor_cond
+        y, cond, teacher_cond = batch.anchor_y, batch.anchor_cond, batch.anchor_teacher_cond
     draws = as_draws(rng, len(y)).anchors()
     sigma = draw_ta_fm_sigma(len(y), cfg, draws, sigma_dmd)
     eps = normal(y.shape, draws)
     x_sigma = add_noise(y, eps, sigma)
     v_student = nets.student(x_sigma, sigma, cond)
-    if nets.rehearse is not None:
-        y, weight = nets.rehearse(y, eps, x_sigma, sigma, cond)
+    if nets.anchor is not None:
+        y, weight = nets.anchor(y, eps, x_sigma, sigma, teacher_cond)
         v_student, y, eps = (weight.sqrt() * part for part in (v_student, y, eps))
     loss, _ = flow_matching_loss(v_student, y, eps)
     return _own_share(loss, {"ta_fm_loss": loss.detach()}, draws)

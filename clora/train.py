@@ -19,7 +19,7 @@ from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_
 from clora.config import Config
 from clora.config_schema import Job
 from clora.data.examples import Example, collate
-from clora.distill import ACCELERATION, CRITIC, JOINT_TOKENS, STUDENT, Distiller
+from clora.distill import ACCELERATION, COLLECTION, CRITIC, JOINT_TOKENS, STUDENT, Distiller
 from clora.errors import raise_faults
 from clora.evaluate.pictures import grid_image
 from clora.flow import few_step_sigmas
@@ -157,23 +157,38 @@ def run_distillation(
 
 
 def make_distiller(
-    workspace: Workspace, bank: TeacherBank | None, deal: Sequence[str] = (), rehearsed: Iterable[str] = ()
+    workspace: Workspace,
+    bank: TeacherBank | None,
+    deal: Sequence[str] = (),
+    rehearsed: Iterable[str] = (),
+    collection: Path | None = None,
 ) -> Distiller:
-    """Add the student's and the critic's slots and wire one step's parts together; `deal` and `rehearsed` as in
-    `Distiller`."""
+    """Add the student's and the critic's slots and wire one step's parts together.
+
+    `deal` and `rehearsed` as in `Distiller`. With `collection` the student is added to this file's LoRA, which stays as
+    it is; the critic starts from it and can change all of it, because it must follow what the collection samples, which
+    is not what it predicts. The acceleration LoRA, which a collection has in it, joins the new effects' teachers.
+    """
     config = workspace.config
     adapters, student = workspace.adapters, config.student
     generator = torch.Generator().manual_seed(config.seed)
-    for name in (STUDENT, CRITIC):
-        adapters.add_stack(name, [name], student.rank, student.alpha, trainable=True, init="lora", generator=generator)
+    below = {} if collection is None else read_lora(collection, adapters.module_shapes).modules
+    for name, extra in ((STUDENT, 0), (CRITIC, max((module.rank for module in below.values()), default=0))):
+        rank = student.rank + extra
+        alpha = student.alpha * rank / student.rank
+        adapters.add_stack(name, [name], rank, alpha, trainable=True, init="lora", generator=generator)
     if student.init_from is not None:
         modules = read_lora(student.init_from, adapters.module_shapes).modules
         for name in (STUDENT, CRITIC):
             adapters.init_slot(name, modules, generator)
+    if below:
+        adapters.add_lora(COLLECTION, below, dtype=workspace.backbone.dtype)
+        adapters.init_slot(CRITIC, below, generator)
     stacks = [STUDENT]
     if (path := acceleration_of(config)) is not None:
-        adapters.add_lora(ACCELERATION, read_lora(path, adapters.module_shapes).modules, trainable=True)
-        stacks.append(ACCELERATION)
+        modules = read_lora(path, adapters.module_shapes).modules
+        adapters.add_lora(ACCELERATION, modules, trainable=collection is None)
+        stacks += [ACCELERATION] if collection is None else []
     train_config = config.train
     if train_config.gradient_checkpointing:
         workspace.backbone.set_gradient_checkpointing(True, whole_blocks(config, distributed.world()))
@@ -189,9 +204,11 @@ def make_distiller(
         workspace.general,
         student=student_group,
         critic=critic_group,
-        accelerated=path is not None,
+        accelerated=ACCELERATION in stacks,
         deal=deal,
         rehearsed=frozenset(rehearsed),
+        extended=collection is not None,
+        accelerated_teachers=collection is not None and path is not None,
         joint_tokens=math.inf if config.train.shard_base and distributed.world() > 1 else JOINT_TOKENS,
     )
 

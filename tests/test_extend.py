@@ -17,19 +17,21 @@ from typer.testing import CliRunner
 from clora import cli
 from clora.backbones.loading import linear_shapes
 from clora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
+from clora.checkpoint import open_latest
 from clora.config import Config, build_config
 from clora.data.examples import collate
 from clora.editor import load_editor
-from clora.errors import InputErrors
+from clora.errors import InputError, InputErrors
 from clora.extend import deal_names, extend, extend_faults, extended_config, merge_catalogue
 from clora.flow import few_step_sigmas
-from clora.lora_files import LoraModule, read_lora, write_lora
+from clora.lora_files import LoraModule, join_modules, read_lora, write_lora
 from clora.routing import step_generator
 from clora.sample import few_step_sample_ref
 from clora.targets import rehearsal_targets
 from clora.tracker import read_log
 from clora.train import make_distiller, open_bank, teacher_files
 from clora.workspace import open_workspace
+from tests import processes
 
 TARGETS = ["to_q", "to_v", "img_mlp.net.2"]
 QUIET = Console(quiet=True)
@@ -73,10 +75,17 @@ def make_config(base: Path, place: Path, out: Path, *overrides: str, name: str =
         "base": {"model": str(base), "dtype": "float32"},
         "output_dir": str(out),
         "effects": [{"name": name, "prompt": "change it", "lora": "warm.safetensors", "pairs": "warm"}],
-        "student": {"rank": 4, "alpha": 4, "targets": TARGETS},
+        "student": {"acceleration": None, "targets": TARGETS},
         "schedule": {"num_steps": 2},
         "objective": {"p_switch": 1.0, "guidance": 2.0},
-        "extend": {"max_train_steps": 4, "coarse_steps": 2, "rehearsal_sources": 2, "anchor_batch_size": 3},
+        "extend": {
+            "rank": 4,
+            "p_switch": None,
+            "max_train_steps": 4,
+            "coarse_steps": 2,
+            "rehearsal_sources": 2,
+            "anchor_batch_size": 3,
+        },
         "train": {"critic_updates": 1, "batch_size": 2, "log_every": 1, "checkpointing_steps": 2},
     }
     return build_config(values, place, overrides)
@@ -120,6 +129,38 @@ def test_extend_resumes_bitwise_equal(
     monkeypatch.setattr("clora.targets.few_step_sample", None)
     resumed = extend(collection, make_config(random_base, place, tmp_path / "split"), "latest", QUIET)
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+def student_of(out: Path) -> torch.Tensor:
+    """All of the student's parameters at the end, in fp32, whoever of the processes kept them."""
+    checkpoint, faults = open_latest(out / "extend")
+    assert checkpoint is not None and not faults
+    return checkpoint.read(
+        "student", "param", 0, max(shard["parts"]["student"][1] for shard in checkpoint.shards.values())
+    )
+
+
+@pytest.mark.slow
+def test_extend_on_two_processes_equals_one(random_base: Path, place: Path, tmp_path: Path) -> None:
+    """Coarse and full steps on new and old effects, half of every batch on each of two processes."""
+    collection = place / "collection.safetensors"
+    one, two = tmp_path / "one", tmp_path / "two"
+    extend(collection, make_config(random_base, place, one, "extend.anchor_batch_size=4"), console=QUIET)
+    halves = make_config(random_base, place, two, "extend.anchor_batch_size=2", "train.batch_size=1")
+    file = tmp_path / "two.yaml"
+    file.write_text(json.dumps(halves.model_dump(mode="json")))
+    said = processes.run(2, ["extend", str(collection), str(file)], tmp_path / "output")
+    assert said.splitlines()[-1] == str(two / "collection.safetensors")
+    ours, theirs = read_log(two / "extend"), read_log(one / "extend")
+    assert [("ta_fm_loss" in row, "critic_loss" in row) for row in ours] == [(True, False)] * 2 + [(False, True)] * 2
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row.keys() == expected.keys()
+        for name in row.keys() - {"seconds"}:
+            assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (row["step"], name)
+    torch.testing.assert_close(student_of(two), student_of(one), rtol=0, atol=1e-5)
+    shards = (two / "extend" / "checkpoint-00000004").glob("shard-*.safetensors")
+    assert sorted(path.name for path in shards) == ["shard-0-of-2.safetensors", "shard-1-of-2.safetensors"]
+    assert read_catalogue(two / "collection.safetensors") == read_catalogue(one / "collection.safetensors")
 
 
 def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, place: Path, tmp_path: Path) -> None:
@@ -166,7 +207,7 @@ def rehearsing_loss(
     for name, examples in workspace.effects.items():
         rng = torch.Generator().manual_seed(0)
         workspace.effects[name] = [replace(e, y=(torch.randn(e.num_tokens, 64, generator=rng),)) for e in examples]
-    distiller = make_distiller(workspace, bank, names, ["first", "second"])
+    distiller = make_distiller(workspace, bank, names, ["first", "second"], collection)
     with torch.no_grad():
         for key, value in distiller.student.parameters.items():
             value.add_(moved if key.endswith(".B") else 0.0)
@@ -179,12 +220,61 @@ def test_rehearsal_holds_the_student_where_it_is(random_base: Path, place: Path,
     assert rehearsing_loss(random_base, place, tmp_path, old) < 1e-9
     assert rehearsing_loss(random_base, place, tmp_path, new) > 0.1
     light, heavy = (
-        rehearsing_loss(random_base, place, tmp_path, old, f"extend.rehearsal_weight={weight}", moved=0.02)
+        rehearsing_loss(random_base, place, tmp_path, old, f"extend.rehearsal_weight={weight}", moved=0.1)
         for weight in (1, 4)
     )
     assert light > 1e-4 and heavy == pytest.approx(4 * light, rel=1e-4)
     unweighted = rehearsing_loss(random_base, place, tmp_path, new, "extend.rehearsal_weight=1")
     assert unweighted == pytest.approx(rehearsing_loss(random_base, place, tmp_path, new), rel=1e-6)
+
+
+def test_anchors_follow_the_collection_and_accelerated_teachers(random_base: Path, place: Path, tmp_path: Path) -> None:
+    """TA-FM's velocity: the collection's for an old effect; for a new one the teacher's, with the acceleration LoRA."""
+    collection, fast = place / "collection.safetensors", random_modules(random_base, 2, 3)
+    write_lora(tmp_path / "fast.safetensors", fast, dtype=torch.float32)
+    given = make_config(random_base, place, tmp_path, f"student.acceleration={tmp_path / 'fast.safetensors'}")
+    workspace = open_workspace(extended_config(collection, read_catalogue(collection), given), QUIET)
+    bank = open_bank(workspace)
+    assert bank is not None
+    distiller = make_distiller(workspace, bank, ("warm", "first"), ["first"], collection)
+    assert not any("acceleration" in name for name in distiller.student.parameters)
+    taught = join_modules(read_lora(place / "warm.safetensors").modules, fast)
+    workspace.adapters.add_lora("new_by_hand", taught)
+    workspace.adapters.add_lora("old_by_hand", read_lora(collection).modules)
+    cond = collate([workspace.effects[name][0] for name in ("warm", "first")], "teacher", workspace.backbone.device)
+    rng = torch.Generator().manual_seed(0)
+    x_sigma, eps, y = torch.randn(3, 2, workspace.effects["warm"][0].num_tokens, 64, generator=rng)
+    sigma = torch.tensor([0.3, 0.9])
+    anchor = distiller.networks(0).anchor
+    assert anchor is not None
+    x0, weight = anchor(y, eps, x_sigma, sigma, cond)
+    with torch.no_grad():
+        expected = workspace.backbone.velocity(x_sigma, sigma, cond, ["new_by_hand", "old_by_hand"])
+    torch.testing.assert_close(eps - x0, expected, rtol=1e-4, atol=1e-5)
+    assert weight.flatten().tolist() == [1.0, given.extend.rehearsal_weight]
+
+
+def test_critic_starts_as_the_student_on_its_collection(random_base: Path, place: Path, tmp_path: Path) -> None:
+    collection = place / "collection.safetensors"
+    given = make_config(random_base, place, tmp_path, "extend.coarse_steps=1", "train.critic_learning_rate=1e-30")
+    workspace = open_workspace(extended_config(collection, read_catalogue(collection), given), QUIET)
+    bank = open_bank(workspace)
+    assert bank is not None
+    warm = [replace(e, y=(torch.zeros(e.num_tokens, 64),)) for e in workspace.effects["warm"]]
+    workspace.effects["warm"] = warm
+    distiller = make_distiller(workspace, bank, ["warm"], ["first"], collection)
+    cond = collate(warm[:1], "student", workspace.backbone.device)
+    x_sigma, sigma = torch.randn(1, warm[0].num_tokens, 64), torch.tensor([0.5])
+    before = distiller.networks(0).critic(x_sigma, sigma, cond)
+    torch.testing.assert_close(before, distiller.networks(0).student(x_sigma, sigma, cond), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for value in distiller.student.parameters.values():
+            value.add_(0.1)
+    moved = distiller.networks(0).student(x_sigma, sigma, cond).detach()
+    distiller.step(1)  # the first full step; its critic learns next to nothing
+    critic = distiller.networks(1).critic(x_sigma, sigma, cond)
+    torch.testing.assert_close(critic, moved, rtol=1e-4, atol=1e-5)
+    assert float((critic - before).detach().abs().max()) > 1e-2
 
 
 def _holds(path: Path, latents: torch.Tensor) -> bool:
@@ -197,10 +287,8 @@ def _holds(path: Path, latents: torch.Tensor) -> bool:
 def test_extended_config_starts_from_the_collection(random_base: Path, place: Path, tmp_path: Path) -> None:
     collection = place / "collection.safetensors"
     catalogue = read_catalogue(collection)
-    config = make_config(random_base, place, tmp_path / "out", "student.acceleration=base")
-    extended = extended_config(collection, catalogue, config)
-    assert (extended.student.rank, extended.student.alpha, extended.student.acceleration) == (6, 6.0, None)
-    assert extended.student.init_from == collection
+    extended = extended_config(collection, catalogue, make_config(random_base, place, tmp_path / "out"))
+    assert (extended.student.rank, extended.student.alpha, extended.student.init_from) == (4, 4.0, None)
     assert (extended.train.max_train_steps, extended.train.coarse_steps) == (4, 2)
     assert [effect.name for effect in extended.effects] == ["warm", "first", "second"]
     assert teacher_files(extended)["first"] == teacher_files(extended)["second"] == collection
@@ -208,12 +296,16 @@ def test_extended_config_starts_from_the_collection(random_base: Path, place: Pa
     # Two sources each, taken in turn: the first effect has 0 and 1, the second 2 and 0.
     sources = [Path(json.loads(row)["source_images"][0]).name for row in rows]
     assert sources == ["2.png", "0.png"]
+    assert extended.objective.p_switch == 1.0
+    other_share = make_config(random_base, place, tmp_path, "extend.p_switch=0.25")
+    assert extended_config(collection, catalogue, other_share).objective.p_switch == 0.25
     alone = extended_config(
         collection, catalogue, make_config(random_base, place, tmp_path, "extend.rehearsal_share=0")
     )
     assert [effect.name for effect in alone.effects] == ["warm"]
-    larger = make_config(random_base, place, tmp_path, "student.rank=8")
-    assert extended_config(collection, catalogue, larger).student.rank == 8
+    accelerated = make_config(random_base, place, tmp_path, "student.acceleration=base")
+    with pytest.raises(InputError, match=r"student\.acceleration: base .* brings no acceleration LoRA"):
+        extended_config(collection, catalogue, accelerated)
 
 
 def test_extend_faults_lists_every_misfit(random_base: Path, place: Path) -> None:

@@ -55,12 +55,12 @@ def write_effect_pairs(folder: Path, name: str, count: int, size: int = 64) -> N
         _save(target, folder / "target" / f"{i:03d}.png")
 
 
-def write_eval_sources(folder: Path, count: int, size: int = 64) -> dict[int, Path]:
-    """Held-out scenes as PNGs, by scene seed."""
+def write_eval_sources(folder: Path, count: int, size: int = 64, first: int = EVAL_SCENES) -> dict[int, Path]:
+    """Held-out scenes as PNGs, by scene seed, from seed `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for seed in range(EVAL_SCENES, EVAL_SCENES + count):
-        paths[seed] = folder / f"{seed - EVAL_SCENES:03d}.png"
+    for seed in range(first, first + count):
+        paths[seed] = folder / f"{seed - first:03d}.png"
         _save(render(sample_scene(seed), size).image_HW3, paths[seed])
     return paths
 
