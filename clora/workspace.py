@@ -124,6 +124,8 @@ def open_workspace(
     jobs = _effect_jobs(config, prompts, max_pairs)
     if general:
         jobs += _general_jobs(config)
+    if distributed.is_main():
+        cache.folder.mkdir(parents=True, exist_ok=True)  # also where nothing is to be encoded
     examples = _encode_all(encoder, jobs, console) if distributed.is_main() else []
     distributed.meet()
     _check_shared(cache.folder)

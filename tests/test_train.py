@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +274,14 @@ def test_base_dtype_auto_is_what_the_processor_has(
     assert base_dtype("auto", torch.device("cpu")) == expected
     assert base_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert base_dtype("float32", torch.device("cpu")) == torch.float32
+
+
+def test_open_workspace_without_data_opens_at_once(random_base: Path, tmp_path: Path) -> None:
+    """As benches do that only sample: a missing cache of their own is nobody's unshared file system."""
+    config = make_config(random_base, tmp_path / "none", tmp_path / "run", effects=False)
+    started = time.monotonic()
+    workspace = open_workspace(config, Console(stderr=True), general=False)
+    assert not workspace.effects and not workspace.general and time.monotonic() - started < 30
 
 
 def test_open_workspace_lists_every_faulty_image(random_base: Path, dataset: Path, tmp_path: Path) -> None:
