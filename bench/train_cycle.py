@@ -9,7 +9,7 @@ dtype. `ratio` is the lean one's, `ratios` has both. In this order:
 1. counts: both schedules on a transformer of one narrow layer, with hooks that count samples going forward and
    gradients coming back, until every exit step has been drawn. "mean" is over the exit steps, which are equally
    likely. Draws do not depend on the transformer, so this also tells which steps have cycles of average length.
-2. peak memory of two cycles: each run alone in a process of its own. On a CPU it is the growth of the resident set
+2. peak memory: each run alone in a process of its own. On a CPU it is the growth of the resident set
    over what libraries and data take (the kernel's high-water mark; freed tensors are given back at once), on a GPU
    the allocator's peak.
 3. time: cycles of average length, the runs in turns, effect and general stream in turn. On a CPU processor time of one
@@ -93,11 +93,11 @@ def _peak_memory(run: Run, size: Size, device: str) -> int:
     torch.set_num_threads(1)
     if device == "cpu":
         give_back_freed_memory()
-    # One critic update of theirs: more of them repeat the same, while ours share a rollout. Two cycles: in the first,
-    # torch's Adam has no state yet.
-    updates = 1 if run == "authors" else CRITIC_UPDATES
+    # One critic update of theirs: more of them repeat the same, while ours share a rollout. Two cycles of theirs: in
+    # the first, torch's Adam has no state yet.
+    updates, cycles = (1, 2) if run == "authors" else (CRITIC_UPDATES, 1)
     data, source = make_data(size_of(run, size), updates), make_source(size, updates, device)
-    steps = list(islice(steps_of(source, "effect"), 2))
+    steps = list(islice(steps_of(source, "effect"), cycles))
     source.full_step(steps[0])  # what libraries take when they are used
     before: int = psutil.Process().memory_info().rss
     cycle = make_cycle(run, data, source, device)
