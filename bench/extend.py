@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,12 @@ from clora.extend import extend
 from clora.lora_files import read_lora
 from clora.teach import teach
 from clora.tiny.dataset import EVAL_SCENES, effect_config, effect_names, write_effect_pairs, write_eval_sources
+from clora.tracker import read_log
 from clora.train import open_bank
 from clora.workspace import Workspace, acceleration_of, in_batches, open_workspace
 
 PAIRS = 40
+NEW_NOISES = 4  # images of a new effect on each scene: there are few new effects
 TEACHER_STEPS = 400  # twice the preset's, as for the collection of 50
 # The first held-out scene of each use: those that settings are chosen on, and those that they are judged on.
 SCENES = {"tune": EVAL_SCENES, "judge": EVAL_SCENES + 20_000}
@@ -74,14 +75,18 @@ def encode(workspace: Workspace, prompts: dict[str, dict[str, str]], scenes: dic
     return found
 
 
-def sample(workspace: Workspace, method: Method, examples: dict[int, tuple[tuple[str, int], Example]]) -> Images:
-    """One uint8 image of every effect and scene; a scene has the same noise in every method."""
+def sample(
+    workspace: Workspace, method: Method, examples: dict[int, tuple[tuple[str, int], Example]], num_noises: int
+) -> Images:
+    """So many uint8 images of every effect and scene; a scene has the same noises in every method."""
     images: Images = {}
-    for batch in in_batches([example for _, example in examples.values()], workspace.config.eval.batch_size):
-        keys = [examples[id(example)][0] for example in batch]
-        made = sample_method(workspace.backbone, workspace.config, method, batch, [key[1] % 100_003 for key in keys])
-        for key, image in zip(keys, made.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            images[key] = [np.round(image * 255).astype(np.uint8)]
+    for noise in range(num_noises):
+        for batch in in_batches([example for _, example in examples.values()], workspace.config.eval.batch_size):
+            keys = [examples[id(example)][0] for example in batch]
+            seeds = [key[1] % 100_003 + noise * 100_003 for key in keys]
+            made = sample_method(workspace.backbone, workspace.config, method, batch, seeds)
+            for key, image in zip(keys, made.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                images.setdefault(key, []).append(np.round(image * 255).astype(np.uint8))
     return images
 
 
@@ -105,22 +110,24 @@ def sample_collections(config: Config, before: Path, after: Path, scenes: dict[i
     added = {key: item for key, item in examples.items() if item[0][0] in new}
     few = catalogue.schedule.num_steps
     images: dict[str, Images] = {}
-    for name, path, chosen in (("before", before, old), ("after", after, examples)):
+    for name, path in (("before", before), ("after", after)):
         console.print(f"sampling: {name}")
         modules = read_lora(path, workspace.adapters.module_shapes).modules
         workspace.adapters.add_lora(COLLECTION, modules)
         method = Method(COLLECTION, 1, few, 1.0, True, "student", lambda effects: [COLLECTION])
-        images[name] = sample(workspace, method, chosen)
+        images[name] = sample(workspace, method, old, 1)
+        if name == "after":
+            images[name] |= sample(workspace, method, added, NEW_NOISES)
         workspace.adapters.remove_stack(COLLECTION)
     bank = open_bank(workspace)
     assert bank is not None
     teachers = Method("teachers", len(new), config.targets.num_steps, 1.0, False, "teacher", bank.slots_for)
-    images["teachers"] = sample(workspace, teachers, added)
+    images["teachers"] = sample(workspace, teachers, added, NEW_NOISES)
     fast = acceleration_of(config)
     assert fast is not None
     workspace.adapters.add_lora(ACCELERATION, read_lora(fast, workspace.adapters.module_shapes).modules)
     stacked = next(m for m in methods(config, bank, joint=False, acceleration=True) if m.name == "teacher+accel")
-    images["teachers, accelerated"] = sample(workspace, stacked, added)
+    images["teachers, accelerated"] = sample(workspace, stacked, added, NEW_NOISES)
     return images
 
 
@@ -180,9 +187,8 @@ def main() -> None:
     if not all((arguments.run / "teachers" / f"{name}.safetensors").exists() for name in names):
         teach_new(load_config(file), arguments.run, console)
     config = load_config(file, arguments.overrides)
-    started = time.perf_counter()
-    extended = extend(collection, config, console=console)
-    seconds = time.perf_counter() - started
+    extended = extend(collection, config, "latest", console)  # for other scenes nothing is trained again
+    (*_, last) = read_log(config.output_dir / "extend")
     folder = arguments.run / "data" / f"held_out_{arguments.scenes}"
     scenes = write_eval_sources(folder, arguments.num_scenes, first=SCENES[arguments.scenes])
     images = sample_collections(config, collection, extended, scenes)
@@ -192,7 +198,7 @@ def main() -> None:
         "scenes": {"use": arguments.scenes, "first": SCENES[arguments.scenes], "count": arguments.num_scenes},
         "overrides": arguments.overrides,
         "extend": config.extend.model_dump(),
-        "seconds": round(seconds, 1),
+        "seconds": round(float(last["seconds"]), 1),
         **figures_of(images, set(names)),
     }
     if arguments.figures:
