@@ -76,7 +76,7 @@ def encode(workspace: Workspace, prompts: dict[str, dict[str, str]], scenes: dic
 
 
 def sample(
-    workspace: Workspace, method: Method, examples: dict[int, tuple[tuple[str, int], Example]], num_noises: int
+    workspace: Workspace, method: Method, examples: dict[int, tuple[tuple[str, int], Example]], num_noises: int = 1
 ) -> Images:
     """So many uint8 images of every effect and scene; a scene has the same noises in every method."""
     images: Images = {}
