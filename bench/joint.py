@@ -22,9 +22,11 @@ from bench.cycle_models import SIZES, Size, make_data, make_ours, steps_of
 from bench.timing import Case, run
 from bench.train_cycle import flops
 from clora.distill import Distiller
+from clora.draws import exit_step
 from clora.objective import CriticSample, ask_scores, critic_samples
 from clora.routing import step_generator
 
+STEPS = 8  # of preset authors
 Way = Callable[[], Iterable[Tensor | None]]
 
 
@@ -44,13 +46,18 @@ def scores(ours: Distiller, step: int) -> tuple[Way, Way]:
     return ways[0], ways[1]
 
 
+def rollout_rngs(device: torch.device | str) -> list[torch.Generator]:
+    """What the rollouts draw from, their exit steps first."""
+    return [step_generator(0, 0, f"bench/{k}", device) for k in range(CRITIC_UPDATES)]
+
+
 def rollouts(ours: Distiller, step: int) -> tuple[Way, Way]:
-    """Together and apart. The exit steps are spread over the sampler's eight."""
+    """Together and apart."""
     batches = [ours.batch(step, "effect", "critic", k, CRITIC_UPDATES)[0] for k in range(CRITIC_UPDATES)]
     nets, device = ours.networks(step), ours.backbone.device
 
     def samples(at_once: int) -> list[Tensor]:
-        rngs = [step_generator(0, 0, f"bench/{k}", device) for k in range(CRITIC_UPDATES)]
+        rngs = rollout_rngs(device)
         found: list[CriticSample] = []
         for first in range(0, CRITIC_UPDATES, at_once):
             these = slice(first, first + at_once)
@@ -67,7 +74,8 @@ def make_cases(name: str, size: Size, device: str) -> list[Case]:
     weights = sum(parameter.nbytes for parameter in ours.backbone.transformer.parameters())
     per_sample = int(flops(size).forwards)
     cases = []
-    for what, ways, samples in (("scores", scores, 3), ("rollouts", rollouts, 22)):
+    drawn = sum(exit_step(STEPS, rng) + 1 for rng in rollout_rngs(device))
+    for what, ways, samples in (("scores", scores, 3), ("rollouts", rollouts, drawn)):
         joint, separate = ways(ours, step)
         title = f"{what}, {name}, {size.sequence} tokens a sample"
         gate = partial(check, joint, separate)

@@ -4,7 +4,7 @@ Ours is `clora.distill.Distiller` with the preset `authors`, theirs `bench.autho
 transformer, adapters and data, at batch size 1, both checkpointing their blocks. No quality is claimed. Ours runs
 twice: `exact` with a base of the same dtype and fp32 moments, and `lean` with `base.quantize: int8` and
 `train.adam_moments: bfloat16`. Masters and gradients are fp32 in both; theirs are, with the moments, in the base's
-dtype. `ratio` is the lean one's, `ratios` has both. In this order:
+dtype. `ratio` is the lean one's where it runs, `ratios` has both. In this order:
 
 1. counts: both schedules on a transformer of one narrow layer, with hooks that count samples going forward and
    gradients coming back, until every exit step has been drawn. "mean" is over the exit steps, which are equally
@@ -269,10 +269,10 @@ def main() -> None:
     size = SIZES[options.size]
     size = replace(size, rank=options.rank or size.rank)
     fitting = RUNS if size.authors_fit else RUNS[:2]
+    if set(options.runs or ()) - set(fitting):
+        parser.error(f"--runs: {options.size} has no authors' run; its three copies of the transformer fit nowhere")
     wanted = options.runs or (RUNS if device == "cpu" else RUNS[1:])
     runs = [run for run in fitting if run in wanted]
-    if not runs:
-        parser.error(f"--runs: {options.size} has no authors' run; its three copies of the transformer fit nowhere")
     rounds = max(2, options.rounds or size.rounds)
     started = time.perf_counter()
     document = {

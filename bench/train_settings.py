@@ -23,7 +23,7 @@ from clora.demo import SCALES, write_dataset
 from clora.evaluate.exact import evaluate_methods
 from clora.lora_files import read_lora
 from clora.teach import teach
-from clora.tiny.dataset import EVAL_SCENES, effect_names, write_eval_sources
+from clora.tiny.dataset import effect_names, write_eval_sources
 from clora.train import train
 from clora.workspace import open_workspace
 
@@ -37,10 +37,9 @@ SETTINGS: dict[str, list[str]] = {
 }
 
 
-def taught(run: Path, names: list[str], num_scenes: int, console: Console) -> Config:
-    """The demo's dataset with its teachers, more held-out scenes beside it."""
+def taught(run: Path, names: list[str], console: Console) -> Config:
+    """The demo's dataset with its teachers."""
     write_dataset(run, names, SCALES["full"], seed=0)
-    write_eval_sources(run / "data" / "held_out", num_scenes)
     config = load_config(run / "config.yaml")
     teach(config, resume="latest", console=console)
     return config
@@ -62,9 +61,8 @@ def prompts_of(collection: Path) -> dict[str, dict[str, str]]:
     return {entry.name: {"student": entry.prompt} for entry in read_catalogue(collection).effects}
 
 
-def sample_all(run: Path, config: Config, collections: dict[str, Path], num_scenes: int) -> dict[str, Images]:
+def sample_all(config: Config, collections: dict[str, Path], scenes: dict[int, Path]) -> dict[str, Images]:
     """Every collection's images of all effects on the held-out scenes."""
-    scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}
     bare, console = config.model_copy(update={"effects": []}), Console(stderr=True)
     workspace = open_workspace(bare, console, general=False, keep_encoders=True)
     examples = {name: encode(workspace, prompts_of(path), scenes) for name, path in collections.items()}
@@ -82,12 +80,13 @@ def sample_all(run: Path, config: Config, collections: dict[str, Path], num_scen
 def measure(run: Path, num_effects: int, num_scenes: int) -> dict[str, Any]:
     console = Console(stderr=True)
     names = effect_names(num_effects)
-    config = taught(run, names, num_scenes, console)
+    config = taught(run, names, console)
     collections = {}
     for setting in SETTINGS:
         console.rule(setting)
         collections[setting] = distil(run, names, setting, console)
-    images = sample_all(run, config, collections, num_scenes)
+    scenes = write_eval_sources(run / "data" / "held_out", num_scenes)
+    images = sample_all(config, collections, scenes)
     scores = evaluate_methods(images)
     rows = []
     for setting, overrides in SETTINGS.items():

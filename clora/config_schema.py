@@ -227,10 +227,10 @@ class TrainConfig(Section):
     adam_beta1: Annotated[Decay, doc("Decay of AdamW's first moment.")] = 0.9
     adam_beta2: Annotated[Decay, doc("Decay of AdamW's second moment.")] = 0.999
     adam_weight_decay: Annotated[NonNegative, doc("Weight decay of AdamW.")] = 0.01
+    adam_epsilon: Annotated[Positive, doc("Epsilon of AdamW.")] = 1e-8
     adam_moments: Annotated[
         Literal["float32", "bfloat16"], doc("Type in which AdamW's moments are kept; bfloat16 halves them.")
     ] = "float32"
-    adam_epsilon: Annotated[Positive, doc("Epsilon of AdamW.")] = 1e-8
     max_grad_norm: Annotated[Positive, doc("Gradients are clipped to this norm.")] = 1.0
     lr_scheduler: Annotated[LrScheduler, doc("Shape of the learning rates after the warm-up.")] = "constant"
     lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 100

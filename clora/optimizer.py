@@ -86,22 +86,22 @@ class Group:
         self.steps = dict.fromkeys(self.parameters, 0)
         self._touched: set[str] = set()  # parameters with a gradient since the last update
         self._allocate(part)
-        self._pieces = list(self._cut())
 
     def _allocate(self, part: int) -> None:
         """The buffers; the parameters move into theirs, and their gradients are collected in the other."""
         whole, device = part * distributed.world(), self.device
         self._flat = torch.zeros(whole, dtype=self.dtype, device=device)
         self._low = None if self.dtype == torch.float32 else torch.zeros(part, dtype=torch.int16, device=device)
-        for name, parameter in self.parameters.items():
-            self._put(name, parameter.detach())
-            parameter.data = self._view(self._flat, name)
-            parameter.register_post_accumulate_grad_hook(self._collector(name))
         lent: Tensor | None = None if self.gradients_of is None else self.gradients_of._grad
         fits = lent is not None and len(lent) >= whole
         self._grad: Tensor = lent[:whole] if lent is not None and fits else torch.zeros(whole, device=device)
         # Kept apart from the sum, so that a gradient that is not finite can be traced to its process.
         self._own_grad = self._grad if distributed.world() == 1 else torch.zeros(part, device=device)
+        self._pieces = {piece.name: piece for piece in self._cut()}
+        for name, parameter in self.parameters.items():
+            self._put(name, parameter.detach())
+            parameter.data = self._view(self._flat, name)
+            parameter.register_post_accumulate_grad_hook(self._collector(name))
         self._state = {"param": self._flat[self.own]}  # by kind: this process's part as it is stored
         for kind in ("exp_avg", "exp_avg_sq"):
             self._state[kind] = torch.zeros(part, dtype=self.moments, device=device)
@@ -121,21 +121,16 @@ class Group:
             return
         high, low = split(value)
         self._view(self._flat, name).copy_(high)
-        for start, own in self._own_part(name):
-            self._low[own] = low.flatten()[start : start + own.stop - own.start]
-
-    def _own_part(self, name: str) -> Iterator[tuple[int, slice]]:
-        """Where in the parameter and where in this process's part it begins, if anything of it is there."""
-        offset = self._offsets[name]
-        start = max(offset, self.own.start)
-        stop = min(offset + self.parameters[name].numel(), self.own.stop)
-        if start < stop:
-            yield start - offset, slice(start - self.own.start, stop - self.own.start)
+        if (piece := self._pieces.get(name)) is not None:
+            self._low[piece.own] = low.flatten()[piece.start : piece.start + len(piece.grad)]
 
     def _cut(self) -> Iterator[Piece]:
-        for name in self.parameters:
-            for start, own in self._own_part(name):
-                yield Piece(name, start, own, self._own_grad[own])
+        for name, parameter in self.parameters.items():
+            offset = self._offsets[name]
+            start, stop = max(offset, self.own.start), min(offset + parameter.numel(), self.own.stop)
+            if start < stop:
+                own = slice(start - self.own.start, stop - self.own.start)
+                yield Piece(name, start - offset, own, self._own_grad[own])
 
     def _read(self, kind: str, at: slice) -> Tensor:
         """A stretch of this process's part of the state in fp32; the stored numbers themselves where they are fp32."""
@@ -205,7 +200,7 @@ class Group:
             for name in self.parameters.keys() - self._touched:
                 self._view(self._grad, name).zero_()
             distributed.reduce_scatter(self._own_grad, self._grad)
-        return [piece for piece in self._pieces if piece.name in self._touched]
+        return [piece for piece in self._pieces.values() if piece.name in self._touched]
 
     def update(self, learning_rate: float) -> None:
         """AdamW and average on this process's part; then every process has all parameters again."""
@@ -227,7 +222,7 @@ class Group:
     def _runs(self) -> Iterator[tuple[slice, int]]:
         """Stretches of this process's part without a gap, all of gradients, and how often they were updated."""
         run, steps = slice(0, 0), 0
-        for piece in self._pieces:
+        for piece in self._pieces.values():
             if piece.name not in self._touched:
                 continue
             if piece.own.start == run.stop and self.steps[piece.name] == steps:

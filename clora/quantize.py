@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from clora.config_schema import Quantize
 from clora.errors import InputError
 
-# On a CPU about what its second cache holds (measured: 512 rows of 3072); on a GPU few launches.
+# On a CPU about what its second cache holds; on a GPU few launches.
 _FLOATS_AT_ONCE = {"cpu": 3 << 19, "cuda": 1 << 25}
 
-# torch's own product with integers, for so few rows (the modulation's) half of the other's time; slower for more of
-# them, and in fp32.
+# torch's own product with integers reads each weight once, but is made for so few rows (the modulation's).
 _FEW_ROWS = 4
 
 
