@@ -43,12 +43,12 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: setup
-	@for name in $$(grep -lF -e '[--json]' bench/*.py | xargs -n1 basename -s .py); do \
+	@for name in $$($(BIN)/python -m bench); do \
 	  echo "== python -m bench.$$name"; $(BIN)/python -m "bench.$$name" || exit 1; done
 
-# Every kill, damage, fault and signal of tests/torture.py; the test suite runs some of each.
+# Every kill, damage, fault and signal of tests/support/torture.py; the test suite runs some of each.
 torture: setup
-	$(BIN)/python -m tests.torture --out docs/results/torture.json
+	$(BIN)/python -m tests.support.torture --out bench/results/torture.json
 
 clean:
 	rm -rf .venv build dist runs

@@ -2,9 +2,9 @@
 # Everything that needs a GPU, with what the machine has and nothing fetched: builds clora._C in the tree, then runs
 # the parts named, or all: `tests` (those marked gpu), `sanitizer` (the kernels' tests under compute-sanitizer), and
 # benches by name, with --json into bench/results/. Where a call is limited to ten minutes:
-#     bench/gpu.sh tests lora_linear lora_qkv adaln renoise dmd_score sampler tiny_step
-#     bench/gpu.sh block forward sanitizer
-#     bench/gpu.sh train_cycle
+#     bench/gpu.sh tests kernels.{lora_linear,lora_qkv,adaln,renoise,dmd_score} serving.sampler training.tiny_step
+#     bench/gpu.sh kernels.block kernels.forward sanitizer
+#     bench/gpu.sh training.train_cycle
 #     bench/gpu.sh train_cycle_lean      # with an int8 base and bfloat16 moments
 #     bench/gpu.sh train_cycle_60        # 60 layers, ours alone, within 125 GB
 # PYTHON chooses the interpreter (default python3); it needs torch, pytest, pybind11, cmake and a C++ compiler, and
@@ -57,7 +57,7 @@ sanitizer() {
 mkdir -p bench/results
 parts=("$@")
 if ((${#parts[@]} == 0)); then
-  mapfile -t benches < <(grep -lF -e '[--json]' bench/*.py | xargs -r -n1 basename -s .py | sort)
+  mapfile -t benches < <("$python" -m bench)
   parts=(tests sanitizer "${benches[@]}" train_cycle_lean train_cycle_60)
 fi
 for name in "${parts[@]}"; do
@@ -65,15 +65,16 @@ for name in "${parts[@]}"; do
   case "$name" in
     tests) gpu_tests && continue ;;
     sanitizer) sanitizer && continue ;;
-    train_cycle_lean) command=(bench.train_cycle --json --runs lean authors) ;;
-    train_cycle_60) command=(bench.train_cycle --json --size full-width-60 --runs exact) ;;
+    train_cycle_lean) command=(bench.training.train_cycle --json --runs lean authors) ;;
+    train_cycle_60) command=(bench.training.train_cycle --json --size full-width-60 --runs exact) ;;
   esac
-  echo "== python -m ${command[*]} > bench/results/$name.json"
-  if "$python" -m "${command[@]}" >"bench/results/$name.json.tmp"; then
-    mv "bench/results/$name.json.tmp" "bench/results/$name.json"
-    cat "bench/results/$name.json"
+  result="bench/results/${name##*.}.json"
+  echo "== python -m ${command[*]} > $result"
+  if "$python" -m "${command[@]}" >"$result.tmp"; then
+    mv "$result.tmp" "$result"
+    cat "$result"
   else
-    rm -f "bench/results/$name.json.tmp"
+    rm -f "$result.tmp"
     failed+=("bench.$name")
   fi
 done

@@ -7,7 +7,7 @@
     loss       = 0.5 mean((x0_student - x0_student.detach() + g)^2)                  so dloss/dx0_student = g / numel
 
 with rescale "norm", v_real has the norm of v_cond at each token; with floor None the normaliser is 1. What the loss is
-for says `clora.losses.dmd_loss`, which calls it.
+for says `clora.method.losses.dmd_loss`, which calls it.
 
 Shapes: latents and velocities (B, T, C) in fp32, bf16 or fp16, C at most 4096; sigma (B,) fp32, 1 = noise. All is
 computed in fp32. The forward kernel writes g's numerator, and a few sums per block of tokens that a second kernel

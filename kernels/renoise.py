@@ -5,7 +5,7 @@
 
 Shapes: x_sigma, velocity, eps and both results (B, ...), in fp32, bf16 or fp16; sigma, sigma_next (B,) fp32, with
 1 = noise and 0 = data. The results are fp32, as torch's promotion with such sigmas gives, and equal
-`clora.flow.consistency_step`. Gradients flow to x_sigma and velocity alone.
+`clora.method.flow.consistency_step`. Gradients flow to x_sigma and velocity alone.
 
 eps is given, or drawn in the kernel: N(0, 1) as a function of the sample's seed, the step, and the element's place
 in its sample, so that a sample's noise does not depend on the batch or on how the work is divided:

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small base of random weights (`tests/random_base.py`), written once."""
-    from tests.random_base import write_random_base
+    """The folder of a small base of random weights (`tests/support/random_base.py`), written once."""
+    from tests.support.random_base import write_random_base
 
     return write_random_base(tmp_path_factory.mktemp("random_base"))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clora.catalogue import read_catalogue
 from clora.config import build_config
-from clora.lora_files import read_lora
-from clora.teach import teach
-from clora.tracker import read_log
-from clora.train import train
-from tests.random_base import write_random_base
+from clora.jobs.teach import teach
+from clora.jobs.train import train
+from clora.lora.catalogue import read_catalogue
+from clora.lora.files import read_lora
+from clora.training.tracker import read_log
+from tests.support.random_base import write_random_base
 
 FULL_WIDTH = {
     "num_layers": 2,

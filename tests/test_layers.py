@@ -63,7 +63,7 @@ def imported(tree: ast.AST, package: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
-            # `from clora import flow` names a module, `from clora.flow import add_noise` a function of one.
+            # `from clora import flow` names a module, `from clora.method.flow import add_noise` a function of one.
             yield from (f"{origin}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -128,21 +128,21 @@ def test_kernels_is_a_link_and_no_package() -> None:
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        ("clora.flow", "from clora.losses import dmd_loss"),
-        ("clora.flow", "from clora import train"),
-        ("clora.flow", "from .sample import few_step_sample"),
-        ("clora.flow", "def f():\n    import clora.cli"),
-        ("clora.flow", "if TYPE_CHECKING:\n    from clora.teachers import Bank"),
-        ("clora.flow", "import importlib\nimportlib.import_module('clora.train')"),
-        ("clora.losses", "import diffusers.models"),
-        ("clora.cli", "from transformers import AutoTokenizer"),
+        ("clora.method.flow", "from clora.method.losses import dmd_loss"),
+        ("clora.method.flow", "from clora import train"),
+        ("clora.method.flow", "from .sample import few_step_sample"),
+        ("clora.method.flow", "def f():\n    import clora.cli.commands"),
+        ("clora.method.flow", "if TYPE_CHECKING:\n    from clora.lora.bank import Bank"),
+        ("clora.method.flow", "import importlib\nimportlib.import_module('clora.jobs.train')"),
+        ("clora.method.losses", "import diffusers.models"),
+        ("clora.cli.commands", "from transformers import AutoTokenizer"),
         ("clora.data.cache", "from ..objective import total_loss"),
         ("clora.kernels.lora_linear", "import numpy"),
         ("clora.kernels.lora_linear", "from clora.errors import InputError"),
-        ("clora.lora", "from kernels import lora_linear"),
+        ("clora.lora.adapters", "from kernels import lora_linear"),
         ("clora.newcomer", "import torch"),
-        ("clora.cli", "from clora.newcomer import f"),
-        ("clora", "from clora.flow import add_noise"),
+        ("clora.cli.commands", "from clora.newcomer import f"),
+        ("clora", "from clora.method.flow import add_noise"),
     ],
 )
 def test_violations_finds(name: str, code: str) -> None:
@@ -152,10 +152,10 @@ def test_violations_finds(name: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        ("clora.train", "from clora.distill import step\nfrom clora import flow, _C\nimport torch"),
-        ("clora.train", "from clora.evaluate.score import bad_case_rate"),
-        ("clora.lora", "from clora.kernels.lora_linear import lora_linear"),
-        ("clora.backbones.qwen_image", "import diffusers\nfrom ..flow import add_noise"),
+        ("clora.jobs.train", "from clora.distill.step import step\nfrom clora import flow, _C\nimport torch"),
+        ("clora.jobs.train", "from clora.evaluate.score import bad_case_rate"),
+        ("clora.lora.adapters", "from clora.kernels.lora_linear import lora_linear"),
+        ("clora.backbones.qwen_image.backbone", "import diffusers\nfrom ..flow import add_noise"),
         ("clora.tiny.world", "from transformers import Qwen2Tokenizer\nfrom . import base"),
         ("clora.kernels.lora_linear", "import math\nimport torch\nimport triton.language as tl"),
     ],

@@ -1,4 +1,4 @@
-"""Some cases of each table of `tests/torture.py`; `make torture` runs all."""
+"""Some cases of each table of `tests/support/torture.py`; `make torture` runs all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests import torture
+from tests.support import torture
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clora.errors import InputError
-from clora.safetensors_io import write_tensors
+from clora.io.safetensors import write_tensors
 
 log = logging.getLogger(__name__)
 

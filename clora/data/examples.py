@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from clora.backbones.cond import Cond, Grid, make_cond
-from clora.backbones.qwen_image import QwenImageBackbone
+from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import BucketConfig
 from clora.data.cache import TensorCache, cache_key
 from clora.data.images import aspect_buckets, choose_bucket, cover_crop, load_image

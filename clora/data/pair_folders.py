@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from clora.data.images import SUFFIXES, resolve_inside
 from clora.data.pair_rows import Pair, read_metadata
 from clora.errors import InputError
-from clora.text_files import parse_json, read_text, read_yaml
+from clora.io.text import parse_json, read_text, read_yaml
 
 TARGET_FOLDERS = ("target", "targets", "folder_path")
 SOURCE_FOLDERS = ("source", "sources", "control", "controls", "control_path")

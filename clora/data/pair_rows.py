@@ -11,7 +11,7 @@ from typing import Any
 
 from clora.data.images import resolve_inside
 from clora.errors import InputError, InputErrors, raise_faults
-from clora.text_files import parse_json, read_rows
+from clora.io.text import parse_json, read_rows
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Exact scores of a method on the tiny world: bad-case rate, subject alignment, distances to the truth.
 
-Pure functions over images; nothing here runs a model. The measures are in `clora.tiny.metrics` and `truths`.
+Pure functions over images; nothing here runs a model. The measures are in `clora.evaluate.metrics.image` and `truths`.
 Images are (H, W, 3), float32 in [0, 1] or uint8. A *pair* is one effect on one source, an output per seed.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clora.tiny.metrics import as_image, hf_ratio, l1, psnr, ssim
-from clora.tiny.truths import Truths, ambiguous, bad_case, subject_structure
+from clora.evaluate.metrics.image import as_image, hf_ratio, l1, psnr, ssim
+from clora.evaluate.truths import Truths, ambiguous, bad_case, subject_structure
 
 Pair = tuple[str, int]  # effect, source seed
 Outputs = Mapping[Pair, Sequence[NDArray[Any]]]

@@ -17,8 +17,8 @@ import numpy as np
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
+from clora.data.image_grid import Grid, Pixels, png_data_uri
 from clora.evaluate.exact import MethodScores
-from clora.evaluate.pictures import Grid, Pixels, png_data_uri
 
 PALETTE = ("#c2410c", "#0f766e", "#1d4ed8", "#a16207", "#7e22ce", "#be123c", "#4d7c0f", "#475569")
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clora.tiny.effects import EFFECTS, apply_effect
-from clora.tiny.generic import generic_edit
 from clora.tiny.images import to_uint8
-from clora.tiny.scenes import render, sample_scene
+from clora.tiny.instructions import generic_edit
+from clora.tiny.world.scenes import render, sample_scene
 
 # Scenes by use; the ranges never meet, nor those of the base's training (clora.tiny.images).
 TRAIN_SCENES, EVAL_SCENES, GENERAL_SCENES = 10_000_000_000, 20_000_000_000, 30_000_000_000

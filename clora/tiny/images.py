@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from clora.tiny.generic import generic_edit
-from clora.tiny.scenes import render, sample_scene
-from clora.tiny.textures import random_texture, texture_over
+from clora.tiny.instructions import generic_edit
+from clora.tiny.world.scenes import render, sample_scene
+from clora.tiny.world.textures import random_texture, texture_over
 
 SIZE = 64
 Bytes = NDArray[np.uint8]

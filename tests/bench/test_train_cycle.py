@@ -9,15 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.authors_schedule import AuthorsSchedule, CriticDraws, GeneratorDraws, Noise, RolloutDraws, draw_generator
-from bench.cycle_counts import STREAMS, Work, counted, rehearse, updates_of
-from bench.cycle_models import SIZES, make_authors, make_data, make_ours, narrow, steps_of
-from bench.train_cycle import flops, matmul_ceiling, row, time_cycles
-from clora.distill import Distiller
-from clora.flow import few_step_sigmas, shift_sigma
-from clora.objective import CriticSample, DistillBatch, critic_loss, total_loss
-from clora.optimizer import Group
-from clora.routing import Stream
+from bench.training.authors_schedule import (
+    AuthorsSchedule,
+    CriticDraws,
+    GeneratorDraws,
+    Noise,
+    RolloutDraws,
+    draw_generator,
+)
+from bench.training.cycle_counts import STREAMS, Work, counted, rehearse, updates_of
+from bench.training.cycle_models import SIZES, make_authors, make_data, make_ours, narrow, steps_of
+from bench.training.train_cycle import flops, matmul_ceiling, row, time_cycles
+from clora.distill.step import Distiller
+from clora.method.flow import few_step_sigmas, shift_sigma
+from clora.method.objective import CriticSample, DistillBatch, critic_loss, total_loss
+from clora.method.routing import Stream
+from clora.training.optimizer import Group
 
 SMALL = replace(narrow(SIZES["tiny"]), grid=(2, 2), text_tokens=3)
 TWO_LAYERS = replace(SMALL, transformer={**SMALL.transformer, "num_layers": 2})
@@ -61,8 +68,8 @@ def test_critic_reuse_saves_the_last_critic_updates_rollout(monkeypatch: pytest.
         given.append((batch, x0))
         return total_loss(nets, batch, cfg, rng, backward, x0)
 
-    monkeypatch.setattr("clora.distill.critic_loss", watched_critic_loss)
-    monkeypatch.setattr("clora.distill.total_loss", watched_total_loss)
+    monkeypatch.setattr("clora.distill.step.critic_loss", watched_critic_loss)
+    monkeypatch.setattr("clora.distill.step.total_loss", watched_total_loss)
     rollouts = set()
     for step in range(30):
         with counted([ours.backbone.transformer], [ours.student, ours.critic]) as events:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import check_accuracy
+from bench.kernels.timing import check_accuracy
 from clora.kernels.adaln import (
     MAX_D,
     TOKENS,

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from bench.sm90 import CASES, DTYPES, MAX_SHARED_BYTES
+from bench.kernels.sm90 import CASES, DTYPES, MAX_SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """`bench.sm90.measure()` in a process of its own, for here the kernels are interpreted."""
+    """`bench.kernels.sm90.measure()` in a process of its own, for here the kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.sm90", "--json"]
+    command = [sys.executable, "-m", "bench.kernels.sm90", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
@@ -69,7 +69,7 @@ def test_sm90_gemm_kernel_copies_tiles_by_tma(rows: list[dict[str, Any]]) -> Non
 
 
 def test_sm90_results_name_every_row(rows: list[dict[str, Any]]) -> None:
-    """The file of results was made from these ops, cases and kernels: `python -m bench.sm90 --json`."""
+    """The file of results was made from these ops, cases and kernels: `python -m bench.kernels.sm90 --json`."""
     kept = json.loads((ROOT / "bench" / "results" / "sm90.json").read_text(encoding="utf-8"))["rows"]
     names = ("op", "case", "dtype", "kernel")
     assert [[row[name] for name in names] for row in kept] == [[row[name] for name in names] for row in rows]

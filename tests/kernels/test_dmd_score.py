@@ -1,4 +1,4 @@
-"""dmd_score: the kernels against fp64 and against `clora.losses`, whose loss and figures it computes in one pass."""
+"""dmd_score: the kernels against fp64 and against `clora.method.losses`, whose loss it computes in one pass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.timing import check_accuracy
+from bench.kernels.timing import check_accuracy
 from clora.kernels.dmd_score import BLOCK, FINISH_BLOCK, MAX_C, dmd_score, dmd_score_op, dmd_score_ref
-from clora.losses import guided_velocity
+from clora.method.losses import guided_velocity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1, 1), (3, 2, 7), (2, 5, 48), (1, 11, 97), (2, BLOCK // 64 + 1, 64)]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.lora_linear import addmm, backward_bytes, forward_bytes, peft, wide
-from bench.timing import check_accuracy
+from bench.kernels.lora_linear import addmm, backward_bytes, forward_bytes, peft, wide
+from bench.kernels.timing import check_accuracy
 from clora.kernels import lora_gemm
 from clora.kernels.lora_gemm import BLOCK_L, BLOCK_N, MIN_TOKENS, best_way
 from clora.kernels.lora_linear import lora_linear, lora_linear_op, lora_linear_ref
@@ -392,7 +392,7 @@ def test_lora_linear_takes_the_best_way(tokens: int, way: str, device: str, monk
     check_against_fp64(op(None), make_inputs((1, tokens, 8, 16), 8, [1], torch.bfloat16, device))
 
 
-# The ways that bench.lora_linear compares, and what it counts.
+# The ways that bench.kernels.lora_linear compares, and what it counts.
 
 
 @pytest.mark.parametrize("slots", [[0, 0, 0], [2, 0, 1]], ids=str)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import lora_qkv as bench
-from bench.timing import check_accuracy
+from bench.kernels import lora_qkv as bench
+from bench.kernels.timing import check_accuracy
 from clora.kernels import lora_gemm
 from clora.kernels.lora_gemm import BLOCK_L, MIN_TOKENS
 from clora.kernels.lora_low_rank import MAX_RANK
@@ -266,7 +266,7 @@ def test_lora_qkv_op_names_what_its_kernels_cannot(device: str) -> None:
         op(None)(*make_inputs((2, 3, 8, 9), MAX_RANK + 1, [1, 0], torch.float32, device))
 
 
-# The chain that bench.lora_qkv measures, and what it counts.
+# The chain that bench.kernels.lora_qkv measures, and what it counts.
 
 
 @pytest.mark.parametrize("chain", [bench.ours, bench.separate, bench.stock([1, 0])])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.timing import check_accuracy
+from bench.kernels.timing import check_accuracy
 from clora.kernels.qk_norm_rope import (
     BLOCK,
     MAX_D,

@@ -1,4 +1,4 @@
-"""renoise: the kernels against fp64 and `clora.flow`, and the noise drawn in the kernel against integer arithmetic."""
+"""renoise: the kernels against fp64 and `clora.method.flow`, its own noise against integer arithmetic."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.timing import check_accuracy
-from clora.flow import add_noise, x0_from_velocity
+from bench.kernels.timing import check_accuracy
 from clora.kernels.renoise import BLOCK, noise_ref, philox_bits, philox_ref, renoise, renoise_op, renoise_ref
+from clora.method.flow import add_noise, x0_from_velocity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (3, 7), (2, 5, 48), (1, 11, 97), (2, BLOCK), (1, BLOCK + 1), (2, 3, 2, 5)]

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.tiny_base import reconstruction
-from clora.backbones.loading import StillImageProcessor
-from clora.backbones.qwen_image import QwenImageBackbone, load_backbone
-from clora.base_dir import acceleration_lora, default_preset, general_data, resolve_base
+from bench.lab.tiny_base import reconstruction
+from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+from clora.backbones.qwen_image.pipeline import StillImageProcessor
+from clora.config import acceleration_lora, default_preset, general_data, resolve_base
 from clora.data.pairs import read_pairs
 from clora.tiny.effects import EFFECTS, apply_effect
 from clora.tiny.images import to_uint8
-from clora.tiny.scenes import render, sample_scene
-from clora.tiny.train_base import encode_latents, encode_texts
+from clora.tiny.recipe.train_base import encode_latents, encode_texts
+from clora.tiny.world.scenes import render, sample_scene
 
 BASE = resolve_base("tiny")
 SCENES = [to_uint8(render(sample_scene(40_000_000_000 + seed)).image_HW3) for seed in range(16)]

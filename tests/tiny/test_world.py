@@ -12,8 +12,8 @@ from PIL import Image
 
 from clora.tiny.dataset import effect_names, write_effect_pairs, write_general
 from clora.tiny.effects import EFFECTS, apply_effect
-from clora.tiny.generic import COLOURS, EDITS, PLACES, blur, generic_edit, leave_open, sample_bilinear
-from clora.tiny.scenes import render, sample_scene
+from clora.tiny.instructions import COLOURS, EDITS, PLACES, blur, generic_edit, leave_open, sample_bilinear
+from clora.tiny.world.scenes import render, sample_scene
 
 RENDERED = [render(sample_scene(seed)) for seed in range(6)]
 

@@ -1,0 +1,27 @@
+"""The benches that run as they are: `python -m bench` prints their names, `python -m bench.NAME [--json]` runs one.
+
+Those that need the folder of a run (`lab.extend`, `lab.teacher_steps`, `lab.train_settings`) say so themselves.
+"""
+
+from __future__ import annotations
+
+BENCHES = (
+    "kernels.adaln",
+    "kernels.block",
+    "kernels.dmd_score",
+    "kernels.forward",
+    "kernels.lora_linear",
+    "kernels.lora_qkv",
+    "kernels.renoise",
+    "kernels.sm90",
+    "lab.groups",
+    "lab.quantized_base",
+    "lab.tiny_base",
+    "serving.sampler",
+    "training.joint",
+    "training.tiny_step",
+    "training.train_cycle",
+)
+
+if __name__ == "__main__":
+    print("\n".join(BENCHES))

@@ -1,0 +1,99 @@
+"""Does the tiny world need a sampler? `python -m bench.lab.teacher_steps --run runs/demo [--figures F] [--picture F]`.
+
+The teachers of a finished demo, sampled with 1, 2, 8 and 40 Euler steps on held-out scenes, four noises each, and
+scored against the truth. A world in which one step were as good as forty could not tell a distilled student from a
+regression. The picture shows one scene of each random effect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from clora.config import load_config
+from clora.data.image_grid import Pixels, grid_image
+from clora.distill.workspace import in_batches, open_workspace
+from clora.evaluate.baselines import Method, sample_method
+from clora.evaluate.exact import MethodScores, Pair, evaluate_methods
+from clora.jobs.demo import encode_held_out
+from clora.jobs.train import open_bank
+from clora.tiny.dataset import EVAL_SCENES
+from clora.tiny.effects import EFFECTS, apply_effect
+from clora.tiny.world.scenes import render, sample_scene
+
+STEPS = (1, 2, 8, 40)
+SEEDS = (0, 1, 2, 3)
+Images = dict[Pair, list[Pixels]]
+
+
+def sample(run: Path, num_scenes: int) -> dict[int, Images]:
+    """uint8 images of every effect on every scene by number of steps, one per seed."""
+    config, console = load_config(run / "config.yaml"), Console(stderr=True)
+    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
+    workspace.config = config
+    bank = open_bank(workspace)
+    assert bank is not None
+    scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}
+    examples = encode_held_out(workspace, scenes)
+    keys = {id(example): key for key, example in examples.items()}
+    found: dict[int, Images] = {}
+    for steps in STEPS:
+        console.print(f"{steps} steps")
+        method = Method(f"{steps} steps", 1, steps, 1.0, False, "teacher", bank.slots_for)
+        images = found.setdefault(steps, {})
+        for batch in in_batches(list(examples.values()), config.eval.batch_size):
+            for seed in SEEDS:
+                made = sample_method(workspace.backbone, config, method, batch, [seed] * len(batch))
+                for example, image in zip(batch, made.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    images.setdefault(keys[id(example)], []).append(np.round(image * 255).astype(np.uint8))
+    return found
+
+
+def row(scores: MethodScores, kind: str) -> dict[str, Any]:
+    """The figures of one number of steps over the random or the other effects."""
+    chosen = {name: one for name, one in scores.per_effect.items() if EFFECTS[name].random == (kind == "random")}
+    figures: dict[str, Any] = {"effects": kind}
+    for name in ("bcr", "psnr", "energy_distance", "hf_ratio"):
+        values = [value for one in chosen.values() if (value := getattr(one, name)) is not None]
+        figures[name] = round(float(np.mean(values)), 3) if values else None
+    return figures
+
+
+def picture(images: dict[int, Images], path: Path) -> None:
+    """Source, truth and every number of steps, one scene for each random effect."""
+    names = sorted({effect for effect, _ in images[STEPS[0]] if EFFECTS[effect].random})
+    rows: list[list[Pixels | None]] = []
+    for name in names:
+        rendered = render(sample_scene(EVAL_SCENES))
+        truth = apply_effect(EFFECTS[name], rendered, np.random.default_rng(0))
+        rows.append([rendered.image_HW3, truth, *(images[steps][name, EVAL_SCENES][0] for steps in STEPS)])
+    columns = ["source", "a truth", *(f"{steps} step{'s' if steps > 1 else ''}" for steps in STEPS)]
+    grid_image(rows, columns, names).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished demo")
+    parser.add_argument("--scenes", type=int, default=4)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--figures", type=Path, help="write the table as JSON")
+    arguments = parser.parse_args()
+    images = sample(arguments.run, arguments.scenes)
+    scores = evaluate_methods({str(steps): images[steps] for steps in STEPS})
+    rows = [{"steps": steps, **row(scores[str(steps)], kind)} for kind in ("random", "exact") for steps in STEPS]
+    if arguments.picture:
+        picture(images, arguments.picture)
+    if arguments.figures:
+        figures = {"seeds": len(SEEDS), "scenes": arguments.scenes, "rows": rows}
+        arguments.figures.write_text(json.dumps(figures, indent=1) + "\n")
+    for one in rows:
+        print("  ".join(f"{key} {value}" for key, value in one.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What a training step of the tiny base costs by number type and attention.
+
+`python -m bench.training.tiny_step [--json]`.
+
+Forward, and forward with backward, of one batch of 24 samples through an adapter of rank 32; the variants take turns
+round by round. Figures are milliseconds of processor time a sample (median) on one thread, or of the GPU's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from clora.backbones.cond import Cond
+from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+
+BATCH, GRID, WIDTH, RANK = 24, (8, 8), 96, 32
+SLOT = "student"
+VARIANTS = [(dtype, attention) for dtype in ("float32", "bfloat16") for attention in ("native", "_native_math")]
+
+
+def make_backbone(dtype: str, attention: str, device: str) -> QwenImageBackbone:
+    backbone = load_backbone("tiny", device, getattr(torch, dtype), ("transformer",))
+    backbone.transformer.set_attention_backend(attention)
+    generator = torch.Generator().manual_seed(0)
+    adapters = backbone.add_adapters()
+    adapters.add_stack(SLOT, [SLOT], RANK, RANK, trainable=True, init="lora", generator=generator)
+    return backbone
+
+
+def make_inputs(device: str) -> tuple[torch.Tensor, torch.Tensor, Cond]:
+    """Latents, sigma and a cond of prompts of 22 to 27 tokens with one reference image."""
+    texts = [torch.randn(22 + i % 6, WIDTH, device=device) for i in range(BATCH)]
+    latents = torch.randn(2, BATCH, GRID[0] * GRID[1], 64, device=device)
+    return latents[0], torch.rand(BATCH, device=device), QwenImageBackbone.make_cond(texts, [(latents[1], GRID)], GRID)
+
+
+def clock(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(device: str, rounds: int) -> list[dict[str, Any]]:
+    """One row a variant."""
+    x, sigma, cond = make_inputs(device)
+    backbones = {variant: make_backbone(*variant, device) for variant in VARIANTS}
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+    for index in range(rounds + 1):
+        for variant, backbone in backbones.items():
+            started = clock(device)
+            loss = backbone.velocity(x, sigma, cond, [SLOT]).square().mean()
+            forward = clock(device)
+            loss.backward()
+            if index:  # the first warms up
+                times[variant].append((forward - started, clock(device) - started))
+    rows = []
+    for (dtype, attention), values in times.items():
+        forward_ms, both_ms = (round(statistics.median(v) / BATCH * 1e3, 2) for v in zip(*values, strict=True))
+        rows.append({"dtype": dtype, "attention": attention, "forward_ms": forward_ms, "with_backward_ms": both_ms})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = measure(arguments.device, arguments.rounds)
+    if arguments.json:
+        name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
+        print(json.dumps({"bench": "tiny_step", "device": name, "torch": torch.__version__, "rows": rows}, indent=1))
+        return
+    for row in rows:
+        print(
+            "{dtype:9s} {attention:13s} forward {forward_ms:6.2f} ms, with backward {with_backward_ms:6.2f} ms".format(
+                **row
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

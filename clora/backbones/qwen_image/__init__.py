@@ -1,0 +1,1 @@
+"""Qwen-Image-Edit (2509)."""

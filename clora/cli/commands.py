@@ -1,0 +1,402 @@
+"""The command line: argument handling and nothing else. Every command imports its job when it is called, so
+that `clora --help` answers at once. Exit codes are those of `clora.cli.app`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from clora.cli.app import BAD_INPUT, FAILED, app, command, is_main, run_command, say
+from clora.cli.output import print_json, print_plan, print_report, print_table
+from clora.errors import InputError
+
+if TYPE_CHECKING:
+    from clora.config import Config
+
+__all__ = ["app", "main", "train_main"]
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Configuration values that win over the file's."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Resume = Annotated[
+    str | None, typer.Option(metavar="latest|PATH", help="Go on from the newest checkpoint, or from this.")
+]
+
+
+def main() -> None:
+    """The console script `clora`, and `python -m clora`."""
+    run_command(sys.argv[1:])
+
+
+def train_main() -> None:
+    """The console script `clora-train`: `clora train`."""
+    run_command(["train", *sys.argv[1:]])
+
+
+@command("demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write into.")],
+    effects: Annotated[int, typer.Option(min=1, help="How many effects of the tiny world.")] = 12,
+    size: Annotated[
+        Literal["full", "long", "smoke"],
+        typer.Option(help="long: more training; smoke: seconds, to see that it runs."),
+    ] = "full",
+    seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0,
+) -> None:
+    """Teach, distil and compare effects of the tiny world.
+
+    Writes report.html, report.json and grid.png; interrupted, a second call goes on where it was.
+
+    \b
+    Example:
+      clora demo --out runs/demo
+    """
+    from clora.jobs.demo import run_demo
+
+    typer.echo(run_demo(out, effects, size, seed))
+
+
+@command("validate")
+def validate(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a configuration and every file it names.
+
+    All faults are listed; no GPU is needed and nothing is downloaded.
+
+    \b
+    Example:
+      clora validate config.yaml
+      clora validate config.yaml train.batch_size=2 --json
+    """
+    from clora.jobs.validate import validate_file
+
+    report = validate_file(config, overrides or [])
+    if as_json:
+        print_json(report.to_json())
+    else:
+        say(report.faults)
+        for warning in report.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        checked = f"{report.num_effects} effects, {report.num_pairs} pairs, {report.num_images} images"
+        verdict = "ok" if report.ok else f"{len(report.faults)} faults"
+        typer.echo(f"{config}: {verdict} ({checked}, {len(report.warnings)} warnings)")
+    if not report.ok:
+        raise typer.Exit(BAD_INPUT)
+
+
+@command("prompts")
+def prompts(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Effects file to write; default: effects.jsonl in output_dir.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Give every effect its trigger and student prompt (AOP).
+
+    They are written to a file that `effects:` of a configuration can name.
+
+    \b
+    Example:
+      clora prompts config.yaml --output effects.jsonl
+    """
+    from clora.data.pairs import example_pairs
+    from clora.method.prompts import write_prompts
+
+    written = write_prompts(_load(config, overrides), example_pairs, output)
+    rows = [
+        {"effect": prompt.name, "trigger": prompt.trigger, "prompt": prompt.text, "from": prompt.origin}
+        for prompt in written
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(rows)
+
+
+@command("cache")
+def cache(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Encode everything and make the targets, ahead of training.
+
+    \b
+    Example:
+      clora cache config.yaml
+    """
+    from clora.jobs.train import make_caches
+
+    counts = make_caches(_load(config, overrides))
+    if not is_main():
+        return
+    if as_json:
+        print_json(counts)
+    else:
+        print_table([{"effect": name, "examples": count} for name, count in counts.items()])
+
+
+@command("teach")
+def teach(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    joint: Annotated[bool, typer.Option("--joint", help="One LoRA on all effects: the baseline.")] = False,
+    resume: Resume = None,
+) -> None:
+    """Teach a LoRA to every effect that has none.
+
+    All are taught side by side, from their pairs; prints the files.
+
+    \b
+    Example:
+      clora teach config.yaml
+      clora teach config.yaml teach.max_train_steps=1000 --resume latest
+    """
+    from clora.jobs.teach import teach as run
+
+    paths = run(_load(config, overrides), joint, resume).values()
+    if is_main():
+        typer.echo("\n".join(map(str, paths)))
+
+
+@command("plan-groups")
+def plan_groups(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    max_effects: Annotated[int, typer.Option(min=1, help="Effects in one collection, at most.")] = 100,
+    output: Annotated[Path | None, typer.Option(help="Folder to write into; default: groups in output_dir.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Split many effects into several collections, similar ones apart.
+
+    Writes a configuration for each group, and groups.json, which `clora edit --lora` takes.
+
+    \b
+    Example:
+      clora plan-groups config.yaml --max-effects 60
+    """
+    from clora.jobs import plan_groups as groups
+
+    loaded = _load(config, overrides)
+    plan = groups.plan_groups(loaded, max_effects)
+    path = groups.write_groups(loaded, plan, output or loaded.output_dir / "groups")
+    rows = plan.to_json()
+    if as_json:
+        print_json({"output": str(path), "groups": rows})
+    else:
+        print_table([row | {"effects": len(row["effects"])} for row in rows])
+        typer.echo(path)
+
+
+@command("train")
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print memory and communication; train nothing.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="Of --plan: number of GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=1, help="Of --plan: GB of one GPU; an H200 has 141.")] = 141,
+    as_json: Annotated[bool, typer.Option("--json", help="Of --plan: print JSON, for programs.")] = False,
+) -> None:
+    """Distil all effects and few-step sampling into one LoRA.
+
+    Prints the file; without effects it is the acceleration LoRA.
+    With --plan the exit code is 0 where the run fits, else 1.
+
+    \b
+    Example:
+      clora train config.yaml
+      clora train config.yaml train.max_train_steps=2000 --resume latest
+      clora train config.yaml --plan --gpus 8 --memory 80
+      torchrun --nproc_per_node 8 -m clora train config.yaml
+      torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 -m clora train config.yaml
+    """
+    if plan:
+        from clora.jobs.plan import plan_training
+
+        found = plan_training(_load(config, overrides), gpus, memory)
+        print_json(found.to_json()) if as_json else print_plan(found)
+        if not found.fits:
+            raise typer.Exit(FAILED)
+        return
+    if as_json:
+        raise InputError("--json: belongs to --plan; add it, or leave --json out")
+    from clora.jobs.train import train as run
+
+    path = run(_load(config, overrides), resume)
+    if is_main():
+        typer.echo(path)
+
+
+@command("extend")
+def extend(
+    collection: Annotated[Path, typer.Argument(metavar="COLLECTION", help="Collection to start from.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    as_json: Json = False,
+) -> None:
+    """Add effects to a collection, in about a hundred updates.
+
+    The configuration names the new effects; the old ones are rehearsed from the collection itself.
+
+    \b
+    Example:
+      clora extend collection.safetensors new.yaml
+      clora extend collection.safetensors new.yaml extend.max_train_steps=200 --resume latest
+    """
+    from clora.jobs.extend import extend as run
+    from clora.lora.catalogue import read_catalogue
+
+    path = run(collection, _load(config, overrides), resume)
+    if not is_main():
+        return
+    if as_json:
+        catalogue = read_catalogue(path)
+        names = [entry.name for entry in catalogue.effects]
+        print_json({"output": str(path), "version": catalogue.version, "effects": names})
+    else:
+        typer.echo(path)
+
+
+@command("edit")
+def edit(
+    image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="File to write, or a folder for several results.")],
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="Collection, groups.json, or any LoRA file; default: the base's own collection."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")] = None,
+    effect: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Effect; two are applied one after the other.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Instruction, instead of an effect.")] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=0, help="Noise seed, 0 if not given; may be repeated."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Steps; default: the collection's, else 40.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=1, help="Guidance scale; 1, the default of a collection, is none.")
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="One picture: a row per image, a column per effect.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None,
+        typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Edit images with a collection, or with any LoRA file.
+
+    \b
+    Example:
+      clora edit --base tiny --image in.png --effect sepia --output out.png
+      clora edit --lora collection.safetensors --image a.png --image b.png \\
+          --effect NAME --effect SECOND --output results/
+      clora edit --lora collection.safetensors --image in.png --grid --output grid.png
+    """
+    from clora.jobs.edit import EditRequest, edit_files
+
+    request = EditRequest(
+        images=tuple(image),
+        output=output,
+        base=base,
+        lora=lora,
+        effects=tuple(effect or ()),
+        prompt=prompt,
+        seeds=tuple(seed or (0,)),
+        steps=steps,
+        guidance=guidance,
+        grid=grid,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    paths = [str(path) for path in edit_files(request)]
+    if as_json:
+        print_json({"outputs": paths})
+    else:
+        typer.echo("\n".join(paths))
+
+
+@command("eval")
+def evaluate(
+    config: ConfigFile,
+    lora: Annotated[Path, typer.Option(help="Collection to evaluate.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how well a collection does each effect.
+
+    \b
+    Example:
+      clora eval config.yaml --lora runs/demo/collection.safetensors --json
+    """
+    from clora.jobs.eval import evaluate_collection
+
+    figures = evaluate_collection(_load(config, overrides), lora)
+    if as_json:
+        print_json(figures)
+    else:
+        print_report(figures)
+
+
+@command("inspect")
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="LoRA file of any layout.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a LoRA file, and a collection's effects.
+
+    \b
+    Example:
+      clora inspect collection.safetensors --json
+    """
+    from clora.lora.catalogue import describe_file
+
+    found = describe_file(file)
+    if as_json:
+        print_json(found)
+    else:
+        print_report(found)
+    if found["lora"]["faults"]:
+        say(found["lora"]["faults"])
+        raise typer.Exit(BAD_INPUT)
+
+
+@command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA file of any layout.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .safetensors.")],
+    to: Annotated[Literal["diffusers", "comfyui", "kohya"], typer.Option(help="Layout to write.")],
+    as_json: Json = False,
+) -> None:
+    """Rewrite a LoRA file in another tool's layout.
+
+    \b
+    Example:
+      clora convert lora.safetensors out.safetensors --to kohya
+    """
+    from clora.lora.files import convert_lora
+
+    read = convert_lora(source, target, to)
+    if as_json:
+        print_json({"output": str(target), "from": read.layout, "to": to, "num_modules": len(read.modules)})
+    else:
+        typer.echo(f"{target}: {len(read.modules)} modules, {read.layout} to {to}")
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> Config:
+    from clora.config import load_config
+
+    return load_config(path, overrides or [])

@@ -1,0 +1,188 @@
+"""Target images y (Sec. 4.3): made by the teachers with their own prompt, many steps and guidance, cached by content;
+or the pairs' own. For effects that a collection holds already, the collection's own few-step samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, track
+from torch import Tensor
+
+from clora.backbones.cond import Cond, cat_conds
+from clora.backbones.qwen_image.backbone import QwenImageBackbone
+from clora.data.cache import cache_key
+from clora.data.examples import Example, collate
+from clora.distill.workspace import Workspace, in_batches
+from clora.errors import raise_faults
+from clora.lora.catalogue import Catalogue
+from clora.method.flow import Velocity, few_step_sigmas
+from clora.method.losses import guided_velocity
+from clora.method.routing import step_generator
+from clora.method.samplers import few_step_sample, ode_sample
+from clora.training import distributed
+
+TARGETS_VERSION = "targets/1"
+REHEARSAL_VERSION = "rehearsal/1"
+TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images
+Slots = Callable[[Sequence[str | None]], Sequence[Any]]
+
+
+def guided_teacher_velocity(backbone: QwenImageBackbone, slots_for: Slots, guidance: float, rescale: str) -> Velocity:
+    """A velocity over conds `(cond, uncond)`: each sample's teacher, guided, both branches in one forward."""
+
+    def velocity(x_BTC: Tensor, sigma_B: Tensor, conds: tuple[Cond, Cond]) -> Tensor:
+        cond, uncond = conds
+        if guidance == 1.0:
+            return backbone.velocity(x_BTC, sigma_B, cond, slots_for(cond.effects))
+        both = cat_conds([cond, uncond])
+        v = backbone.velocity(x_BTC.repeat(2, 1, 1), sigma_B.repeat(2), both, slots_for(both.effects))
+        v_cond, v_uncond = v.chunk(2)
+        return guided_velocity(v_cond, v_uncond, guidance, "norm" if rescale == "norm" else "none")
+
+    return velocity
+
+
+def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """The examples with their pairs' targets as y. Raises `InputErrors` naming every effect that lacks some."""
+    lacking = {name: sum(e.x0 is None for e in examples) for name, examples in effects.items()}
+    raise_faults(
+        [
+            f"effect {name}: {count} of its pairs have no target; add them, or set targets.source=teachers"
+            for name, count in lacking.items()
+            if count
+        ]
+    )
+    return {name: [replace(e, y=(e.x0,)) for e in examples if e.x0 is not None] for name, examples in effects.items()}
+
+
+@torch.no_grad()
+def make_targets(
+    workspace: Workspace, slots_for: Slots, teacher_hashes: dict[str, str], console: Console, batch_size: int
+) -> dict[str, list[Example]]:
+    """The effects' examples with `y` filled in: `targets.per_source` images each, one noise per image.
+
+    Interrupted, it goes on where it was: every image is an entry of the cache, under a hash of the teacher's file, its
+    prompt, the source and the settings. Several processes share the work.
+    """
+    config, settings = workspace.config, workspace.config.targets
+    todo = [e for examples in workspace.effects.values() for e in examples]
+    keys = {id(e): _keys(workspace, e, teacher_hashes) for e in todo}
+    missing = [e for e in todo if any(workspace.cache.read(key) is None for key in keys[id(e)])]
+    distributed.meet()  # before any process writes, so that all see the same missing
+    velocity = guided_teacher_velocity(
+        workspace.backbone, slots_for, settings.guidance, config.objective.guidance_rescale
+    )
+    with Progress(console=console, transient=True) as progress:
+        batches = _own_batches(list(in_batches(missing, batch_size)), equally_many=config.train.shard_base)
+        task = progress.add_task("targets", total=sum(map(len, batches)) * settings.per_source)
+        for batch in batches:
+            conds = (
+                collate(batch, "teacher", workspace.backbone.device),
+                collate(batch, "negative", workspace.backbone.device),
+            )
+            shape = (batch[0].num_tokens, workspace.backbone.token_channels)
+            for draw in range(settings.per_source):
+                seeds = [_seed(keys[id(e)][draw]) for e in batch]
+                y = ode_sample(
+                    velocity,
+                    conds,
+                    shape,
+                    settings.num_steps,
+                    config.schedule.shift,
+                    seeds,
+                    workspace.backbone.device,
+                )
+                for example, latents in zip(batch, y.cpu(), strict=True):
+                    workspace.cache.write(keys[id(example)][draw], {"latents": latents.contiguous()})
+                progress.advance(task, len(batch))
+    distributed.meet()
+    filled = {}
+    for name, examples in workspace.effects.items():
+        filled[name] = [replace(e, y=tuple(_read(workspace, key) for key in keys[id(e)])) for e in examples]
+    return filled
+
+
+@torch.no_grad()
+def rehearsal_targets(
+    workspace: Workspace, slots_for: Slots, catalogue: Catalogue, collection_hash: str, console: Console
+) -> dict[str, list[Example]]:
+    """The old effects' y for `clora extend`: what their collection makes of each source in its own few steps.
+
+    Cached as in `make_targets`, under a hash of the collection. As a teacher it reads the student prompt in both
+    branches of the guidance, so that none is added to what its samples have of it already.
+    """
+    backbone, schedule = workspace.backbone, catalogue.schedule
+    sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
+    how = f"{REHEARSAL_VERSION}/{collection_hash}/{schedule.num_steps}/{schedule.shift}{_quantized(workspace)}"
+    prompts = {entry.name: entry.prompt for entry in catalogue.effects}
+    todo = [e for name in prompts for e in workspace.effects.get(name, [])]
+    keys = {
+        id(e): cache_key(list(e.sources), prompts[e.effect or ""], workspace.identity, f"{how}/{e.grid}") for e in todo
+    }
+
+    def velocity(x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
+        return backbone.velocity(x_BTC, sigma_B, cond, slots_for(cond.effects))
+
+    missing = [e for e in todo if workspace.cache.read(keys[id(e)]) is None]
+    distributed.meet()
+    batches = list(in_batches(missing, workspace.config.eval.batch_size))
+    own = _own_batches(batches, equally_many=workspace.config.train.shard_base)
+    for batch in track(own, "rehearsal", console=console, transient=True):
+        shape = (batch[0].num_tokens, backbone.token_channels)
+        cond, seeds = collate(batch, "teacher", backbone.device), [_seed(keys[id(e)]) for e in batch]
+        y = few_step_sample(velocity, cond, shape, sigmas, seeds, backbone.device)
+        for example, latents in zip(batch, y.cpu(), strict=True):
+            workspace.cache.write(keys[id(example)], {"latents": latents.contiguous()})
+    distributed.meet()
+    filled: dict[str, list[Example]] = {name: [] for name in prompts if name in workspace.effects}
+    for example in todo:
+        texts = example.texts | {"negative": example.texts["teacher"]}
+        rehearsed = replace(example, texts=texts, y=(_read(workspace, keys[id(example)]),))
+        filled[example.effect or ""].append(rehearsed)
+    return filled
+
+
+def _own_batches(batches: list[list[Example]], equally_many: bool) -> list[list[Example]]:
+    """This process's batches. Where the base is sharded all need equally many, and what lacks at the end is made
+    twice."""
+    rank, world = distributed.rank(), distributed.world()
+    end = -(-len(batches) // world) * world if equally_many else len(batches)
+    return [batches[index % len(batches)] for index in range(rank, end, world)]
+
+
+def _read(workspace: Workspace, key: str) -> Tensor:
+    found = workspace.cache.read(key)
+    if found is None:
+        raise OSError(f"{workspace.cache.path(key)} vanished while it was needed; run the command again")
+    return found["latents"]
+
+
+def _keys(workspace: Workspace, example: Example, teacher_hashes: dict[str, str]) -> list[str]:
+    settings = workspace.config.targets
+    effect = example.effect or ""
+    how = (
+        f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{settings.num_steps}/{settings.guidance}/"
+        f"{workspace.config.objective.guidance_rescale}/{workspace.config.objective.negative_prompt!r}/"
+        f"{workspace.config.schedule.shift}/{example.grid}{_quantized(workspace)}"
+    )
+    prompt = next(e.prompt for e in workspace.config.effects if e.name == effect)
+    return [
+        cache_key(list(example.sources), prompt, workspace.identity, f"{how}/{draw}")
+        for draw in range(settings.per_source)
+    ]
+
+
+def _quantized(workspace: Workspace) -> str:
+    """What a quantized base adds to a key."""
+    quantize = workspace.config.base.quantize
+    return "" if quantize == "none" else f"/{quantize}"
+
+
+def _seed(key: str) -> int:
+    """The noise of a target depends on what it is made from, not on the order in which targets are made."""
+    return int(step_generator(int(key[:12], 16), 0, "target", "cpu").initial_seed())

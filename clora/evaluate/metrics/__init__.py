@@ -1,0 +1,1 @@
+"""Measures of images, one family a file."""

@@ -1,0 +1,337 @@
+"""`clora demo`: the main job on the embedded tiny world, from pairs on disk to a report, in minutes on a CPU.
+
+Every phase is the job a user runs on real data (`validate`, `teach`, `train`, `eval`); the demo only writes the tiny
+world's images as a user's dataset first, and knows the truth when it scores. Interrupted anywhere, the same command
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from rich.console import Console
+
+from clora import __version__
+from clora.config import Config, acceleration_lora, load_config
+from clora.data.examples import Example
+from clora.data.image_grid import Grid, Pixels, grid_image
+from clora.data.pairs import Pair
+from clora.distill.workspace import Workspace, in_batches, open_workspace
+from clora.errors import InputErrors
+from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, Method, methods, sample_method
+from clora.evaluate.exact import Outputs, evaluate_methods
+from clora.evaluate.report import Curve, MethodRow, PhaseRow, Report, write_report
+from clora.jobs.teach import JOINT as JOINT_FOLDER
+from clora.jobs.teach import teach, teach_joint
+from clora.jobs.train import open_bank, train
+from clora.jobs.validate import validate_config
+from clora.lora.files import read_lora
+from clora.method.prompts import effect_prompts
+from clora.tiny.dataset import (
+    EVAL_SCENES,
+    effect_config,
+    effect_names,
+    write_effect_pairs,
+    write_eval_sources,
+)
+from clora.tiny.effects import EFFECTS, apply_effect
+from clora.tiny.world.scenes import render, sample_scene
+from clora.training.tracker import read_log
+
+Size = Literal["full", "long", "smoke"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything one size of the demo does."""
+
+    pairs: int
+    eval_sources: int
+    overrides: tuple[str, ...]
+
+
+SCALES: dict[Size, Scale] = {
+    "full": Scale(pairs=40, eval_sources=6, overrides=()),
+    # For collections that are kept; the one shipped with the base is `clora demo --effects 50 --size long`.
+    "long": Scale(
+        pairs=40,
+        eval_sources=4,
+        overrides=(
+            "teach.max_train_steps=400",
+            "train.max_train_steps=1630",
+            "train.coarse_steps=1600",
+            "train.anchor_batch_size=16",
+        ),
+    ),
+    "smoke": Scale(
+        pairs=4,
+        eval_sources=2,
+        overrides=(
+            "teach.max_train_steps=6",
+            "targets.num_steps=4",
+            "train.max_train_steps=6",
+            "train.coarse_steps=3",
+            "train.log_every=1",
+            "train.lr_warmup_steps=2",
+            "train.batch_size=2",
+            "train.anchor_batch_size=4",
+        ),
+    ),
+}
+
+
+class Phases:
+    """Runs each phase once per folder: a finished phase's result and cost are read back from `phases.json`."""
+
+    def __init__(self, out: Path, console: Console) -> None:
+        self._path = out / "phases.json"
+        self._console = console
+        self.rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def run(self, name: str, work: Callable[[], Any]) -> None:
+        """Do `work` unless it was done before; record seconds (over all attempts) and peak memory in MB."""
+        row = self.rows.setdefault(name, {"seconds": 0.0, "peak_memory_mb": 0.0, "done": False})
+        if row["done"]:
+            self._console.print(f"[dim]{name}: done before[/dim]")
+            return
+        self._console.rule(name)
+        started = time.perf_counter()
+        try:
+            work()
+            row["done"] = True
+        finally:
+            row["seconds"] += time.perf_counter() - started
+            row["peak_memory_mb"] = max(row["peak_memory_mb"], peak_memory_mb())
+            self._path.write_text(json.dumps(self.rows, indent=1))
+
+
+def peak_memory_mb() -> float:
+    """The process's (or the GPU's) peak memory so far, MB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def run_demo(
+    out: Path, num_effects: int = 12, size: Size = "full", seed: int = 0, console: Console | None = None
+) -> Path:
+    """Run all phases below `out` and return `out/report.html`; `out/report.json` holds the figures."""
+    console = console or Console(stderr=True)
+    scale = SCALES[size]
+    names = effect_names(3 if size == "smoke" else num_effects)
+    out.mkdir(parents=True, exist_ok=True)
+    phases = Phases(out, console)
+    phases.run("dataset", lambda: write_dataset(out, names, scale, seed))
+    config = load_config(out / "config.yaml")
+    phases.run("validate", lambda: check(config))
+    phases.run("teach", lambda: teach(config, resume="latest", console=console))
+    phases.run("distil", lambda: train(config, resume="latest", console=console))
+    phases.run("joint-fm", lambda: train_joint(config, console))
+    phases.run("sample", lambda: sample_all(config, scale, out, console))
+    phases.run("score", lambda: score(out))
+    return report(config, out, phases)
+
+
+def write_dataset(out: Path, names: list[str], scale: Scale, seed: int) -> None:
+    """The tiny world as a user would hold it: folders of PNG pairs and one configuration file."""
+    for name in names:
+        write_effect_pairs(out / "data" / name, name, scale.pairs)
+    write_eval_sources(out / "data" / "held_out", scale.eval_sources)
+    values: dict[str, Any] = {
+        "base": "tiny",
+        "output_dir": ".",
+        "seed": seed,
+        "effects": effect_config(names, Path("data")),
+    }
+    for override in scale.overrides:
+        section, key = override.split("=")[0].split(".")
+        values.setdefault(section, {})[key] = yaml.safe_load(override.split("=")[1])
+    (out / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def check(config: Config) -> None:
+    """`clora validate`, as a user would before the long job."""
+    if faults := validate_config(config):
+        raise InputErrors(faults)
+
+
+def train_joint(config: Config, console: Console) -> None:
+    """The "N-in-1 FM" baseline: as many steps as fit the seconds that distillation took, its learning rate, its EMA.
+
+    A flow-matching step costs what a step of the coarse stage costs, and the log tells how long those took.
+    """
+    log = read_log(config.output_dir / "train")
+    coarse = next(row for row in reversed(log) if row["step"] <= config.train.coarse_steps)
+    steps = round(log[-1]["seconds"] / (coarse["seconds"] / coarse["step"]))
+    workspace = open_workspace(config, console, general=False)
+    train = config.train
+    same = {"max_train_steps": steps, "learning_rate": train.coarse_learning_rate or train.learning_rate}
+    workspace.config = config.model_copy(update={"teach": config.teach.model_copy(update=same)})
+    teach_joint(workspace, "latest", console)
+
+
+def sample_all(config: Config, scale: Scale, out: Path, console: Console) -> None:
+    """Every method's images of every effect on the held-out scenes, to `samples/METHOD.npz`, with times."""
+    sources = {EVAL_SCENES + i: out / "data" / "held_out" / f"{i:03d}.png" for i in range(scale.eval_sources)}
+    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
+    workspace.config = config
+    examples = encode_held_out(workspace, sources)
+    found = load_methods(workspace, out)
+    folder = out / "samples"
+    folder.mkdir(exist_ok=True)
+    for method in found:
+        path = folder / f"{method.name}.npz"
+        if path.exists():
+            continue
+        console.print(f"sampling {method.name} ({method.nfe} forwards an image)")
+        images, seconds = sample_held_out(workspace, method, examples)
+        arrays: dict[str, Any] = {f"{effect}|{scene}": image for (effect, scene), image in images.items()}
+        arrays |= {"seconds": seconds, "nfe": method.nfe, "num_loras": method.num_loras}
+        np.savez(path.with_suffix(".tmp.npz"), **arrays)
+        path.with_suffix(".tmp.npz").rename(path)
+
+
+def encode_held_out(workspace: Workspace, sources: dict[int, Path]) -> dict[tuple[str, int], Example]:
+    """Every effect on every held-out scene, encoded."""
+    config = workspace.config
+    student = {prompt.name: prompt.student_prompt for prompt in effect_prompts(config)}
+    negative = config.objective.negative_prompt
+    examples = {}
+    for effect in config.effects:
+        texts = {"student": student[effect.name], "teacher": effect.prompt, "negative": negative}
+        for scene, path in sources.items():
+            pair = Pair((path,), None, None, effect.name, str(path))
+            examples[effect.name, scene] = workspace.encoder.encode(pair, effect.name, texts)
+    workspace.backbone.free_encoders()
+    return examples
+
+
+def load_methods(workspace: Workspace, out: Path) -> list[Method]:
+    """Load every adapter a method needs into slots of its own."""
+    adapters, accelerate = workspace.adapters, acceleration_lora(workspace.config.base.model)
+    files = {COLLECTION: out / "collection.safetensors", JOINT: out / "joint.safetensors"}
+    if accelerate is not None:
+        files[ACCELERATION] = accelerate
+    for slot, path in files.items():
+        adapters.add_lora(slot, read_lora(path, adapters.module_shapes).modules)
+    bank = open_bank(workspace)
+    assert bank is not None
+    return methods(workspace.config, bank, joint=True, acceleration=accelerate is not None)
+
+
+Images = dict[tuple[str, int], NDArray[np.uint8]]
+
+
+def sample_held_out(
+    workspace: Workspace, method: Method, examples: dict[tuple[str, int], Example]
+) -> tuple[Images, float]:
+    """uint8 images by (effect, scene), and seconds per image; the same seed for a scene in every method."""
+    keys = {id(example): key for key, example in examples.items()}
+    images: Images = {}
+    started = time.perf_counter()
+    for batch in in_batches(list(examples.values()), workspace.config.eval.batch_size):
+        seeds = [keys[id(e)][1] % 100_003 for e in batch]
+        for example, image in zip(
+            batch, sample_method(workspace.backbone, workspace.config, method, batch, seeds), strict=True
+        ):
+            pixels = image.permute(1, 2, 0).cpu().numpy()
+            images[keys[id(example)]] = np.round(pixels * 255).astype(np.uint8)
+    return images, (time.perf_counter() - started) / len(images)
+
+
+def read_samples(folder: Path) -> Iterator[tuple[str, dict[str, Any], Outputs]]:
+    """Name, figures and outputs of every sampled method."""
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as stored:
+            figures = {key: stored[key].item() for key in ("seconds", "nfe", "num_loras")}
+            outputs: dict[tuple[str, int], list[Pixels]] = {}
+            for key in stored.files:
+                if "|" in key:
+                    effect, scene = key.split("|")
+                    outputs[effect, int(scene)] = [stored[key]]
+        yield path.stem, figures, outputs
+
+
+ORDER = ("teacher-40x2", "teacher-8", "teacher+accel", "joint-fm+accel", "collection")
+
+
+def score(out: Path) -> None:
+    """Score every method against the known truth, among all effects of the world: `scores.json`."""
+    sampled = {name: (figures, outputs) for name, figures, outputs in read_samples(out / "samples")}
+    scores = evaluate_methods({name: outputs for name, (_, outputs) in sampled.items()})
+    rows = {
+        name: MethodRow.from_scores(
+            name,
+            scores[name],
+            nfe=int(figures["nfe"]),
+            num_loras=int(figures["num_loras"]),
+            seconds_per_image=float(figures["seconds"]),
+        ).model_dump()
+        for name, (figures, _) in sampled.items()
+    }
+    (out / "scores.json").write_text(json.dumps(rows, indent=1))
+
+
+def report(config: Config, out: Path, phases: Phases) -> Path:
+    """Write report.json, report.html and its grid of pictures, grid.png, from what the phases left behind."""
+    names = [effect.name for effect in config.effects]
+    sampled = {name: (figures, outputs) for name, figures, outputs in read_samples(out / "samples")}
+    order = [name for name in ORDER if name in sampled] + [name for name in sampled if name not in ORDER]
+    scored = json.loads((out / "scores.json").read_text())
+    rows = [MethodRow.model_validate(scored[name]) for name in order]
+    whole = Report(
+        title=f"clora demo: {len(names)} effects in one LoRA",
+        methods=rows,
+        phases=[
+            PhaseRow(name=name, seconds=row["seconds"], peak_memory_mb=row["peak_memory_mb"])
+            for name, row in phases.rows.items()
+        ],
+        curves=[curve for title in ("teach", "train", JOINT_FOLDER) for curve in curves_of(out / title, title)],
+        facts={
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "threads": str(torch.get_num_threads()),
+            "seed": str(config.seed),
+            "version": __version__,
+        },
+    )
+    grid = grid_of(names, order, sampled)
+    grid_image(grid.rows, grid.columns, grid.row_labels).save(out / "grid.png")
+    return write_report(out, whole, [grid])
+
+
+def curves_of(folder: Path, title: str) -> list[Curve]:
+    """The losses in a job's log, one panel per loss."""
+    rows = read_log(folder)
+    names = sorted({name for row in rows for name in row if "loss" in name and not name.startswith("loss/")})
+    curves = []
+    for name in names:
+        having = [row for row in rows if name in row]
+        steps, values = [int(row["step"]) for row in having], [row[name] for row in having]
+        curves.append(Curve(panel=f"{title}: {name.split('/')[-1]}", name=name, steps=steps, values=values))
+    return curves
+
+
+def grid_of(names: list[str], order: list[str], sampled: dict[str, Any]) -> Grid:
+    """For each effect one held-out scene: source, truth and every method's image."""
+    rows: list[list[Pixels | None]] = []
+    for index, name in enumerate(names):
+        scenes = sorted(scene for effect, scene in sampled[order[0]][1] if effect == name)
+        scene = scenes[index % len(scenes)]
+        rendered = render(sample_scene(scene))
+        truth = apply_effect(EFFECTS[name], rendered, np.random.default_rng(0))
+        outputs = [sampled[method][1][name, scene][0] for method in order]
+        rows.append([rendered.image_HW3, truth, *outputs])
+    labels = [f"{name} *" if EFFECTS[name].random else name for name in names]
+    caption = "Held-out scenes. * random effects: the truth shown is one of many valid outcomes."
+    return Grid("Every effect, every method", ["source", "truth", *order], labels, rows, caption)

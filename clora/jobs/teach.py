@@ -1,0 +1,190 @@
+"""`clora teach`: single-effect LoRAs by flow matching (Eq. 2), all effects side by side in one batched forward.
+
+Each effect has its own slot in one stack of adapters, so that a step is one forward and one backward of the base
+whatever the number of effects. `joint` trains ONE adapter on all pairs instead: the paper's "N-in-1 FM" baseline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from clora.config import Config, Job
+from clora.data.examples import Example, collate
+from clora.distill.workspace import (
+    DTYPES,
+    Workspace,
+    averaged_weights,
+    determinism,
+    open_workspace,
+    quiet_console,
+    slot_to_cpu,
+    trainable_group,
+)
+from clora.errors import InputError
+from clora.lora.files import write_lora
+from clora.method.flow import add_noise, shift_sigma
+from clora.method.losses import flow_matching_loss
+from clora.method.routing import draw_effects, split_rows, step_generator
+from clora.training import distributed
+from clora.training.loop import LoopConfig, lr_factor, run_loop
+from clora.training.optimizer import Group, apply_gradients, check_finite
+from clora.training.run_record import git_revision, write_run
+
+JOINT: Final = "joint"
+
+
+def teach(
+    config: Config, joint: bool = False, resume: str | None = None, console: Console | None = None
+) -> dict[str, Path]:
+    """Teach every effect that has no LoRA file; returns effect -> file under `output_dir/teachers`.
+
+    With `joint`, one adapter of the student's rank learns all effects from their teacher prompts and is written to
+    `output_dir/joint.safetensors` (returned under "joint"). Raises `InputError` when there is nothing to teach.
+    """
+    console = console or quiet_console()
+    chosen = [effect for effect in config.effects if joint or effect.lora is None]
+    if not chosen:
+        raise InputError("effects: every effect has a LoRA file; there is nothing to teach")
+    config = config.model_copy(update={"effects": chosen})
+    with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
+        workspace = open_workspace(config, console, general=False)
+        if missing := [f"effect {name}" for name, ex in workspace.effects.items() if any(e.x0 is None for e in ex)]:
+            raise InputError(f"{missing[0]}: its pairs have no targets; `teach` needs source and target images")
+        write_run(config, JOINT if joint else "teach", workspace.hashes)
+        return teach_joint(workspace, resume, console) if joint else teach_each(workspace, resume, console)
+
+
+def teach_each(workspace: Workspace, resume: str | None, console: Console) -> dict[str, Path]:
+    """One slot per effect. An effect's samples reach only its own slot, and gradients are clipped per slot."""
+    config, settings = workspace.config, workspace.config.teach
+    names = list(workspace.effects)
+    slots = [f"teach/{name}" for name in names]
+    generator = torch.Generator().manual_seed(config.seed)
+    workspace.adapters.add_stack(
+        "teach", slots, settings.rank, settings.alpha, trainable=True, init="lora", generator=generator
+    )
+    group = trainable_group(workspace.adapters, ["teach"], config, settings.learning_rate)
+    group.per_slot = True
+    # Each process takes its own samples of every effect.
+    size, rank, world = settings.batch_size, distributed.rank(), distributed.world()
+    rows = [slot for slot in slots for _ in range(size)]
+    own = [(i * world + rank) * size + k for i in range(len(names)) for k in range(size)]
+
+    def one_step(step: int) -> dict[str, Tensor]:
+        rng = step_generator(config.seed, step, "teach/examples", "cpu")
+        batch = [e for name in names for e in _draw(workspace.effects[name], size * world, rng)]
+        loss, per_sample = _flow_step(workspace, batch, own, rows, step)
+        # A sum over effects: every teacher learns as it would alone.
+        where = f"teach step {step} ({_worst(batch, own, per_sample)})"
+        _update(group, loss * len(names) / world, step, settings.max_train_steps, config, where)
+        per_effect = per_sample.view(len(names), -1).mean(1)
+        figures = {"loss": loss.detach()} | {f"loss/{n}": v for n, v in zip(names, per_effect, strict=True)}
+        return distributed.sum_figures({name: value / world for name, value in figures.items()})
+
+    run_loop(_loop(workspace, "teach", settings.max_train_steps, resume), {"teach": group}, one_step, console=console)
+    files = {effect.name: config.teacher_path(effect) for effect in config.effects}
+    with averaged_weights(group):
+        for name, slot in zip(names, slots, strict=True) if distributed.is_main() else ():
+            files[name].parent.mkdir(parents=True, exist_ok=True)
+            write_lora(
+                files[name],
+                slot_to_cpu(workspace.adapters, slot),
+                {"clora.effect": name},
+                dtype=DTYPES[settings.save_dtype],
+            )
+    workspace.adapters.remove_stack("teach")
+    return files
+
+
+def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> dict[str, Path]:
+    """One adapter of the student's shape on all pairs, effects balanced, teacher prompts: "N-in-1 (FM)"."""
+    config, settings = workspace.config, workspace.config.teach
+    names = list(workspace.effects)
+    size = distributed.world() * (config.train.anchor_batch_size or config.train.batch_size)
+    generator = torch.Generator().manual_seed(config.seed)
+    student = config.student
+    workspace.adapters.add_stack(
+        JOINT, [JOINT], student.rank, student.alpha, trainable=True, init="lora", generator=generator
+    )
+    group = trainable_group(workspace.adapters, [JOINT], config, settings.learning_rate, ema=True)
+
+    def one_step(step: int) -> dict[str, Tensor]:
+        rng = step_generator(config.seed, step, "joint/examples", "cpu")
+        drawn = draw_effects(config.seed, step, len(names), size, 1.0)
+        batch = [e for i in drawn for e in _draw(workspace.effects[names[i]], 1, rng)]
+        batch = [e for e in batch if e.sizes == batch[0].sizes]
+        rows = split_rows(len(batch), distributed.rank(), distributed.world())
+        own = list(range(rows.start, rows.stop))
+        loss, per_sample = _flow_step(workspace, batch, own, [JOINT], step)
+        where = f"joint step {step} ({_worst(batch, own, per_sample)})"
+        _update(group, loss * rows.share, step, settings.max_train_steps, config, where)
+        return distributed.sum_figures({"loss": loss.detach() * rows.share})
+
+    run_loop(_loop(workspace, JOINT, settings.max_train_steps, resume), {JOINT: group}, one_step, console=console)
+    path = config.output_dir / "joint.safetensors"
+    with averaged_weights(group):
+        if distributed.is_main():
+            write_lora(path, slot_to_cpu(workspace.adapters, JOINT), {"clora.effects": ", ".join(names)})
+    workspace.adapters.remove_stack(JOINT)
+    return {JOINT: path}
+
+
+def _draw(examples: list[Example], count: int, rng: torch.Generator) -> list[Example]:
+    return [examples[int(torch.randint(len(examples), (), generator=rng))] for _ in range(count)]
+
+
+def _flow_step(
+    workspace: Workspace, batch: list[Example], own: list[int], slots: list[str], step: int
+) -> tuple[Tensor, Tensor]:
+    """Eq. 2 on the samples `own` of a batch of pairs, with the teacher prompts; a share of them has none.
+
+    Everything random is drawn for the whole batch. Returns the mean over `own` and the loss of each of them.
+    """
+    config, settings, backbone = workspace.config, workspace.config.teach, workspace.backbone
+    rng = step_generator(config.seed, step, "teach/noise", backbone.device)
+    dropped = torch.rand(len(batch), generator=rng, device=rng.device) < settings.caption_dropout
+    roles = ["negative" if dropped[i] else "teacher" for i in own]
+    mine = [batch[i] for i in own]
+    cond = collate(mine, roles, backbone.device)
+    x0 = torch.stack([e.x0 for e in mine if e.x0 is not None]).to(backbone.device, torch.float32)
+    uniform = torch.rand(len(batch), generator=rng, device=rng.device)
+    sigma = shift_sigma(uniform[own], settings.sigma_shift)
+    eps = torch.randn(len(batch), *x0.shape[1:], generator=rng, device=rng.device)[own]
+    velocity = backbone.velocity(add_noise(x0, eps, sigma), sigma, cond, slots)
+    loss, figures = flow_matching_loss(velocity, x0, eps)
+    return loss, figures["per_sample"]
+
+
+def _worst(batch: list[Example], own: list[int], per_sample: Tensor) -> str:
+    """The samples whose loss is not finite, or all where each one is, for a message."""
+    sound = per_sample.isfinite().tolist()
+    bad = [batch[i] for i, fine in zip(own, sound, strict=True) if not fine] or [batch[i] for i in own]
+    return ", ".join(dict.fromkeys(f"{e.effect} on {e.sources[-1].name}" for e in bad))
+
+
+def _update(group: Group, loss: Tensor, step: int, total: int, config: Config, where: str) -> None:
+    check_finite(loss, where).backward()
+    settings = config.teach
+    apply_gradients(group, lr_factor(step, total, settings.lr_warmup_steps, settings.lr_scheduler), where)
+
+
+def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> LoopConfig:
+    config = workspace.config
+    return LoopConfig(
+        title=job,
+        max_steps=steps,
+        folder=config.output_dir / job,
+        checkpointing_steps=config.train.checkpointing_steps,
+        fingerprint=config.fingerprint(job, distributed.world()),
+        checkpoints_total_limit=config.train.checkpoints_total_limit,
+        log_every=config.train.log_every,
+        report_to=config.train.report_to,
+        resume=resume,
+        identity=workspace.hashes,
+        record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
+    )

@@ -1,0 +1,1 @@
+"""The paper: pure functions, no input or output."""

@@ -1,0 +1,1 @@
+"""Scenes: what the tiny world is drawn from."""

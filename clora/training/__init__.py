@@ -1,0 +1,1 @@
+"""What any training needs, and nothing of the paper."""

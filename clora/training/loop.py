@@ -1,0 +1,309 @@
+"""The training loop shared by `teach` and `train`: progress, log, checkpoints, signals, resume.
+
+What is learned and how is the caller's business: it hands over named trainable groups and a function that does one
+step. A job's state is its groups and step number; all randomness is a function of (seed, step), so that a resumed run
+continues bit for bit. Under torchrun every process runs the loop; the first one writes.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from clora.errors import InputError
+from clora.training import distributed
+from clora.training.checkpoint import Checkpoint, CheckpointWriter, GroupPart, open_checkpoint, open_latest
+from clora.training.optimizer import Group, NonFiniteError
+from clora.training.tracker import Figures, Tracker
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the state is saved. `code` is the exit code to use (128 + signal)."""
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        self.code = 128 + signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {checkpoint}; go on with --resume latest")
+
+
+def lr_factor(update: int, total: int, warmup: int, scheduler: str) -> float:
+    """Learning-rate factor of update 0, 1, ...: linear warm-up, then constant, cosine or linear decay to 0."""
+    if update < warmup:
+        return (update + 1) / warmup
+    if scheduler == "constant":
+        return 1.0
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    return 1.0 - progress if scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def restore_job(groups: Mapping[str, Group], checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's tensors back; `InputError` when it belongs to another model or configuration."""
+    faults = []
+    for name, group in groups.items():
+        saved = {str(key): tuple(shape) for key, shape in checkpoint.state["layout"].get(name, [])}
+        wanted = {key: tuple(shape) for key, shape in group.layout()}
+        differ = [key for key in saved | wanted if saved.get(key) != wanted.get(key)]
+        faults += [f"{name}.{key}" for key in differ or (wanted if list(saved) != list(wanted) else ())]
+    if faults:
+        raise InputError(
+            f"{checkpoint.path}: does not fit this configuration ({len(faults)} tensors differ, first {faults[0]}); "
+            "start anew with another output_dir"
+        )
+    for name, group in groups.items():
+
+        def read(kind: str, start: int, stop: int, name: str = name) -> torch.Tensor:
+            return checkpoint.read(name, kind, start, stop)
+
+        group.restore(read, checkpoint.state["steps"][name], int(checkpoint.state["updates"][name]))
+
+
+def find_checkpoint(resume: str | None, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint `--resume` asks for: None, "latest" (the newest undamaged one, if any) or a path.
+
+    The main process looks, the others get its choice.
+    """
+    found = None
+    if distributed.is_main() and resume is not None:
+        if resume == "latest":
+            found, faults = open_latest(folder)
+            for fault in faults:
+                say(f"passed over: {fault}")
+        else:
+            found = open_checkpoint(Path(resume))
+    path = distributed.from_main(None if found is None else str(found.path))
+    return found if distributed.is_main() or path is None else open_checkpoint(Path(path), verify=False)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step. A second one kills as usual, unless
+    torchrun is there, which passes on what the process was sent already, and kills what does not end."""
+    received: list[int] = []
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        if distributed.world() == 1:
+            signal.signal(signum, signal.SIG_DFL)
+
+    old = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long a job runs and what it writes where."""
+
+    title: str
+    max_steps: int
+    folder: Path  # checkpoints and log.jsonl
+    checkpointing_steps: int
+    fingerprint: str
+    checkpoints_total_limit: int | None = 2
+    max_seconds: float | None = None
+    log_every: int = 10
+    report_to: str = "none"
+    resume: str | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)  # hashes of what a checkpoint belongs to: base, teachers
+    record: Mapping[str, Any] = field(default_factory=dict)  # kept in each checkpoint, for people
+
+
+class _Saver:
+    """Checkpoints of one run, and what becomes of them."""
+
+    def __init__(self, config: LoopConfig, groups: Mapping[str, Group], saved: int | None, say: Callable[[str], None]):
+        self._config, self._groups, self._say = config, groups, say
+        self._writer = CheckpointWriter(config.folder, config.checkpoints_total_limit)
+        self._saved, self._pending = saved, saved  # steps: of the newest checkpoint, of the one being written
+        self.failures = 0
+
+    def save(self, step: int, seconds: float, sums: Mapping[str, list[float]]) -> None:
+        """Start to write the state after `step`, once the one before is written."""
+        self.wait()
+        if step == self._saved:
+            return
+        parts = {
+            name: GroupPart(group.snapshot(), group.own.start, group.own.start + group.own_length)
+            for name, group in self._groups.items()
+        }
+        state = {
+            "fingerprint": self._config.fingerprint,
+            "seconds": seconds,
+            "world": distributed.world(),
+            "updates": {name: group.updates for name, group in self._groups.items()},
+            "steps": {name: group.steps for name, group in self._groups.items()},
+            "layout": {name: group.layout() for name, group in self._groups.items()},
+            "sums": dict(sums),
+            "identity": dict(self._config.identity),
+            "record": dict(self._config.record),
+        }
+        self._writer.save(step, parts, state)
+        self._pending = step
+
+    def wait(self) -> str | None:
+        """Wait for the checkpoint being written; tells, counts and returns why it could not be."""
+        failure = self._writer.wait()
+        if failure is None:
+            self._saved = self._pending
+            return None
+        self.failures += 1
+        newest = "there is none yet" if self._saved is None else f"the newest is {self._writer.path(self._saved)}"
+        self._say(f"checkpoint of step {self._pending} could not be written: {failure}; {newest}; training goes on")
+        self._pending = self._saved
+        return failure
+
+    def stop(self, step: int, signum: int) -> None:
+        """End the run on a signal, its state saved: `Interrupted`; `OSError` when it could not be."""
+        failure = self.wait()
+        distributed.leave_together()
+        if failure:
+            raise OSError(f"stopped by {signal.Signals(signum).name}; step {step} could not be saved: {failure}")
+        raise Interrupted(signum, self._writer.path(step))
+
+    def finish(self, step: int) -> None:
+        """End the run; a last checkpoint that failed costs the run only where there is no other."""
+        if (failure := self.wait()) and self._saved is None:
+            raise OSError(f"no checkpoint could be written, that of step {step} neither: {failure}")
+
+
+def run_loop(
+    config: LoopConfig,
+    groups: Mapping[str, Group],
+    one_step: Callable[[int], Figures],
+    on_step: Callable[[int, Tracker], None] | None = None,
+    console: Console | None = None,
+) -> int:
+    """Run `one_step(step)` from the resumed step to `max_steps`, or until `max_seconds` of training have passed.
+
+    Returns the number of steps done in all. On SIGINT or SIGTERM, to whichever process, the step in flight is finished,
+    the state saved and `Interrupted` raised. A checkpoint that cannot be written is told, counted in the log
+    (`failed_checkpoints`) and tried again at the next one; `OSError` when none could be. An exception of `one_step`
+    passes through (the last checkpoint stays); a process that dies or hangs gives `distributed.ProcessLost` in the
+    others.
+    """
+    console = console or Console(stderr=True, quiet=not distributed.is_main())
+    with distributed.guard("the start"):
+        step, seconds, sums = _resume(config, groups, console)
+        saver = _Saver(config, groups, step or None, console.print)
+    device = next(iter(groups.values())).device
+    with _signals() as received, _tracker(config, step, sums) as tracker, _progress(console) as progress:
+        task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
+        try:
+            while step < config.max_steps and (config.max_seconds is None or seconds < config.max_seconds):
+                started = time.perf_counter()
+                with distributed.guard(f"step {step}"):
+                    figures = one_step(step)
+                    step += 1
+                    now = seconds + time.perf_counter() - started
+                    signum, latest = distributed.max_over_processes([max(received, default=0), now], device)
+                    rate, seconds = 1 / (latest - seconds), latest
+                    tracker.log(step, seconds, _counted(figures, saver.failures))
+                    progress.update(task, completed=step, rate=f"{rate:.2f}/s {memory_mb():.0f} MB")
+                    if on_step is not None:
+                        on_step(step, tracker)
+                while tracker.faults:
+                    console.print(tracker.faults.pop(0))
+                if signum or step % config.checkpointing_steps == 0:
+                    saver.save(step, seconds, tracker.sums)
+                if signum:
+                    saver.stop(step, int(signum))
+            saver.save(step, seconds, tracker.sums)
+            saver.finish(step)
+            with distributed.guard("the end"):
+                (signum,) = distributed.max_over_processes([max(received, default=0)], device)
+            if signum:
+                saver.stop(step, int(signum))
+        except distributed.ProcessLost:
+            raise  # a checkpoint in flight needs the others as well
+        except NonFiniteError:  # which all processes raise
+            saver.wait()
+            distributed.leave_together()
+            raise
+        except BaseException:
+            saver.wait()
+            raise
+    return step
+
+
+def _resume(
+    config: LoopConfig, groups: Mapping[str, Group], console: Console
+) -> tuple[int, float, Mapping[str, list[float]]]:
+    """Step, seconds and figures since the last line of the log, with the groups as they were then."""
+    checkpoint = find_checkpoint(config.resume, config.folder, console.print)
+    if checkpoint is None:
+        return 0, 0.0, {}
+    _check_belongs(config, checkpoint)
+    restore_job(groups, checkpoint)
+    console.print(f"{config.title}: goes on after step {checkpoint.step} from {checkpoint.path}")
+    return checkpoint.step, float(checkpoint.state["seconds"]), checkpoint.state["sums"]
+
+
+def _check_belongs(config: LoopConfig, checkpoint: Checkpoint) -> None:
+    if checkpoint.state["fingerprint"] != config.fingerprint:
+        raise InputError(
+            f"{checkpoint.path}: was made by another configuration; take that one, or another output_dir"
+            " (batch sizes count over all processes)"
+        )
+    saved, now = checkpoint.state["identity"], dict(config.identity)
+    if differ := [key for key in saved | now if saved.get(key) != now.get(key)]:
+        raise InputError(
+            f"{checkpoint.path}: {', '.join(differ)} changed since; put back what it was, or take another output_dir"
+        )
+
+
+def _counted(figures: Figures, failures: int) -> Figures:
+    return {**figures, "failed_checkpoints": float(failures)} if failures else figures
+
+
+def _tracker(config: LoopConfig, step: int, sums: Mapping[str, list[float]]) -> Tracker:
+    return Tracker(
+        config.title,
+        config.folder,
+        config.report_to,
+        config.log_every,
+        config.max_steps,
+        step,
+        sums,
+        writes=distributed.is_main(),
+    )
+
+
+def memory_mb() -> float:
+    """Memory in use, MB: the GPU's where there is one, else this process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e6
+    return float(psutil.Process().memory_info().rss) / 1e6
+
+
+def _progress(console: Console) -> Progress:
+    columns = ("[progress.description]{task.description}", "{task.fields[rate]}")
+    return Progress(
+        TextColumn(columns[0]),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn(columns[1]),
+        console=console,
+    )

@@ -1,0 +1,84 @@
+"""What made a result: versions, revision, configuration, and hashes of everything that was read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clora.config import Config, Job
+from clora.data.cache import file_digest
+from clora.data.pairs import Pair
+from clora.io.safetensors import write_text
+from clora.training import distributed
+
+RUN_FORMAT_VERSION = 1
+_PACKAGES = ("clora", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "triton")
+
+
+def git_revision() -> str | None:
+    """The commit that the code is at, with `-dirty` after it where files differ; None outside of a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def versions() -> dict[str, str | None]:
+    """Python, the packages that decide numbers (None where one is not installed), CUDA and the device."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    found["cuda"] = torch.version.cuda
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def hash_pairs(pairs: Sequence[Pair]) -> str:
+    """SHA-256 (hex) over the contents of all images and the prompts of a dataset, in order; names do not count.
+
+    Raises `InputError` for an image that cannot be read.
+    """
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for path in (*pair.sources, *([pair.target] if pair.target else [])):
+            digest.update(file_digest(path))
+        digest.update(hashlib.sha256(repr((len(pair.sources), pair.target is None, pair.prompt)).encode()).digest())
+    return digest.hexdigest()
+
+
+def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 (hex) of each file; one that several names share is read once."""
+    found = {path: file_digest(path).hex() for path in dict.fromkeys(files.values())}
+    return {name: found[path] for name, path in files.items()}
+
+
+def write_run(config: Config, job: Job, identity: Mapping[str, str]) -> None:
+    """`output_dir/run-JOB.json`: what this run is made of. The main process writes it."""
+    if not distributed.is_main():
+        return
+    record: dict[str, Any] = {
+        "format_version": RUN_FORMAT_VERSION,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "processes": distributed.world(),
+        "fingerprint": config.fingerprint(job, distributed.world()),
+        "sha256": dict(identity),
+        "config": config.model_dump(mode="json"),
+    }
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(config.output_dir / f"run-{job}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
