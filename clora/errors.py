@@ -2,22 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 
 
 class InputError(ValueError):
-    """One fault in the user's input: says what is wrong, where (file, key or field) and the mend."""
+    """A fault in the user's input: says what is wrong, where (file, key or field) and the mend."""
+
+    @property
+    def faults(self) -> list[str]:
+        """Every fault, a sentence each."""
+        return [str(self)]
 
 
 class InputErrors(InputError):
     """Every fault found in one pass over the user's input, none hidden behind the first."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = list(faults)
-        super().__init__("\n".join(self.faults))
+        self._faults = list(faults)
+        super().__init__("\n".join(self._faults))
+
+    @property
+    def faults(self) -> list[str]:
+        return list(self._faults)
 
 
 def raise_faults(faults: Sequence[str]) -> None:
     """Raise `InputErrors` when `faults` is not empty."""
     if faults:
         raise InputErrors(faults)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, None where none is."""
+    return next(iter(get_close_matches(name, list(known), 1, 0.5)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    names = list(known)
+    near = nearest(name, names)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the state is saved. `code` is the exit code to use (128 + signal)."""
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        self.code = 128 + signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {checkpoint}; go on with --resume latest")
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite: nothing was updated."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process died or hangs: what was to be exchanged with it did not come."""

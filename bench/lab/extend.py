@@ -18,16 +18,19 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from clora.config import Config, collection_lora, load_config
+from clora.config import Config, acceleration_of, collection_lora, load_config
+from clora.data.dataset import in_batches
 from clora.data.examples import Example
 from clora.data.image_grid import Pixels
 from clora.data.pairs import Pair
-from clora.distill.workspace import Workspace, acceleration_of, in_batches, open_workspace
-from clora.evaluate.baselines import ACCELERATION, COLLECTION, Method, methods, sample_method
-from clora.evaluate.exact import MethodScores, Outputs, bootstrap_interval, evaluate_methods
+from clora.distill.run import open_bank
+from clora.distill.workspace import Workspace, open_workspace
+from clora.evaluate.baselines import ACCELERATION, COLLECTION, methods
+from clora.evaluate.exact import MethodScores, Outputs, evaluate_methods
+from clora.evaluate.statistics import bootstrap_interval
+from clora.inference.sampling import Method, sample_method
 from clora.jobs.extend import extend
 from clora.jobs.teach import teach
-from clora.jobs.train import open_bank
 from clora.lora.catalogue import Catalogue, read_catalogue
 from clora.lora.files import read_lora
 from clora.tiny.dataset import EVAL_SCENES, effect_config, effect_names, write_effect_pairs, write_eval_sources

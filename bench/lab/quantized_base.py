@@ -24,12 +24,14 @@ from rich.console import Console
 from bench.lab.extend import Images, encode, sample
 from bench.training.cycle_models import steps_of
 from clora.config import Config, build_config, collection_lora
+from clora.distill.run import make_distiller, open_bank
 from clora.distill.targets import targets_from_pairs
 from clora.distill.workspace import open_workspace
-from clora.evaluate.baselines import COLLECTION, Method
-from clora.evaluate.exact import PSNR_CAP, MethodScores, bootstrap_interval, evaluate_methods
+from clora.evaluate.baselines import COLLECTION
+from clora.evaluate.exact import PSNR_CAP, MethodScores, evaluate_methods
 from clora.evaluate.metrics.image import as_image, psnr
-from clora.jobs.train import make_distiller, open_bank
+from clora.evaluate.statistics import bootstrap_interval
+from clora.inference.sampling import Method
 from clora.lora.catalogue import CatalogueEntry, read_catalogue
 from clora.lora.files import read_lora
 from clora.lora.frozen_linear import weight_bytes

@@ -16,12 +16,13 @@ import numpy as np
 from rich.console import Console
 
 from clora.config import load_config
+from clora.data.dataset import in_batches
 from clora.data.image_grid import Pixels, grid_image
-from clora.distill.workspace import in_batches, open_workspace
-from clora.evaluate.baselines import Method, sample_method
+from clora.distill.run import open_bank
+from clora.distill.workspace import open_workspace
 from clora.evaluate.exact import MethodScores, Pair, evaluate_methods
+from clora.inference.sampling import Method, sample_method
 from clora.jobs.demo import encode_held_out
-from clora.jobs.train import open_bank
 from clora.tiny.dataset import EVAL_SCENES
 from clora.tiny.effects import EFFECTS, apply_effect
 from clora.tiny.world.scenes import render, sample_scene

@@ -18,8 +18,9 @@ from bench.lab.extend import Images, encode, sample
 from bench.lab.quantized_base import psnr_to, quality
 from clora.config import Config, load_config
 from clora.distill.workspace import open_workspace
-from clora.evaluate.baselines import COLLECTION, Method
+from clora.evaluate.baselines import COLLECTION
 from clora.evaluate.exact import evaluate_methods
+from clora.inference.sampling import Method
 from clora.jobs.demo import SCALES, write_dataset
 from clora.jobs.teach import teach
 from clora.jobs.train import train

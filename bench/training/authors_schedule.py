@@ -28,7 +28,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from clora.backbones.cond import Cond
-from clora.lora.files import LoraModule
+from clora.lora.module import LoraModule
 from clora.method.objective import DistillBatch
 
 # The eight steps, shifted by 3 and cut to thousandths as their code cuts them.

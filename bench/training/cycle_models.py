@@ -15,15 +15,17 @@ from transformers import Qwen2Config, Qwen2Model
 
 from bench.training.authors_schedule import AuthorsSchedule, draw_critic, draw_generator
 from clora.backbones.qwen_image.backbone import QwenImageBackbone
-from clora.config import BaseSizes, Config, build_config
+from clora.backbones.qwen_image.footprint import model_shapes
+from clora.config import BaseSidecar, Config, Quantize, build_config
 from clora.data.examples import Example
-from clora.distill.memory import TrainSettings, choose_whole_blocks, model_shapes
-from clora.distill.step import CRITIC, STUDENT, Distiller
+from clora.distill.memory import TrainSettings, budget, choose_num_blocks_kept, device_memory
+from clora.distill.roles import CRITIC, STUDENT
+from clora.distill.step import Distiller
 from clora.distill.workspace import trainable_group
-from clora.jobs.plan import budget, device_memory
 from clora.lora.bank import TeacherBank
-from clora.lora.files import LoraFile, LoraModule
-from clora.lora.frozen_linear import Quantize, quantize_linears
+from clora.lora.files import LoraFile
+from clora.lora.frozen_linear import quantize_linears
+from clora.lora.module import LoraModule
 from clora.method.routing import Stream, step_generator
 from clora.tiny.recipe.train_base import TRANSFORMER_CONFIG
 
@@ -109,7 +111,7 @@ def random_transformer(size: Size, device: str) -> Any:
 
 def as_backbone(transformer: Any) -> QwenImageBackbone:
     """A backbone of this transformer alone."""
-    pipeline, sizes = SimpleNamespace(transformer=transformer), BaseSizes.model_validate({})
+    pipeline, sizes = SimpleNamespace(transformer=transformer), BaseSidecar.model_validate({})
     return QwenImageBackbone("random", pipeline, sizes, transformer.device, transformer.dtype)
 
 
@@ -190,7 +192,7 @@ def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:
     size, config = data.size, data.config
     adapters = backbone.add_adapters(config.student.targets)
     backbone.use_kernels(config.train.kernels)
-    whole = choose_whole_blocks(model_shapes(size.transformer), plan_settings(data), budget(config, device_memory()))
+    whole = choose_num_blocks_kept(model_shapes(size.transformer), plan_settings(data), budget(config, device_memory()))
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing, whole)
     files = {name: LoraFile(Path(name), lora, "diffusers", {}, "") for name, lora in data.teachers.items()}
     bank = TeacherBank(adapters, files, config.train.teacher_slots, dtype=size.dtype)

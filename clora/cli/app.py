@@ -15,7 +15,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 
-from clora.errors import InputError, InputErrors
+from clora.errors import InputError, Interrupted, NonFiniteError, ProcessLost
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 PARALLEL = {"cache", "extend", "teach", "train"}  # the commands that torchrun may start on several processes
@@ -54,7 +54,7 @@ def command(name: str) -> Callable[[Callable[Arguments, None]], Callable[Argumen
             except (typer.Exit, typer.Abort):
                 raise
             except InputError as error:
-                say(faults_of(error))
+                say(error.faults)
                 raise typer.Exit(BAD_INPUT) from error
             except KeyboardInterrupt as error:
                 raise typer.Exit(STOPPED) from error
@@ -69,10 +69,6 @@ def command(name: str) -> Callable[[Callable[Arguments, None]], Callable[Argumen
 def _failure(error: Exception) -> int:
     """Report what is not the input's fault in one line, the whole of it with --debug; returns the exit
     code."""
-    from clora.training.distributed import ProcessLost
-    from clora.training.loop import Interrupted
-    from clora.training.optimizer import NonFiniteError
-
     if _debug.get():
         traceback.print_exception(error)
     if isinstance(error, Interrupted | NonFiniteError):
@@ -117,8 +113,3 @@ def _options(
 ) -> None:
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     _debug.set(debug)
-
-
-def faults_of(error: InputError) -> list[str]:
-    """All that is wrong, a line each."""
-    return error.faults if isinstance(error, InputErrors) else [str(error)]

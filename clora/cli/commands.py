@@ -108,10 +108,9 @@ def prompts(
     Example:
       clora prompts config.yaml --output effects.jsonl
     """
-    from clora.data.pairs import example_pairs
-    from clora.method.prompts import write_prompts
+    from clora.jobs.prompts import write_prompts
 
-    written = write_prompts(_load(config, overrides), example_pairs, output)
+    written = write_prompts(_load(config, overrides), output)
     rows = [
         {"effect": prompt.name, "trigger": prompt.trigger, "prompt": prompt.text, "from": prompt.origin}
         for prompt in written

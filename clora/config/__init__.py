@@ -2,15 +2,16 @@
 one door."""
 
 from clora.config.base_folder import (
-    BaseSizes,
+    BaseSidecar,
     acceleration_lora,
+    base_identity,
     collection_lora,
     default_preset,
     general_data,
-    read_sizes,
+    read_sidecar,
     resolve_base,
 )
-from clora.config.load import build_config, known_keys, load_config, load_preset
+from clora.config.load import acceleration_of, build_config, known_keys, load_config, load_preset
 from clora.config.schema import (
     DEFAULT_TARGETS,
     PRESETS,
@@ -34,9 +35,9 @@ from clora.config.schema import (
 )
 
 __all__ = [
-    "DEFAULT_TARGETS", "PRESETS", "BaseConfig", "BaseSizes", "BucketConfig", "Config", "EffectConfig", "EvalConfig",
+    "DEFAULT_TARGETS", "PRESETS", "BaseConfig", "BaseSidecar", "BucketConfig", "Config", "EffectConfig", "EvalConfig",
     "ExtendConfig", "GeneralConfig", "Job", "LoraConfig", "ObjectiveConfig", "PromptsConfig", "Quantize",
-    "ScheduleConfig", "Section", "TargetsConfig", "TeachConfig", "TrainConfig", "acceleration_lora", "build_config",
-    "collection_lora", "default_preset", "general_data", "known_keys", "load_config", "load_preset", "read_sizes",
-    "resolve_base",
+    "ScheduleConfig", "Section", "TargetsConfig", "TeachConfig", "TrainConfig", "acceleration_lora",
+    "acceleration_of", "base_identity", "build_config", "collection_lora", "default_preset", "general_data",
+    "known_keys", "load_config", "load_preset", "read_sidecar", "resolve_base",
 ]  # fmt: skip

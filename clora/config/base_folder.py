@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+$")
 Side = Annotated[int, Field(ge=16, le=8192)]
 
 
-class BaseSizes(BaseModel):
+class BaseSidecar(BaseModel):
     """Image sizes of a base, from `clora.json` beside its `model_index.json`; the defaults are the stock
     pipeline's.
 
@@ -63,7 +64,7 @@ def default_preset(base: str) -> str | None:
         folder = resolve_base(base)
     except InputError:
         return None
-    return read_sizes(folder).preset if isinstance(folder, Path) else None
+    return read_sidecar(folder).preset if isinstance(folder, Path) else None
 
 
 def general_data(base: str) -> Path | None:
@@ -85,18 +86,18 @@ def _brought_along(base: str, what: str) -> Path | None:
     folder = resolve_base(base)
     if not isinstance(folder, Path):
         return None
-    relative = getattr(read_sizes(folder), what)
+    relative = getattr(read_sidecar(folder), what)
     path = folder / relative if relative else None
     return path if path is not None and path.exists() else None
 
 
-def read_sizes(folder: Path | str) -> BaseSizes:
+def read_sidecar(folder: Path | str) -> BaseSidecar:
     """The sizes in `folder/clora.json`, the defaults without that file or for a hub id."""
     path = Path(folder) / "clora.json"
     if not path.is_file():
-        return BaseSizes.model_validate({})
+        return BaseSidecar.model_validate({})
     try:
-        return BaseSizes.model_validate(parse_json(read_text(path)))
+        return BaseSidecar.model_validate(parse_json(read_text(path)))
     except ValidationError as error:
         places = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
         raise InputErrors([f"{path}: {place}: {message}" for place, message in places]) from error
@@ -104,3 +105,20 @@ def read_sizes(folder: Path | str) -> BaseSizes:
         raise
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def base_identity(base: str, revision: str | None) -> str:
+    """A hash that changes with the base's models: names, sizes, configurations and the heads of weight files.
+
+    General data and LoRAs that the base brings along (weight files outside its parts' folders) change nothing.
+    """
+    resolved = resolve_base(base)
+    if not isinstance(resolved, Path):
+        return f"{resolved}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    models = (p for p in resolved.rglob("*") if p.is_file() and "general" not in p.parts)
+    for path in sorted(p for p in models if p.parent != resolved or p.suffix != ".safetensors"):
+        digest.update(f"{path.relative_to(resolved)} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()

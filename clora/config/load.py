@@ -7,7 +7,6 @@ user's file, also those in an effects file and in overrides. Every fault is list
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,13 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from clora.config.base_folder import default_preset
+from clora.config.base_folder import acceleration_lora, default_preset
 from clora.config.schema import (
     PRESETS,
     BaseConfig,
     Config,
 )
-from clora.errors import InputError, InputErrors
+from clora.errors import InputError, InputErrors, did_you_mean, nearest
 from clora.io.text import check_yaml, read_rows, read_yaml
 
 # Keys that other trainers use, and what they are called here.
@@ -57,9 +56,7 @@ def build_config(values: Mapping[str, Any], folder: str | Path = ".", overrides:
 def load_preset(name: str) -> dict[str, Any]:
     """The plain values of a preset; `InputError` names the presets there are."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise InputError(f"preset: '{name}' is not one of {', '.join(PRESETS)}{hint}")
+        raise InputError(f"preset: there is no {str(name)!r}; {did_you_mean(str(name), PRESETS)}")
     path = Path(__file__).parent / "presets" / f"{name}.yaml"
     values = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
     assert isinstance(values, dict)
@@ -160,10 +157,8 @@ def _override(values: DictConfig, override: str, faults: list[str]) -> DictConfi
     try:
         check_yaml(text, f"override '{key}'")
         values.merge_with_dotlist([override])
-    except InputErrors as error:
-        faults += error.faults
     except InputError as error:
-        faults.append(str(error))
+        faults += error.faults
     except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
         faults.append(f"override '{override}': cannot be applied ({str(error).splitlines()[0]})")
     return values
@@ -203,11 +198,10 @@ def _unknown_key(loc: Sequence[int | str]) -> str:
     shown = key.removesuffix(leaf)
     leaves = {known.rpartition(".")[2]: known for known in reversed(every)}
     other = _OTHER_NAMES.get(leaf)
-    close_here = difflib.get_close_matches(leaf, siblings, 1)
-    close_anywhere = difflib.get_close_matches(leaf, leaves, 1)
+    close_here = nearest(leaf, siblings)
     if other in siblings or (close_here and leaf not in leaves):
-        return f"unknown key '{key}'; did you mean '{shown}{other if other in siblings else close_here[0]}'?"
-    for candidate in (leaf, other, *close_anywhere):
+        return f"unknown key '{key}'; did you mean '{shown}{other if other in siblings else close_here}'?"
+    for candidate in (leaf, other, nearest(leaf, leaves)):
         if candidate in leaves:
             return f"unknown key '{key}'; did you mean '{leaves[candidate]}'?"
     return f"unknown key '{key}'; known {f'in {parent!r}' if parent else 'sections'}: {', '.join(siblings)}"
@@ -222,3 +216,16 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def acceleration_of(config: Config) -> Path | None:
+    """The acceleration LoRA that joins the student, as `student.acceleration` says; none without effects."""
+    named = config.student.acceleration
+    if named is None or not config.effects:
+        return None
+    path = acceleration_lora(config.base.model) if named == "base" else named
+    if path is None:
+        raise InputError(
+            f"student.acceleration: base {config.base.model} brings no acceleration LoRA; give a file, or null"
+        )
+    return path

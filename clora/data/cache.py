@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clora.errors import InputError
+from clora.io.digest import file_digest
 from clora.io.safetensors import write_tensors
 
 log = logging.getLogger(__name__)
@@ -48,15 +48,6 @@ def cache_key(images: Sequence[Path | bytes], prompt: str | None, base: str, ver
 
 def _feed(digest: hashlib._Hash, kind: str, content: bytes) -> None:
     digest.update(struct.pack("<Q", len(kind)) + kind.encode() + struct.pack("<Q", len(content)) + content)
-
-
-def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file's content. Raises `InputError` for one that cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 class TensorCache:

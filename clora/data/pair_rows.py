@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clora.data.images import resolve_inside
-from clora.errors import InputError, InputErrors, raise_faults
+from clora.errors import InputError, raise_faults
 from clora.io.text import parse_json, read_rows
 
 
@@ -56,10 +56,8 @@ def read_metadata(path: Path, data_roots: Sequence[Path], require_target: bool) 
     for place, row in rows:
         try:
             pairs.append(_read_row(row, place, path.parent, data_roots, require_target))
-        except InputErrors as error:
-            faults += error.faults
         except InputError as error:
-            faults.append(str(error))
+            faults += error.faults
     return pairs, faults
 
 

@@ -19,19 +19,14 @@ Paths are relative to the file that names them and may not leave its folder exce
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from clora.config import Config, EffectConfig
-from clora.data.images import load_image
 from clora.data.pair_folders import METADATA_FILES, is_folder_json, read_folder, read_folder_file
 from clora.data.pair_rows import Pair, read_metadata
 from clora.errors import InputError, raise_faults
 
-__all__ = ["METADATA_FILES", "Pair", "example_pairs", "read_pairs"]
+__all__ = ["METADATA_FILES", "Pair", "read_pairs"]
 
 
 def read_pairs(
@@ -71,16 +66,3 @@ def read_pairs(
         faults = [f"{path} holds no pairs; add source and target images"]
     raise_faults(faults)
     return pairs
-
-
-def example_pairs(config: Config, effect: EffectConfig, count: int = 2) -> list[tuple[Image.Image, Image.Image]]:
-    """`count` pairs of the effect as RGB images, drawn by the configuration's seed, to rewrite its prompt.
-
-    Effects without pairs, or whose pairs have no targets, give an empty list.
-    """
-    if effect.pairs is None:
-        return []
-    pairs = read_pairs(effect.pairs, config.data_roots, require_target=False, effect=effect.name)
-    complete = [(pair.source, pair.target) for pair in pairs if pair.target is not None]
-    chosen = random.Random(f"{config.seed}/{effect.name}").sample(complete, min(count, len(complete)))
-    return [(load_image(source), load_image(target)) for source, target in chosen]

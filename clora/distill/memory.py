@@ -15,74 +15,27 @@ Legend: D width, H heads, r rank, T tokens of image, references and text togethe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import psutil
+import torch
+
+from clora.backbones.qwen_image.footprint import MLP, ModelShapes, model_shapes
+from clora.backbones.qwen_image.pipeline import encoder_parameters, pixels_per_token, transformer_config
+from clora.config import Config, acceleration_of, read_sidecar, resolve_base
+from clora.distill.targets import TARGET_BATCH
+from clora.lora.files import check_lora
 from clora.lora.frozen_linear import floats_at_once
+from clora.training.device import DTYPES, base_dtype
 
 GB = 1e9
 RESERVED = 1.5 * GB  # CUDA context and the libraries' workspaces
 FRAGMENTATION = 0.05  # of the peak: what an allocator holds beyond its tensors
-MLP = 4  # the MLPs' inner width over D
 
 # Tensors of width D that are alive at once, per token, at the fullest moment of a forward without grad: seven that
 # the block's frame holds and two of 4 D inside the MLP (image), of which the text stream's have gone.
 FORWARD_IMAGE, FORWARD_TEXT = 15, 7
 BACKWARD = 7  # and in a backward, beyond what the forward kept
-
-
-@dataclass(frozen=True)
-class ModelShapes:
-    """What a transformer's configuration says of its size. `linears`: (N, K) of every linear by module name."""
-
-    width: int
-    num_heads: int
-    num_layers: int
-    linears: dict[str, tuple[int, int]]
-    num_parameters: int
-    zero_cond_t: bool = False
-
-    @property
-    def block_linears(self) -> list[tuple[int, int]]:
-        """(N, K) of the linears of all blocks."""
-        return [shape for name, shape in self.linears.items() if name.startswith("transformer_blocks.")]
-
-    @property
-    def block_parameters(self) -> int:
-        """Parameters of one block: what FSDP2 gathers at a time."""
-        heads = 4 * (self.width // self.num_heads)
-        return heads + sum(N * (K + 1) for N, K in self.block_linears) // self.num_layers
-
-    def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
-        """Parameters of a LoRA of this rank on the linears whose names end in a target."""
-        endings = tuple(f".{target}" for target in targets)
-        return rank * sum(N + K for name, (N, K) in self.linears.items() if f".{name}".endswith(endings))
-
-
-def model_shapes(config: Mapping[str, Any]) -> ModelShapes:
-    """The sizes in a `QwenImageTransformer2DModel`'s config.json; keys left out have diffusers' defaults."""
-    heads = int(config.get("num_attention_heads", 24))
-    per_head = int(config.get("attention_head_dim", 128))
-    layers, D = int(config.get("num_layers", 60)), heads * per_head
-    channels, text_width = int(config.get("in_channels", 64)), int(config.get("joint_attention_dim", 3584))
-    out_channels = int(config.get("patch_size", 2)) ** 2 * int(config.get("out_channels", 16) or channels)
-    attention = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
-    block = {"img_mod.1": (6 * D, D), "txt_mod.1": (6 * D, D)} | {f"attn.{name}": (D, D) for name in attention}
-    for stream in ("img", "txt"):
-        block |= {f"{stream}_mlp.net.0.proj": (MLP * D, D), f"{stream}_mlp.net.2": (D, MLP * D)}
-    linears = {
-        "time_text_embed.timestep_embedder.linear_1": (D, 256),
-        "time_text_embed.timestep_embedder.linear_2": (D, D),
-        "img_in": (D, channels),
-        "txt_in": (D, text_width),
-        **{f"transformer_blocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()},
-        "norm_out.linear": (2 * D, D),
-        "proj_out": (out_channels, D),
-    }
-    norms = text_width + layers * 4 * per_head
-    total = norms + sum(N * (K + 1) for N, K in linears.values())
-    return ModelShapes(D, heads, layers, linears, total, bool(config.get("zero_cond_t", False)))
 
 
 @dataclass(frozen=True)
@@ -108,7 +61,7 @@ class TrainSettings:
     critic_batches: int = 5  # of a step: critic updates times batches of each
     moments_bytes: int = 4  # of one number of AdamW's moments
     checkpointing: bool = True
-    whole_blocks: int = 0  # of them, blocks that checkpointing leaves as they are
+    num_blocks_kept: int = 0  # of them, blocks that checkpointing leaves as they are
     targets_batch: int = 0  # samples in one forward while targets are made
     text_encoder_parameters: int = 0  # on the device until everything is encoded
     vae_parameters: int = 0
@@ -170,11 +123,12 @@ def saved_by_block(shapes: ModelShapes, settings: TrainSettings, batch: int) -> 
 
 
 def saved_by_forward(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
-    """Bytes that a forward with grad keeps until its backward: all blocks', or with checkpointing `whole_blocks` and of
+    """Bytes that a forward with grad keeps until its backward: all blocks', or with checkpointing `num_blocks_kept` and
+    of
     the others the inputs and the attention's result."""
     width = batch * shapes.width * settings.base_bytes
     head = width * (settings.image_tokens + settings.reference_tokens)
-    whole = min(settings.whole_blocks, shapes.num_layers) if settings.checkpointing else shapes.num_layers
+    whole = min(settings.num_blocks_kept, shapes.num_layers) if settings.checkpointing else shapes.num_layers
     again = 2 * width * settings.tokens + _attention_statistics(shapes, settings, batch)
     return whole * saved_by_block(shapes, settings, batch) + (shapes.num_layers - whole) * again + head
 
@@ -194,7 +148,7 @@ def backward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int)
     """Most bytes of a backward beyond what its forward kept; with checkpointing one block is run again."""
     width = batch * settings.tokens * shapes.width * settings.base_bytes
     again = 0
-    if settings.checkpointing and settings.whole_blocks < shapes.num_layers:
+    if settings.checkpointing and settings.num_blocks_kept < shapes.num_layers:
         # The block's own input and its attention are kept already.
         again = saved_by_block(shapes, settings, batch) - 2 * width - _attention_statistics(shapes, settings, batch)
     return BACKWARD * width + again + _made_whole(shapes, settings)
@@ -255,10 +209,10 @@ def _student_update(shapes: ModelShapes, settings: TrainSettings) -> dict[str, i
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
-def choose_whole_blocks(shapes: ModelShapes, settings: TrainSettings, memory: float) -> int:
+def choose_num_blocks_kept(shapes: ModelShapes, settings: TrainSettings, memory: float) -> int:
     """The most blocks that checkpointing may leave whole within this memory (bytes); 0 where not even none fits."""
     for count in range(shapes.num_layers, 0, -1):
-        if memory_plan(shapes, replace(settings, checkpointing=True, whole_blocks=count)).needed <= memory:
+        if memory_plan(shapes, replace(settings, checkpointing=True, num_blocks_kept=count)).needed <= memory:
             return count
     return 0
 
@@ -282,3 +236,74 @@ def _made_whole(shapes: ModelShapes, settings: TrainSettings) -> int:
         return 2 * shapes.block_parameters * settings.base_bytes
     largest = max(N * K for N, K in shapes.block_linears)
     return min(largest, floats_at_once("cuda")) * settings.base_bytes if settings.quantized else 0
+
+
+TEXT_TOKENS = 512  # a prompt with one reference image, rounded up; batches are padded to their longest
+
+
+def num_blocks_kept(config: Config, num_gpus: int) -> int:
+    """Blocks that activation checkpointing leaves whole in a run that starts here: as many as `train.memory_budget_gb`
+    has room for, or this device's memory."""
+    shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
+    settings = on_gpus(read_settings(config), config, num_gpus)
+    return choose_num_blocks_kept(shapes, settings, budget(config, device_memory()))
+
+
+def on_gpus(settings: TrainSettings, config: Config, num_gpus: int) -> TrainSettings:
+    """The settings on so many GPUs; a base is split only where there are several."""
+    shard_base = config.train.shard_base and num_gpus > 1
+    offload_base = config.train.offload_base and shard_base
+    return replace(settings, num_gpus=num_gpus, shard_base=shard_base, offload_base=offload_base)
+
+
+def device_memory() -> float:
+    """Bytes: all of this process's GPU, or what is free on a machine without one."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return float(psutil.virtual_memory().available)
+
+
+def budget(config: Config, memory: float) -> float:
+    """Bytes that a process may take of a device with this much: `train.memory_budget_gb`, or all."""
+    limit = config.train.memory_budget_gb
+    return memory if limit is None else min(memory, limit * GB)
+
+
+def read_settings(config: Config) -> TrainSettings:
+    """The numbers of a configuration, for the largest bucket, one reference image and `TEXT_TOKENS`."""
+    base, revision, train, objective = config.base.model, config.base.revision, config.train, config.objective
+    token_area = pixels_per_token(base, revision) ** 2
+    encoders = encoder_parameters(base, revision)
+    slots = min(train.teacher_slots, len(config.effects))
+    paths = [config.teacher_path(effect) for effect in config.effects]
+    ranks = [check_lora(path).max_rank if path.is_file() else config.teach.rank for path in paths]
+    accelerated = acceleration_of(config)
+    makes_targets = bool(config.effects) and config.targets.source == "teachers"
+    return TrainSettings(
+        image_tokens=train.buckets.max_area // token_area,
+        reference_tokens=read_sidecar(resolve_base(base)).vae_image_area // token_area,
+        text_tokens=TEXT_TOKENS,
+        batch_size=train.batch_size,
+        anchor_batch_size=train.anchor_batch_size or train.batch_size,
+        rank=config.student.rank,
+        targets=tuple(config.student.targets),
+        acceleration_rank=0 if accelerated is None else check_lora(accelerated).max_rank,
+        teacher_rank=max(ranks, default=0),
+        teacher_slots=slots,
+        base_bytes=base_dtype(config.base.dtype, torch.device("cuda")).itemsize,
+        quantized=config.base.quantize != "none",
+        critic_batches=train.critic_updates * train.gradient_accumulation_steps,
+        moments_bytes=DTYPES[train.adam_moments].itemsize,
+        ema=train.ema_decay > 0,
+        guided=objective.guidance != 1,
+        terms=(
+            bool(config.effects) and objective.ta_fm_weight > 0,
+            bool(config.effects) and objective.dmd_ts_weight > 0,
+            objective.dmd_bs_weight > 0,
+        ),
+        num_steps=config.schedule.num_steps,
+        checkpointing=train.gradient_checkpointing,
+        targets_batch=min(TARGET_BATCH, slots) * (2 if config.targets.guidance != 1 else 1) if makes_targets else 0,
+        text_encoder_parameters=encoders["text_encoder"],
+        vae_parameters=encoders["vae"],
+    )

@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clora.backbones.cond import Cond, cat_conds
 from clora.backbones.qwen_image.backbone import QwenImageBackbone
-from clora.config import Config, TrainConfig
+from clora.config import Config
 from clora.data.examples import Example, collate
+from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT, Role
 from clora.errors import InputError
 from clora.lora.bank import TeacherBank
 from clora.lora.slots import Slot
+from clora.method.noise import Draws, Rows, split_rows
 from clora.method.objective import (
     Backward,
     CriticSample,
@@ -36,18 +38,14 @@ from clora.method.objective import (
     ta_fm_loss,
     total_loss,
 )
-from clora.method.routing import Draws, Rows, Stream, draw_effects, draw_stream, split_rows, step_generator
+from clora.method.routing import Stream, draw_effects, draw_stream, step_generator
 from clora.training import distributed
-from clora.training.loop import lr_factor
+from clora.training.lr_schedule import lr_multiplier, student_lr_multiplier
 from clora.training.optimizer import Group, apply_gradients, check_finite
 
-# The student's slots; the second holds the acceleration LoRA that joins after the coarse stage, where there is one. In
-# `clora extend` the student lies on top of the collection, which is frozen.
-STUDENT, ACCELERATION, CRITIC, COLLECTION = "student", "student_acceleration", "critic", "collection"
 # Up to so many tokens what needs not wait for each other shares a forward, which is faster there
 # (`bench.training.joint`): a forward of few tokens mostly reads the weights.
 JOINT_TOKENS = 1024
-Role = Literal["coarse", "student", "anchor", "critic"]
 BackwardOf = Callable[[DistillBatch], Backward]
 # From the number of a batch and of all batches of an update to the figures; the third argument takes the gradients.
 LossOf = Callable[[int, int, BackwardOf], dict[str, Tensor]]
@@ -172,8 +170,8 @@ class Distiller:
         of its own, so that each of them sees the effects evenly.
         """
         examples, anchors = self._samples(step, stream, role, part, parts)
-        rows = split_rows(len(examples), distributed.rank(), distributed.world())
-        anchor_rows = split_rows(len(anchors), distributed.rank(), distributed.world()) if anchors else None
+        rows = split_rows(len(examples), distributed.rank(), distributed.world_size())
+        anchor_rows = split_rows(len(anchors), distributed.rank(), distributed.world_size()) if anchors else None
         return self._collate(step, stream, examples, anchors, (rows, anchor_rows)), (rows, anchor_rows)
 
     def teachers(self, step: int) -> list[str | None]:
@@ -186,7 +184,7 @@ class Distiller:
         found: list[str | None] = []
         for part in range(train.gradient_accumulation_steps):
             examples, _ = self._samples(step, stream, "student", part, train.gradient_accumulation_steps)
-            rows = split_rows(len(examples), distributed.rank(), distributed.world())
+            rows = split_rows(len(examples), distributed.rank(), distributed.world_size())
             found += [example.effect for example in examples[rows.start : rows.stop]]
         return found
 
@@ -194,7 +192,7 @@ class Distiller:
         self, step: int, stream: Stream, role: Role, part: int, parts: int
     ) -> tuple[list[Example], list[Example]]:
         """The examples of a whole batch, and of TA-FM's own where it has one."""
-        train, world = self.config.train, distributed.world()
+        train, world = self.config.train, distributed.world_size()
         size, anchor_size = world * train.batch_size, world * (train.anchor_batch_size or 0)
         if stream == "general":
             return self._draw_examples(step, f"{role}/{part}", [None] * size), []
@@ -341,7 +339,7 @@ class Distiller:
 
     def _start_critic(self) -> None:
         """The student's ranks are the critic's last ones; below them it has the collection, where there is one."""
-        start, values = self.student.masters(), self.critic.masters()
+        start, values = self.student.fp32_parameters(), self.critic.fp32_parameters()
         for key, value in values.items():
             own, dim = start[key.replace(CRITIC, STUDENT, 1)], 1 if key.endswith(".A") else 2
             value.narrow(dim, value.shape[dim] - own.shape[dim], own.shape[dim]).copy_(own)
@@ -363,21 +361,12 @@ class Distiller:
             figures = loss_of(part, parts, backward_of)
         train, coarse = self.config.train, self.coarse_steps
         if group is self.student:
-            factor = student_lr_factor(train, coarse, step)
+            factor = student_lr_multiplier(train, coarse, step)
         else:
             updates = (train.max_train_steps - coarse) * train.critic_updates
-            factor = lr_factor(group.updates, updates, train.lr_warmup_steps, train.lr_scheduler)
+            factor = lr_multiplier(group.updates, updates, train.lr_warmup_steps, train.lr_scheduler)
         norm = apply_gradients(group, factor, where)
         return distributed.sum_figures(figures) | {f"{name}_grad_norm": torch.tensor(norm)}
-
-
-def student_lr_factor(train: TrainConfig, coarse_steps: int, step: int) -> float:
-    """The student's learning rate at `step` over `train.learning_rate`: each stage warms up and decays on its own."""
-    shape = (train.lr_warmup_steps, train.lr_scheduler)
-    if step >= coarse_steps:
-        return lr_factor(step - coarse_steps, train.max_train_steps - coarse_steps, *shape)
-    peak = train.coarse_learning_rate or train.learning_rate
-    return peak / train.learning_rate * lr_factor(step, min(coarse_steps, train.max_train_steps), *shape)
 
 
 def _targets(examples: list[Example], rows: Rows, step: int, seed: int, device: torch.device) -> Tensor:

@@ -4,24 +4,22 @@ or the pairs' own. For effects that a collection holds already, the collection's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, track
 from torch import Tensor
 
-from clora.backbones.cond import Cond, cat_conds
-from clora.backbones.qwen_image.backbone import QwenImageBackbone
+from clora.backbones.cond import Cond
 from clora.data.cache import cache_key
+from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
-from clora.distill.workspace import Workspace, in_batches
+from clora.distill.workspace import Workspace
 from clora.errors import raise_faults
+from clora.inference.sampling import Slots, guided_teacher_velocity
 from clora.lora.catalogue import Catalogue
-from clora.method.flow import Velocity, few_step_sigmas
-from clora.method.losses import guided_velocity
+from clora.method.flow import few_step_sigmas
 from clora.method.routing import step_generator
 from clora.method.samplers import few_step_sample, ode_sample
 from clora.training import distributed
@@ -29,22 +27,6 @@ from clora.training import distributed
 TARGETS_VERSION = "targets/1"
 REHEARSAL_VERSION = "rehearsal/1"
 TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images
-Slots = Callable[[Sequence[str | None]], Sequence[Any]]
-
-
-def guided_teacher_velocity(backbone: QwenImageBackbone, slots_for: Slots, guidance: float, rescale: str) -> Velocity:
-    """A velocity over conds `(cond, uncond)`: each sample's teacher, guided, both branches in one forward."""
-
-    def velocity(x_BTC: Tensor, sigma_B: Tensor, conds: tuple[Cond, Cond]) -> Tensor:
-        cond, uncond = conds
-        if guidance == 1.0:
-            return backbone.velocity(x_BTC, sigma_B, cond, slots_for(cond.effects))
-        both = cat_conds([cond, uncond])
-        v = backbone.velocity(x_BTC.repeat(2, 1, 1), sigma_B.repeat(2), both, slots_for(both.effects))
-        v_cond, v_uncond = v.chunk(2)
-        return guided_velocity(v_cond, v_uncond, guidance, "norm" if rescale == "norm" else "none")
-
-    return velocity
 
 
 def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Example]]:
@@ -73,7 +55,7 @@ def make_targets(
     todo = [e for examples in workspace.effects.values() for e in examples]
     keys = {id(e): _keys(workspace, e, teacher_hashes) for e in todo}
     missing = [e for e in todo if any(workspace.cache.read(key) is None for key in keys[id(e)])]
-    distributed.meet()  # before any process writes, so that all see the same missing
+    distributed.barrier()  # before any process writes, so that all see the same missing
     velocity = guided_teacher_velocity(
         workspace.backbone, slots_for, settings.guidance, config.objective.guidance_rescale
     )
@@ -100,7 +82,7 @@ def make_targets(
                 for example, latents in zip(batch, y.cpu(), strict=True):
                     workspace.cache.write(keys[id(example)][draw], {"latents": latents.contiguous()})
                 progress.advance(task, len(batch))
-    distributed.meet()
+    distributed.barrier()
     filled = {}
     for name, examples in workspace.effects.items():
         filled[name] = [replace(e, y=tuple(_read(workspace, key) for key in keys[id(e)])) for e in examples]
@@ -129,7 +111,7 @@ def rehearsal_targets(
         return backbone.velocity(x_BTC, sigma_B, cond, slots_for(cond.effects))
 
     missing = [e for e in todo if workspace.cache.read(keys[id(e)]) is None]
-    distributed.meet()
+    distributed.barrier()
     batches = list(in_batches(missing, workspace.config.eval.batch_size))
     own = _own_batches(batches, equally_many=workspace.config.train.shard_base)
     for batch in track(own, "rehearsal", console=console, transient=True):
@@ -138,7 +120,7 @@ def rehearsal_targets(
         y = few_step_sample(velocity, cond, shape, sigmas, seeds, backbone.device)
         for example, latents in zip(batch, y.cpu(), strict=True):
             workspace.cache.write(keys[id(example)], {"latents": latents.contiguous()})
-    distributed.meet()
+    distributed.barrier()
     filled: dict[str, list[Example]] = {name: [] for name in prompts if name in workspace.effects}
     for example in todo:
         texts = example.texts | {"negative": example.texts["teacher"]}
@@ -150,7 +132,7 @@ def rehearsal_targets(
 def _own_batches(batches: list[list[Example]], equally_many: bool) -> list[list[Example]]:
     """This process's batches. Where the base is sharded all need equally many, and what lacks at the end is made
     twice."""
-    rank, world = distributed.rank(), distributed.world()
+    rank, world = distributed.rank(), distributed.world_size()
     end = -(-len(batches) // world) * world if equally_many else len(batches)
     return [batches[index % len(batches)] for index in range(rank, end, world)]
 

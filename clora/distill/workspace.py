@@ -7,11 +7,8 @@ the cache.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +18,17 @@ from rich.progress import track
 
 from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
 from clora.backbones.qwen_image.pipeline import COMPONENTS
-from clora.config import Config, EffectConfig, acceleration_lora, general_data, resolve_base
+from clora.config import Config, base_identity, general_data
 from clora.data.cache import TensorCache
+from clora.data.dataset import effect_pairs, hash_pairs
 from clora.data.examples import Example, ExampleEncoder
 from clora.data.pairs import Pair, read_pairs
-from clora.errors import InputError, InputErrors, raise_faults
+from clora.errors import InputError, raise_faults
 from clora.lora.adapters import Adapters
-from clora.lora.files import LoraModule
 from clora.method.prompts import EffectPrompt, effect_prompts
 from clora.training import distributed
+from clora.training.device import DTYPES, base_dtype, pick_device
 from clora.training.optimizer import Group
-from clora.training.run_record import hash_pairs
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass
@@ -50,41 +45,6 @@ class Workspace:
     effects: dict[str, list[Example]]
     general: list[Example]
     hashes: dict[str, str]  # sha256 of the base and of each dataset
-
-
-def quiet_console() -> Console:
-    """Progress on stderr, of the first process alone."""
-    return Console(stderr=True, quiet=not distributed.is_main())
-
-
-@contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """Inside, every operation gives the same bits each time or raises; nothing changes when not `wanted`."""
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra is first used
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-
-
-def pick_device() -> torch.device:
-    """The GPU where there is one (this process's, under torchrun), else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def base_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type behind `base.dtype`; "auto" is bfloat16 on a GPU and on a CPU with AVX512-BF16, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def open_workspace(
@@ -104,7 +64,7 @@ def open_workspace(
     """
     device = pick_device()
     dtype = base_dtype(config.base.dtype, device)
-    shards = config.train.shard_base and distributed.world() > 1
+    shards = config.train.shard_base and distributed.world_size() > 1
     backbone = load_backbone(
         config.base.model,
         device,
@@ -127,7 +87,7 @@ def open_workspace(
     if distributed.is_main():
         cache.folder.mkdir(parents=True, exist_ok=True)  # also where nothing is to be encoded
     examples = _encode_all(encoder, jobs, console) if distributed.is_main() else []
-    distributed.meet()
+    distributed.barrier()
     _check_shared(cache.folder)
     if not distributed.is_main():
         examples = _encode_all(encoder, jobs, console)
@@ -141,7 +101,7 @@ def open_workspace(
         whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks), offload)
         adapters.device = device
         console.print(
-            f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world()} processes"
+            f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world_size()} processes"
             f"{', in CPU memory' if offload else ''}"
         )
     return Workspace(
@@ -167,11 +127,8 @@ def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt], max_pairs: in
     for effect in config.effects:
         try:
             pairs = effect_pairs(config, effect)[:max_pairs]
-        except InputErrors as errors:
-            faults += errors.faults
-            continue
         except InputError as error:
-            faults.append(str(error))
+            faults += error.faults
             continue
         texts = {
             "student": prompts[effect.name].student_prompt,
@@ -181,13 +138,6 @@ def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt], max_pairs: in
         jobs += [(pair, effect.name, texts) for pair in pairs]
     raise_faults(faults)
     return jobs
-
-
-def effect_pairs(config: Config, effect: EffectConfig) -> list[Pair]:
-    """The pairs of one effect. An effect with its own LoRA needs no targets."""
-    if effect.pairs is None:
-        raise InputError(f"effect {effect.name}: has no pairs; give 'pairs', a folder or metadata file")
-    return read_pairs(effect.pairs, config.data_roots, require_target=effect.lora is None, effect=effect.name)
 
 
 def _general_jobs(config: Config) -> list[Job]:
@@ -233,42 +183,10 @@ def _encode_all(encoder: ExampleEncoder, jobs: Sequence[Job], console: Console) 
     for pair, effect, texts in track(jobs, "encoding", console=console, transient=True):
         try:
             examples.append(encoder.encode(pair, effect, texts))
-        except InputErrors as errors:
-            faults += errors.faults
         except InputError as error:
-            faults.append(f"{pair.place}: {error}" if str(pair.source) not in str(error) else str(error))
+            faults += [fault if str(pair.source) in fault else f"{pair.place}: {fault}" for fault in error.faults]
     raise_faults(faults)
     return examples
-
-
-def base_identity(base: str, revision: str | None) -> str:
-    """A hash that changes with the base's models: names, sizes, configurations and the heads of weight files.
-
-    General data and LoRAs that the base brings along (weight files outside its parts' folders) change nothing.
-    """
-    resolved = resolve_base(base)
-    if not isinstance(resolved, Path):
-        return f"{resolved}@{revision or 'main'}"
-    digest = hashlib.sha256()
-    models = (p for p in resolved.rglob("*") if p.is_file() and "general" not in p.parts)
-    for path in sorted(p for p in models if p.parent != resolved or p.suffix != ".safetensors"):
-        digest.update(f"{path.relative_to(resolved)} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()
-
-
-def acceleration_of(config: Config) -> Path | None:
-    """The acceleration LoRA that joins the student, as `student.acceleration` says; none without effects."""
-    named = config.student.acceleration
-    if named is None or not config.effects:
-        return None
-    path = acceleration_lora(config.base.model) if named == "base" else named
-    if path is None:
-        raise InputError(
-            f"student.acceleration: base {config.base.model} brings no acceleration LoRA; give a file, or null"
-        )
-    return path
 
 
 def trainable_group(
@@ -297,35 +215,3 @@ def trainable_group(
         dtype=adapters.dtype,
         moments=DTYPES[train.adam_moments],
     )
-
-
-@contextmanager
-def averaged_weights(group: Group) -> Iterator[None]:
-    """Put what a group exports, in fp32, in place of its parameters for a while (files, sample grids). All processes
-    must enter it; nothing can be trained inside."""
-    kept = {name: value.data for name, value in group.parameters.items()}
-    for name, value in group.averaged().items():
-        group.parameters[name].data = value
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            group.parameters[name].data = value
-
-
-def slot_to_cpu(adapters: Adapters, slot: str) -> dict[str, LoraModule]:
-    """A slot's modules as CPU tensors, ready to be written."""
-    return {
-        name: LoraModule(m.A.detach().cpu(), m.B.detach().cpu(), m.alpha)
-        for name, m in adapters.slot_modules(slot).items()
-    }
-
-
-def in_batches(items: Sequence[Example], size: int) -> Iterable[list[Example]]:
-    """Consecutive batches of examples that share their sizes."""
-    groups: dict[object, list[Example]] = {}
-    for item in items:
-        groups.setdefault(item.sizes, []).append(item)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]

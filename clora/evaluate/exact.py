@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clora.evaluate.metrics.image import as_image, hf_ratio, l1, psnr, ssim
+from clora.evaluate.statistics import bootstrap_interval
 from clora.evaluate.truths import Truths, ambiguous, bad_case, subject_structure
 
 Pair = tuple[str, int]  # effect, source seed
@@ -182,18 +183,3 @@ def _scores(pairs: Sequence[PairScores]) -> Scores:
         energy_distance=_mean([pair.energy_distance for pair in pairs if pair.energy_distance is not None]),
         num_outputs=len(bad),
     )
-
-
-def bootstrap_interval(
-    groups: Sequence[Sequence[float]], seed: int = 0, num_resamples: int = 2000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over all values, whole groups drawn with replacement.
-
-    The outputs of a pair differ by seed alone and are not independent, so a pair is one group.
-    """
-    sums = np.array([np.sum(group) for group in groups], dtype=np.float64)
-    counts = np.array([len(group) for group in groups], dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(groups), (num_resamples, len(groups)))
-    means = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,10 +23,9 @@ from torch import Tensor
 from clora.backbones.cond import Cond, Grid
 from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
 from clora.backbones.qwen_image.pipeline import linear_shapes
-from clora.config import build_config
 from clora.data.image_grid import grid_image
-from clora.distill.targets import guided_teacher_velocity
 from clora.errors import InputError, raise_faults
+from clora.inference.sampling import Sampling, default_sampling, guided_teacher_velocity
 from clora.io.safetensors import read_header
 from clora.lora.catalogue import Catalogue, read_catalogue
 from clora.lora.files import CATALOGUE_KEY, LoraFile, read_lora
@@ -39,30 +37,6 @@ log = logging.getLogger(__name__)
 
 SLOT = "student"
 MIN_CELL = 160  # pixels: smaller images of a grid are enlarged so that labels fit over them
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are sampled. consistency: noise afresh to every next sigma; euler: follow the velocity.
-
-    guidance 1 is none; above, the stock pipeline's (unconditional branch of `negative_prompt`, each token
-    rescaled to the norm of the conditional branch).
-    """
-
-    sampler: Literal["consistency", "euler"]
-    num_steps: int
-    shift: float
-    guidance: float = 1.0
-    negative_prompt: str = " "
-
-
-def default_sampling(base: str, catalogue: Catalogue | None) -> Sampling:
-    """The catalogue's schedule; without a catalogue what the base's preset says of making targets."""
-    if catalogue is not None:
-        return Sampling(catalogue.sampler, catalogue.schedule.num_steps, catalogue.schedule.shift)
-    preset = build_config({"base": base, "output_dir": "."})
-    targets, negative = preset.targets, preset.objective.negative_prompt
-    return Sampling("euler", targets.num_steps, preset.schedule.shift, targets.guidance, negative)
 
 
 def find_catalogue(lora: Path | None) -> Catalogue | None:

@@ -22,17 +22,20 @@ from rich.console import Console
 
 from clora import __version__
 from clora.config import Config, acceleration_lora, load_config
+from clora.data.dataset import in_batches
 from clora.data.examples import Example
 from clora.data.image_grid import Grid, Pixels, grid_image
 from clora.data.pairs import Pair
-from clora.distill.workspace import Workspace, in_batches, open_workspace
+from clora.distill.run import open_bank
+from clora.distill.workspace import Workspace, open_workspace
 from clora.errors import InputErrors
-from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, Method, methods, sample_method
+from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, methods
 from clora.evaluate.exact import Outputs, evaluate_methods
 from clora.evaluate.report import Curve, MethodRow, PhaseRow, Report, write_report
+from clora.inference.sampling import Method, sample_method
 from clora.jobs.teach import JOINT as JOINT_FOLDER
 from clora.jobs.teach import teach, teach_joint
-from clora.jobs.train import open_bank, train
+from clora.jobs.train import train
 from clora.jobs.validate import validate_config
 from clora.lora.files import read_lora
 from clora.method.prompts import effect_prompts

@@ -15,7 +15,7 @@ import torch
 
 from clora.config import collection_lora
 from clora.data.images import load_image
-from clora.errors import InputError, InputErrors, raise_faults
+from clora.errors import InputError, raise_faults
 from clora.inference.editor import edit_prompt, find_catalogue, grid_columns, load_editor
 from clora.lora.catalogue import find_collection
 
@@ -92,10 +92,8 @@ def _attempt(faults: list[str], check: Callable[[Given], Found], given: Given) -
     """`check(given)`, or None with its faults noted."""
     try:
         return check(given)
-    except InputErrors as errors:
-        faults += errors.faults
     except InputError as error:
-        faults.append(str(error))
+        faults += error.faults
     return None
 
 

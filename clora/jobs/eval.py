@@ -17,14 +17,16 @@ from rich.console import Console
 from rich.progress import track
 
 from clora.config import Config, EffectConfig
+from clora.data.dataset import in_batches
 from clora.data.examples import Example
 from clora.data.image_grid import grid_image
 from clora.data.images import cover_crop, load_image
 from clora.data.pairs import read_pairs
-from clora.distill.workspace import Workspace, in_batches, open_workspace
+from clora.distill.workspace import Workspace, open_workspace
 from clora.errors import InputError, raise_faults
-from clora.evaluate.baselines import COLLECTION, Method, sample_method
+from clora.evaluate.baselines import COLLECTION
 from clora.evaluate.metrics.image import hf_ratio, l1, psnr, ssim
+from clora.inference.sampling import Method, sample_method
 from clora.lora.catalogue import read_catalogue
 from clora.lora.files import read_lora
 

@@ -16,34 +16,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clora.config import Config, EffectConfig
+from clora.config import Config, EffectConfig, acceleration_of
+from clora.data.dataset import effect_pairs
 from clora.data.examples import Example
-from clora.distill.step import STUDENT
+from clora.distill.roles import STUDENT
+from clora.distill.run import catalogue_entries, make_distiller, open_bank, run_distillation, targets_of
 from clora.distill.targets import rehearsal_targets
-from clora.distill.workspace import (
-    Workspace,
-    acceleration_of,
-    averaged_weights,
-    determinism,
-    effect_pairs,
-    open_workspace,
-    quiet_console,
-    slot_to_cpu,
-)
-from clora.errors import InputErrors, raise_faults
+from clora.distill.workspace import Workspace, open_workspace
+from clora.errors import InputError, raise_faults
+from clora.io.digest import hash_files
 from clora.io.text import write_text
-from clora.jobs.train import (
-    catalogue_entries,
-    make_distiller,
-    open_bank,
-    run_distillation,
-    targets_of,
-)
+from clora.lora.adapters import slot_to_cpu
 from clora.lora.bank import TeacherBank
 from clora.lora.catalogue import Catalogue, CatalogueEntry, read_catalogue, write_collection
-from clora.lora.files import join_modules, read_lora
+from clora.lora.files import read_lora
+from clora.lora.module import join_modules
 from clora.training import distributed
-from clora.training.run_record import hash_files
+from clora.training.device import determinism, quiet_console
+from clora.training.optimizer import averaged_weights
 
 
 def extend(collection: Path, config: Config, resume: str | None = None, console: Console | None = None) -> Path:
@@ -57,7 +47,7 @@ def extend(collection: Path, config: Config, resume: str | None = None, console:
     raise_faults(extend_faults(collection, catalogue, config))
     with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
         whole = extended_config(collection, catalogue, config)
-        distributed.meet()
+        distributed.barrier()
         workspace = open_workspace(whole, console)
         bank = open_bank(workspace)
         assert bank is not None
@@ -161,8 +151,8 @@ def _sources(config: Config) -> list[tuple[Path, ...]]:
     for effect in config.effects:
         try:
             found.append([pair.sources for pair in effect_pairs(config, effect)])
-        except InputErrors as errors:
-            faults += errors.faults
+        except InputError as error:
+            faults += error.faults
     raise_faults(faults)
     longest = max(len(sources) for sources in found)
     return list(dict.fromkeys(sources[k] for k in range(longest) for sources in found if k < len(sources)))

@@ -10,27 +10,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-import torch
-
-from clora.backbones.qwen_image.pipeline import encoder_parameters, pixels_per_token, transformer_config
-from clora.config import Config, read_sizes, resolve_base
+from clora.backbones.qwen_image.footprint import ModelShapes, model_shapes
+from clora.backbones.qwen_image.pipeline import transformer_config
+from clora.config import Config
 from clora.distill.memory import (
     GB,
     MemoryPlan,
-    ModelShapes,
     TrainSettings,
     base_weights,
-    choose_whole_blocks,
+    budget,
+    choose_num_blocks_kept,
     memory_plan,
-    model_shapes,
+    on_gpus,
+    read_settings,
     trained_parameters,
 )
-from clora.distill.targets import TARGET_BATCH
-from clora.distill.workspace import DTYPES, acceleration_of, base_dtype
-from clora.lora.files import check_lora
-
-TEXT_TOKENS = 512  # a prompt with one reference image, rounded up; batches are padded to their longest
 
 
 def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str, dict[str, int]]:
@@ -124,7 +118,7 @@ class TrainPlan:
         gpus = f"{self.settings.num_gpus} GPU{'s' if self.settings.num_gpus > 1 else ''} of {self.memory_gb:g} GB"
         needs = f"needs {self.least / GB:.1f} GB a GPU in its {self.memory.peak_phase}"
         if self.fits:
-            whole = self.settings.whole_blocks
+            whole = self.settings.num_blocks_kept
             spare = f"; with {self.memory.needed / GB:.1f} GB {whole} of {self.num_layers} blocks are not recomputed"
             return f"fits {gpus}: {needs}{spare if whole else ''}"
         if self.mends_suffice:
@@ -159,80 +153,13 @@ def plan_training(config: Config, num_gpus: int, memory_gb: float) -> TrainPlan:
     """
     shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
     memory = memory_gb * GB
-    settings = _on_gpus(read_settings(config), config, num_gpus)
+    settings = on_gpus(read_settings(config), config, num_gpus)
     if settings.checkpointing:
-        settings = replace(settings, whole_blocks=choose_whole_blocks(shapes, settings, budget(config, memory)))
+        settings = replace(settings, num_blocks_kept=choose_num_blocks_kept(shapes, settings, budget(config, memory)))
     planned = memory_plan(shapes, settings)
     fits = planned.needed <= memory
     mends, suffice = ([], True) if fits else find_mends(shapes, settings, memory)
     communication = communication_plan(shapes, settings)
-    least = memory_plan(shapes, replace(settings, whole_blocks=0)).needed
+    least = memory_plan(shapes, replace(settings, num_blocks_kept=0)).needed
     layers = shapes.num_layers
     return TrainPlan(settings, memory_gb, planned, least, layers, communication, fits, mends, suffice)
-
-
-def whole_blocks(config: Config, num_gpus: int) -> int:
-    """Blocks that activation checkpointing leaves whole in a run that starts here: as many as `train.memory_budget_gb`
-    has room for, or this device's memory."""
-    shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
-    settings = _on_gpus(read_settings(config), config, num_gpus)
-    return choose_whole_blocks(shapes, settings, budget(config, device_memory()))
-
-
-def _on_gpus(settings: TrainSettings, config: Config, num_gpus: int) -> TrainSettings:
-    shard_base = config.train.shard_base and num_gpus > 1
-    offload_base = config.train.offload_base and shard_base
-    return replace(settings, num_gpus=num_gpus, shard_base=shard_base, offload_base=offload_base)
-
-
-def device_memory() -> float:
-    """Bytes: all of this process's GPU, or what is free on a machine without one."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    return float(psutil.virtual_memory().available)
-
-
-def budget(config: Config, memory: float) -> float:
-    """Bytes that a process may take of a device with this much: `train.memory_budget_gb`, or all."""
-    limit = config.train.memory_budget_gb
-    return memory if limit is None else min(memory, limit * GB)
-
-
-def read_settings(config: Config) -> TrainSettings:
-    """The numbers of a configuration, for the largest bucket, one reference image and `TEXT_TOKENS`."""
-    base, revision, train, objective = config.base.model, config.base.revision, config.train, config.objective
-    token_area = pixels_per_token(base, revision) ** 2
-    encoders = encoder_parameters(base, revision)
-    slots = min(train.teacher_slots, len(config.effects))
-    paths = [config.teacher_path(effect) for effect in config.effects]
-    ranks = [check_lora(path).max_rank if path.is_file() else config.teach.rank for path in paths]
-    accelerated = acceleration_of(config)
-    makes_targets = bool(config.effects) and config.targets.source == "teachers"
-    return TrainSettings(
-        image_tokens=train.buckets.max_area // token_area,
-        reference_tokens=read_sizes(resolve_base(base)).vae_image_area // token_area,
-        text_tokens=TEXT_TOKENS,
-        batch_size=train.batch_size,
-        anchor_batch_size=train.anchor_batch_size or train.batch_size,
-        rank=config.student.rank,
-        targets=tuple(config.student.targets),
-        acceleration_rank=0 if accelerated is None else check_lora(accelerated).max_rank,
-        teacher_rank=max(ranks, default=0),
-        teacher_slots=slots,
-        base_bytes=base_dtype(config.base.dtype, torch.device("cuda")).itemsize,
-        quantized=config.base.quantize != "none",
-        critic_batches=train.critic_updates * train.gradient_accumulation_steps,
-        moments_bytes=DTYPES[train.adam_moments].itemsize,
-        ema=train.ema_decay > 0,
-        guided=objective.guidance != 1,
-        terms=(
-            bool(config.effects) and objective.ta_fm_weight > 0,
-            bool(config.effects) and objective.dmd_ts_weight > 0,
-            objective.dmd_bs_weight > 0,
-        ),
-        num_steps=config.schedule.num_steps,
-        checkpointing=train.gradient_checkpointing,
-        targets_batch=min(TARGET_BATCH, slots) * (2 if config.targets.guidance != 1 else 1) if makes_targets else 0,
-        text_encoder_parameters=encoders["text_encoder"],
-        vae_parameters=encoders["vae"],
-    )

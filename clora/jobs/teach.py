@@ -15,24 +15,19 @@ from torch import Tensor
 
 from clora.config import Config, Job
 from clora.data.examples import Example, collate
-from clora.distill.workspace import (
-    DTYPES,
-    Workspace,
-    averaged_weights,
-    determinism,
-    open_workspace,
-    quiet_console,
-    slot_to_cpu,
-    trainable_group,
-)
+from clora.distill.workspace import Workspace, open_workspace, trainable_group
 from clora.errors import InputError
+from clora.lora.adapters import slot_to_cpu
 from clora.lora.files import write_lora
 from clora.method.flow import add_noise, shift_sigma
 from clora.method.losses import flow_matching_loss
-from clora.method.routing import draw_effects, split_rows, step_generator
+from clora.method.noise import split_rows
+from clora.method.routing import draw_effects, step_generator
 from clora.training import distributed
-from clora.training.loop import LoopConfig, lr_factor, run_loop
-from clora.training.optimizer import Group, apply_gradients, check_finite
+from clora.training.device import DTYPES, determinism, quiet_console
+from clora.training.loop import LoopConfig, run_loop
+from clora.training.lr_schedule import lr_multiplier
+from clora.training.optimizer import Group, apply_gradients, averaged_weights, check_finite
 from clora.training.run_record import git_revision, write_run
 
 JOINT: Final = "joint"
@@ -71,7 +66,7 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
     group = trainable_group(workspace.adapters, ["teach"], config, settings.learning_rate)
     group.per_slot = True
     # Each process takes its own samples of every effect.
-    size, rank, world = settings.batch_size, distributed.rank(), distributed.world()
+    size, rank, world = settings.batch_size, distributed.rank(), distributed.world_size()
     rows = [slot for slot in slots for _ in range(size)]
     own = [(i * world + rank) * size + k for i in range(len(names)) for k in range(size)]
 
@@ -105,7 +100,7 @@ def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> d
     """One adapter of the student's shape on all pairs, effects balanced, teacher prompts: "N-in-1 (FM)"."""
     config, settings = workspace.config, workspace.config.teach
     names = list(workspace.effects)
-    size = distributed.world() * (config.train.anchor_batch_size or config.train.batch_size)
+    size = distributed.world_size() * (config.train.anchor_batch_size or config.train.batch_size)
     generator = torch.Generator().manual_seed(config.seed)
     student = config.student
     workspace.adapters.add_stack(
@@ -118,7 +113,7 @@ def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> d
         drawn = draw_effects(config.seed, step, len(names), size, 1.0)
         batch = [e for i in drawn for e in _draw(workspace.effects[names[i]], 1, rng)]
         batch = [e for e in batch if e.sizes == batch[0].sizes]
-        rows = split_rows(len(batch), distributed.rank(), distributed.world())
+        rows = split_rows(len(batch), distributed.rank(), distributed.world_size())
         own = list(range(rows.start, rows.stop))
         loss, per_sample = _flow_step(workspace, batch, own, [JOINT], step)
         where = f"joint step {step} ({_worst(batch, own, per_sample)})"
@@ -170,7 +165,7 @@ def _worst(batch: list[Example], own: list[int], per_sample: Tensor) -> str:
 def _update(group: Group, loss: Tensor, step: int, total: int, config: Config, where: str) -> None:
     check_finite(loss, where).backward()
     settings = config.teach
-    apply_gradients(group, lr_factor(step, total, settings.lr_warmup_steps, settings.lr_scheduler), where)
+    apply_gradients(group, lr_multiplier(step, total, settings.lr_warmup_steps, settings.lr_scheduler), where)
 
 
 def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> LoopConfig:
@@ -180,7 +175,7 @@ def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> Loo
         max_steps=steps,
         folder=config.output_dir / job,
         checkpointing_steps=config.train.checkpointing_steps,
-        fingerprint=config.fingerprint(job, distributed.world()),
+        fingerprint=config.fingerprint(job, distributed.world_size()),
         checkpoints_total_limit=config.train.checkpoints_total_limit,
         log_every=config.train.log_every,
         report_to=config.train.report_to,

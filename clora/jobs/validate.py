@@ -18,11 +18,10 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
 from clora.backbones.qwen_image.pipeline import linear_shapes
-from clora.config import Config, EffectConfig, general_data, load_config, resolve_base
+from clora.config import Config, EffectConfig, acceleration_of, general_data, load_config, resolve_base
 from clora.data.images import Size, aspect_buckets, load_image
 from clora.data.pairs import Pair, read_pairs
-from clora.distill.workspace import acceleration_of
-from clora.errors import InputError, InputErrors
+from clora.errors import InputError
 from clora.lora.files import check_lora
 from clora.method.prompts import effect_prompts
 
@@ -55,7 +54,7 @@ def validate_file(path: str | Path, overrides: Sequence[str] = ()) -> Report:
     try:
         config = load_config(path, overrides)
     except InputError as error:
-        return Report(faults=_listed(error))
+        return Report(faults=error.faults)
     return validate(config)
 
 
@@ -81,10 +80,6 @@ def validate(config: Config) -> Report:
     return report
 
 
-def _listed(error: InputError) -> list[str]:
-    return error.faults if isinstance(error, InputErrors) else [str(error)]
-
-
 def _check_base(config: Config, report: Report) -> QwenImageBackbone | None:
     """The base without its weights, for tokens and sizes; None where it is not in a folder of this machine."""
     try:
@@ -92,7 +87,7 @@ def _check_base(config: Config, report: Report) -> QwenImageBackbone | None:
         if isinstance(base, Path):
             return load_backbone(base, components=(), quantize=config.base.quantize)
     except InputError as error:
-        report.faults += [f"base: {fault}" for fault in _listed(error)]
+        report.faults += [f"base: {fault}" for fault in error.faults]
         return None
     if isinstance(try_to_load_from_cache(base, "model_index.json", revision=config.base.revision), str):
         return None
@@ -147,7 +142,7 @@ def _check_loras(config: Config, shapes: Mapping[str, tuple[int, int]] | None, r
             try:
                 check_lora(path, shapes)
             except InputError as error:
-                report.faults += [f"{keys[0]}: {fault}" for fault in _listed(error)]
+                report.faults += [f"{keys[0]}: {fault}" for fault in error.faults]
     untaught = [effect.name for effect in config.effects if _is_untaught(effect, config)]
     if untaught:
         what = f"{_counted(len(untaught), 'effect')} without a teacher, first: {untaught[0]}"
@@ -182,7 +177,7 @@ def _check_pairs(config: Config, report: Report) -> dict[str, list[Pair]]:
         try:
             found[key] = read_pairs(path, config.data_roots, require_target=require_target, effect=name)
         except InputError as error:
-            report.faults += [f"{key}: {fault}" for fault in _listed(error)]
+            report.faults += [f"{key}: {fault}" for fault in error.faults]
     for pair in found.get("general.pairs", []):
         if pair.prompt is None:
             report.faults.append(f"general.pairs: {pair.place} has no instruction; add it")
@@ -240,7 +235,7 @@ def _check_prompts(config: Config, backbone: QwenImageBackbone | None, report: R
     try:
         prompts = effect_prompts(config)
     except InputError as error:
-        report.faults += _listed(error)
+        report.faults += error.faults
         return
     if backbone is None:
         return

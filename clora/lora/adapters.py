@@ -16,18 +16,16 @@ groups of consecutive samples with one slot each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from difflib import get_close_matches
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from clora.errors import InputError, raise_faults
-from clora.lora.files import LoraModule
-from clora.lora.keys import BLOCK_LINEARS
+from clora.errors import InputError, did_you_mean, raise_faults
+from clora.lora.layers import BLOCK_LINEARS
+from clora.lora.module import LoraModule
 from clora.lora.slots import Plan, Slot, SlotChoice, SlotLinear, make_plan, merge_weight
 
 DEFAULT_TARGETS = BLOCK_LINEARS
@@ -39,7 +37,7 @@ class Adapters:
 
     def __init__(self, linears: Mapping[str, SlotLinear], choice: SlotChoice) -> None:
         self.linears = dict(linears)
-        self._choice = choice
+        self.choice = choice
         self._slots: dict[str, tuple[str, int]] = {}  # slot name -> (stack, index)
         self._stacks: dict[str, tuple[int, float]] = {}  # stack -> (rank, alpha)
         self._plans: dict[tuple[Slot, ...], Plan] = {}
@@ -240,11 +238,11 @@ class Adapters:
 
     @contextmanager
     def _planned(self, plan: Plan | None) -> Iterator[None]:
-        before, self._choice.plan = self._choice.plan, plan
+        before, self.choice.plan = self.choice.plan, plan
         try:
             yield
         finally:
-            self._choice.plan = before
+            self.choice.plan = before
 
     def _plan(self, slots: tuple[Slot, ...]) -> Plan:
         device = self.device or next(iter(self.linears.values())).weight.device
@@ -260,9 +258,7 @@ class Adapters:
 
     def _place(self, slot: str) -> tuple[str, int]:
         if slot not in self._slots:
-            near = get_close_matches(slot, self._slots, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"unknown slot {slot!r}{hint} (known: {', '.join(self._slots) or 'none'})")
+            raise InputError(f"unknown slot {slot!r}; {did_you_mean(slot, self._slots)}")
         return self._slots[slot]
 
     def fit_faults(self, modules: Mapping[str, LoraModule], max_rank: int | None = None) -> list[str]:
@@ -302,8 +298,7 @@ def inject_adapters(transformer: nn.Module, targets: Sequence[str] = DEFAULT_TAR
     for target in targets:
         matches = {name: module for name, module in found.items() if f".{name}".endswith(f".{target}")}
         if not matches:
-            near = get_close_matches(target, endings, 1)
-            hint = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(endings)}"
+            hint = did_you_mean(target, endings)
             faults.append(f"target {target!r} matches no linear layer of the transformer; {hint}")
         chosen |= matches
     if not targets:
@@ -318,51 +313,15 @@ def inject_adapters(transformer: nn.Module, targets: Sequence[str] = DEFAULT_TAR
     return Adapters(linears, choice)
 
 
-def checkpoint_fn(adapters: Adapters, keep: Sequence[Any] = (), whole: Sequence[nn.Module] = ()) -> Callable[..., Any]:
-    """A `gradient_checkpointing_func` for diffusers whose recomputation sees the forward's slot choice.
-
-    The backward pass usually runs after `use` was left (and on another thread on CUDA); without this the
-    blocks would be recomputed as the base. What the operators in `keep` gave is kept and not computed again; such a
-    graph can be walked only once. Modules in `whole` keep everything.
-    """
-    not_again = {id(module) for module in whole}
-
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        again = _SamePlan(adapters._choice)
-        if not keep:
-            return nullcontext(), again
-        keeping, kept = create_selective_checkpoint_contexts(list(keep))
-        return keeping, _both(again, kept)
-
-    def run(module: nn.Module, *args: Any) -> Any:
-        if id(module) in not_again:
-            return module(*args)
-        # No random numbers are drawn in a frozen base without dropout, so their state need not be kept.
-        return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-    return run
-
-
-@contextmanager
-def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
-    with first, second:
-        yield
-
-
-class _SamePlan(AbstractContextManager[None]):
-    """Restores the plan of its making; may be entered again, for a graph that is walked twice."""
-
-    def __init__(self, choice: SlotChoice) -> None:
-        self.choice, self.plan, self.before = choice, choice.plan, choice.plan
-
-    def __enter__(self) -> None:
-        self.before, self.choice.plan = self.choice.plan, self.plan
-
-    def __exit__(self, *_: object) -> None:
-        self.choice.plan = self.before
-
-
 def _draw_A(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Uniform in +-1/sqrt(K), which is kaiming_uniform_(a=sqrt(5)), the usual start of a LoRA."""
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def slot_to_cpu(adapters: Adapters, slot: str) -> dict[str, LoraModule]:
+    """A slot's modules as CPU tensors, ready to be written."""
+    return {
+        name: LoraModule(m.A.detach().cpu(), m.B.detach().cpu(), m.alpha)
+        for name, m in adapters.slot_modules(slot).items()
+    }

@@ -11,14 +11,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
-from clora.errors import InputError, InputErrors, raise_faults
+from clora.errors import InputError, InputErrors, did_you_mean, raise_faults
 from clora.lora.adapters import Adapters
-from clora.lora.files import LoraFile, LoraModule, check_lora, map_lora
+from clora.lora.files import LoraFile, check_lora, map_lora
+from clora.lora.module import LoraModule
 
 Modules = Mapping[str, LoraModule]
 
@@ -122,7 +122,7 @@ class TeacherBank:
         asked = [effect for effect in dict.fromkeys(effects) if effect is not None]
         for effect in asked:
             if effect not in self._files:
-                raise InputError(f"effect {effect!r} has no teacher; {self._hint(effect)}")
+                raise InputError(f"effect {effect!r} has no teacher; {did_you_mean(effect, self._files)}")
         return list(dict.fromkeys(self._first[effect] for effect in asked))
 
     def _fill(self, effect: str, keep: Collection[str]) -> None:
@@ -214,11 +214,7 @@ class TeacherBank:
         raise_faults(faults)
         return rank
 
-    def _hint(self, effect: str) -> str:
-        near = get_close_matches(effect, self._files, 1, 0.4)
-        return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self._files)}"
-
 
 def _named(effect: str, error: InputError) -> list[str]:
     """The faults of an effect's file, with its name."""
-    return [f"effect {effect}: {fault}" for fault in (error.faults if isinstance(error, InputErrors) else [error])]
+    return [f"effect {effect}: {fault}" for fault in error.faults]

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from clora.errors import InputError, InputErrors
+from clora.errors import InputError, InputErrors, did_you_mean
 from clora.io.safetensors import read_header
 from clora.io.text import parse_json, read_text
-from clora.lora.files import CATALOGUE_KEY, LoraModule, inspect_lora, write_lora
+from clora.lora.files import CATALOGUE_KEY, inspect_lora, write_lora
+from clora.lora.module import LoraModule
 from clora.method import prompts
 
 FORMAT_VERSION = 1
@@ -80,7 +80,7 @@ class Catalogue(_Record):
         """The entry of this name; `InputError` with the nearest name if there is none."""
         table = {entry.name: entry for entry in self.effects}
         if name not in table:
-            raise InputError(f"effect {name!r} is not in the collection; {_hint(name, table)}")
+            raise InputError(f"effect {name!r} is not in the collection; {did_you_mean(name, table)}")
         return table[name]
 
 
@@ -124,7 +124,7 @@ def find_collection(path: Path, effects: Sequence[str]) -> Path:
     table = {name: group.collection for group in groups.groups for name in group.effects}
     for name in effects:
         if name not in table:
-            raise InputError(f"effect {name!r} is in no group of {path}; {_hint(name, table)}")
+            raise InputError(f"effect {name!r} is in no group of {path}; {did_you_mean(name, table)}")
     found = list(dict.fromkeys(table[name] for name in effects))
     if len(found) > 1:
         raise InputError(f"effects {', '.join(effects)} are in different collections of {path}; apply them in turn")
@@ -182,18 +182,11 @@ def describe_file(path: str | Path) -> dict[str, Any]:
         return {"lora": lora}
     try:
         catalogue = read_catalogue(path)
-    except InputErrors as errors:
-        lora["faults"] = [*lora["faults"], *errors.faults]
     except InputError as error:
-        lora["faults"] = [*lora["faults"], str(error)]
+        lora["faults"] = [*lora["faults"], *error.faults]
     else:
         return {**catalogue.model_dump(), "lora": lora}
     return {"lora": lora}
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), 1, 0.4)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def _fault(item: Any) -> str:

@@ -13,17 +13,17 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clora.errors import InputError, InputErrors, raise_faults
+from clora.errors import InputError, InputErrors, nearest, raise_faults
 from clora.io.safetensors import Header, map_tensors, read_header, read_tensors, write_tensors
 from clora.lora.alpha import CONFIG_KEY, header_alphas
 from clora.lora.keys import LoraKey, Part, flat_name, flat_resolver, other_kind, parse_key
+from clora.lora.module import LoraModule
 
 Layout = Literal["comfyui", "diffusers", "kohya"]
 # The names of a transformer's linear layers, with their weights' shapes (N, K) where shapes are to be
@@ -36,38 +36,6 @@ ALPHA_METADATA = (CONFIG_KEY, "ss_network_alpha", "ss_network_dim", "format")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _WRITE_PREFIX = {"comfyui": "diffusion_model.", "diffusers": "transformer.", "kohya": "lora_unet_"}
-
-
-@dataclass(frozen=True, eq=False)
-class LoraModule:
-    """The update of one linear layer, `(alpha / rank) B A`: A (r, K) and B (N, r) in any floating dtype."""
-
-    A: Tensor
-    B: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def delta(self) -> Tensor:
-        """The update of the weight in fp64, (N, K)."""
-        return self.B.double() @ self.A.double() * self.scale
-
-
-def join_modules(first: Mapping[str, LoraModule], second: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
-    """One LoRA with the updates of both, exactly: ranks add up, and scales go into B (alpha = rank)."""
-    joined = {}
-    for name in {**first, **second}:
-        parts = [lora[name] for lora in (first, second) if name in lora]
-        A = torch.cat([part.A for part in parts])
-        B = torch.cat([part.B * part.scale for part in parts], dim=1)
-        joined[name] = LoraModule(A, B, float(len(A)))
-    return joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,8 +294,8 @@ def _name_faults(
     faults = []
     unknown = [name for name in keys if name not in module_names]
     if unknown:
-        near = get_close_matches(unknown[0], list(module_names), 1)
-        hint = f" (the nearest to the first is {near[0]})" if near else ""
+        near = nearest(unknown[0], module_names)
+        hint = f" (the nearest to the first is {near})" if near else ""
         names = ", ".join(unknown)
         faults.append(f"{path}: {len(unknown)} modules are not on this transformer{hint}, remove them: {names}")
     if isinstance(module_names, Mapping):

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clora.config import Quantize
 from clora.errors import InputError
 
 # On a CPU about what its second cache holds; on a GPU few launches.
@@ -37,9 +36,9 @@ class QuantizedLinear(nn.Linear):
         return frozen_linear(x, self.weight, self.bias)
 
 
-def check_quantize(quantize: Quantize) -> None:
-    """Raise `InputError` where what `base.quantize` asks for is not installed."""
-    if quantize == "int8" and importlib.util.find_spec("torchao") is None:
+def check_torchao() -> None:
+    """Raise `InputError` where torchao, which int8 weights need, is not installed."""
+    if importlib.util.find_spec("torchao") is None:
         raise InputError(
             "base.quantize: int8 needs torchao, which is not installed; run pip install 'clora[quantize]', or set none"
         )

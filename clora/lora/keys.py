@@ -12,34 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from clora.lora.layers import BLOCK_LINEARS, TOP_LINEARS
+
 Part = Literal["A", "B", "alpha"]
 
-# The linear layers of one Qwen-Image block that an adapter usually covers.
-BLOCK_LINEARS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "img_mlp.net.0.proj",
-    "img_mlp.net.2",
-    "txt_mlp.net.0.proj",
-    "txt_mlp.net.2",
-    "img_mod.1",
-    "txt_mod.1",
-)
-# The linear layers outside the blocks, which few adapters cover.
-TOP_LINEARS = (
-    "img_in",
-    "txt_in",
-    "proj_out",
-    "norm_out.linear",
-    "time_text_embed.timestep_embedder.linear_1",
-    "time_text_embed.timestep_embedder.linear_2",
-)
 
 FLAT_PREFIX = "lora_unet_"
 # The layout that each prefix of a dotted key belongs to; the first that fits is taken.

@@ -34,7 +34,7 @@ class Term:
 
 
 @dataclass(frozen=True, eq=False)
-class Lanes:
+class KernelArgs:
     """The same choice as `clora.kernels.lora_linear` takes it: matrices, and one place among them per sample.
 
     Where every sample uses at most one slot and all are of one stack, that stack's own matrices serve. Else each
@@ -53,7 +53,7 @@ class Plan:
 
     terms: tuple[Term, ...]
     num_samples: int
-    lanes: Lanes | None
+    lanes: KernelArgs | None
 
 
 class SlotChoice:
@@ -110,7 +110,7 @@ class SlotLinear(nn.Linear):
             return *self._summed(lanes), place_R
         return self.A[lanes.stack], self.B[lanes.stack], self.get_buffer(f"scale_{lanes.stack}"), place_R
 
-    def _summed(self, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
+    def _summed(self, lanes: KernelArgs) -> tuple[Tensor, Tensor, Tensor]:
         """One adapter for each sum of slots: their matrices side by side along the rank, the scales folded into B."""
         As, Bs = [], []
         for members in lanes.sums:
@@ -261,17 +261,17 @@ def make_plan(
     return Plan(terms, 0 if len(slots) == 1 else len(slots), _make_lanes(members, device) if terms else None)
 
 
-def _make_lanes(members: Sequence[tuple[tuple[str, int], ...]], device: torch.device) -> Lanes:
+def _make_lanes(members: Sequence[tuple[tuple[str, int], ...]], device: torch.device) -> KernelArgs:
     stacks = {stack for places in members for stack, _ in places}
     if len(stacks) == 1 and all(len(places) <= 1 for places in members):
         indices = [places[0][1] if places else -1 for places in members]
-        return Lanes(stacks.pop(), (), torch.tensor(indices, dtype=torch.int32, device=device))
+        return KernelArgs(stacks.pop(), (), torch.tensor(indices, dtype=torch.int32, device=device))
     sums = list(dict.fromkeys(places for places in members if places))
     indices = [sums.index(places) if places else -1 for places in members]
     on_device = tuple(
         tuple((stack, torch.tensor([index], device=device)) for stack, index in places) for places in sums
     )
-    return Lanes(None, on_device, torch.tensor(indices, dtype=torch.int32, device=device))
+    return KernelArgs(None, on_device, torch.tensor(indices, dtype=torch.int32, device=device))
 
 
 def _make_term(

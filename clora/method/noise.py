@@ -8,6 +8,7 @@ drawn alike on all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from clora.config import ObjectiveConfig, ScheduleConfig
 from clora.errors import InputError
 from clora.method.flow import few_step_sigmas, shift_sigma
-from clora.method.routing import Rng, as_draws
 
 
 class DistillConfig(Protocol):
@@ -107,3 +107,53 @@ def chance(share: float, rng: Rng) -> bool:
     # 0 and 1 draw nothing: a share that is off leaves the other draws as they were.
     generator = as_draws(rng, 1).generator
     return share >= 1.0 or (share > 0.0 and bool(torch.rand((), generator=generator, device=generator.device) < share))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples `start` .. `stop` - 1 of a batch of `total`. `share`: their weight in the batch's mean."""
+
+    start: int
+    stop: int
+    total: int
+    share: float
+
+
+def split_rows(total: int, rank: int, world: int) -> Rows:
+    """The rows of process `rank` of `world`: consecutive, their counts at most one apart.
+
+    Every process runs the same forwards, so that where there are fewer samples than processes those without
+    one take the first sample, with share 0.
+    """
+    start, stop = rank * total // world, (rank + 1) * total // world
+    return Rows(start, stop, total, (stop - start) / total) if stop > start else Rows(0, 1, total, 0.0)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for one process's rows of a batch (data parallel).
+
+    Every process draws for the whole batch, from a generator of the same state, and keeps its rows: a sample's
+    numbers do not depend on how many processes there are, and draws for the batch as a whole (the exit step)
+    are equal on all. `anchor_rows`: the rows of the separate batch that TA-FM may have.
+    """
+
+    generator: torch.Generator
+    rows: Rows
+    anchor_rows: Rows | None = None
+
+    def anchors(self) -> Draws:
+        """The same generator for the rows of TA-FM's own batch."""
+        return self if self.anchor_rows is None else replace(self, rows=self.anchor_rows)
+
+    def own(self, drawn: Tensor) -> Tensor:
+        """This process's rows of what was drawn for all `rows.total`."""
+        return drawn[self.rows.start : self.rows.stop]
+
+
+Rng = torch.Generator | Draws
+
+
+def as_draws(rng: Rng, count: int) -> Draws:
+    """`rng` itself, or what a generator alone means: a process that has all `count` rows."""
+    return rng if isinstance(rng, Draws) else Draws(rng, Rows(0, count, count, 1.0))

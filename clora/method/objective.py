@@ -25,6 +25,9 @@ from clora.method.flow import Velocity, add_noise, few_step_sigmas, shift_sigma
 from clora.method.losses import Figures, dmd_loss, flow_matching_loss
 from clora.method.noise import (
     DistillConfig,
+    Draws,
+    Rng,
+    as_draws,
     chance,
     draw_dmd_sigma,
     draw_ta_fm_sigma,
@@ -34,7 +37,7 @@ from clora.method.noise import (
     normal,
     uniform,
 )
-from clora.method.routing import Draws, Rng, Stream, as_draws
+from clora.method.routing import Stream
 from clora.method.simulate import backward_simulate, backward_simulate_together, target_simulate
 
 Loss = tuple[Tensor, Figures]

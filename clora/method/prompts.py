@@ -2,35 +2,22 @@
 
 The teacher of an effect keeps the prompt it was trained with; the student reads a trigger v that no other
 effect has, followed by a descriptive prompt c_vlm. Both follow from the configuration and its seed alone,
-so that training, evaluation and serving agree; `write_prompts` puts them into a file, with c_vlm rewritten
+so that training, evaluation and serving agree; `clora prompts` puts them into a file, with c_vlm rewritten
 by a vision model.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import os
 import string
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-import httpx
-from PIL import Image
+from typing import Literal
 
 from clora.config import Config, EffectConfig
-from clora.errors import InputError, InputErrors, raise_faults
-from clora.io.text import write_text
-from clora.jobs.prompt_rewriting import rewrite_prompt
-
-log = logging.getLogger(__name__)
+from clora.errors import InputError
 
 Scheme = Literal["random", "rare"]
-ImagePairs = list[tuple[Image.Image, Image.Image]]
 
 _SUFFIX_LETTERS = string.ascii_letters + string.digits
 # Rare, and naming nothing that can be seen: a word such as "gossamer" would paint threads.
@@ -131,75 +118,10 @@ def effect_prompts(config: Config) -> list[EffectPrompt]:
     if not config.objective.aop:
         return [EffectPrompt(effect.name, effect.prompt, "", effect.prompt, "teacher") for effect in config.effects]
     triggers = make_triggers(config.effects, config.seed, config.prompts.trigger_scheme)
-    return [_offline(effect, triggers[effect.name]) for effect in config.effects]
+    return [offline_prompt(effect, triggers[effect.name]) for effect in config.effects]
 
 
-def _offline(effect: EffectConfig, trigger: str) -> EffectPrompt:
+def offline_prompt(effect: EffectConfig, trigger: str) -> EffectPrompt:
+    """Trigger and text of an effect without asking a vision model."""
     origin: Literal["config", "template"] = "config" if effect.student_prompt else "template"
     return EffectPrompt(effect.name, effect.prompt, trigger, template_prompt(effect), origin)
-
-
-def write_prompts(
-    config: Config,
-    example_pairs: Callable[[Config, EffectConfig], ImagePairs],
-    output: Path | None = None,
-    client: httpx.Client | None = None,
-) -> list[EffectPrompt]:
-    """Write the effects with trigger and student prompt filled in, as JSONL that `effects:` can name.
-
-    With `prompts.endpoint` set, a vision model rewrites the prompt of every effect that has no
-    `student_prompt` and at least two pairs; `example_pairs(config, effect)` gives their images. `output`
-    defaults to `effects.jsonl` in `output_dir`; answers are kept beside it, so that a second call asks only
-    for what is missing. Raises `InputErrors` with every effect that failed, and writes nothing then.
-    """
-    output = output or config.output_dir / "effects.jsonl"
-    triggers = make_triggers(config.effects, config.seed, config.prompts.trigger_scheme)
-    cache = output.parent / "prompt_cache"
-
-    def one(effect: EffectConfig) -> EffectPrompt | list[str]:
-        try:
-            return _write_one(config, effect, triggers[effect.name], example_pairs, cache, client)
-        except InputErrors as error:
-            return [f"effect '{effect.name}': {fault}" for fault in error.faults]
-        except InputError as error:
-            return [f"effect '{effect.name}': {error}"]
-
-    with ThreadPoolExecutor(max_workers=4) as pool:  # an endpoint's answer takes seconds
-        results = list(pool.map(one, config.effects))
-    raise_faults([fault for result in results if isinstance(result, list) for fault in result])
-    prompts = [result for result in results if isinstance(result, EffectPrompt)]
-    lines = [
-        json.dumps(_effect_row(config, effect, prompt), ensure_ascii=False)
-        for effect, prompt in zip(config.effects, prompts, strict=True)
-    ]
-    write_text(output, "".join(f"{line}\n" for line in lines))
-    return prompts
-
-
-def _write_one(
-    config: Config,
-    effect: EffectConfig,
-    trigger: str,
-    example_pairs: Callable[[Config, EffectConfig], ImagePairs],
-    cache: Path,
-    client: httpx.Client | None,
-) -> EffectPrompt:
-    if effect.student_prompt or config.prompts.endpoint is None:
-        return _offline(effect, trigger)
-    pairs = example_pairs(config, effect)
-    if len(pairs) < 2:
-        log.warning("effect '%s' has no two pairs to show; its prompt is made from the template", effect.name)
-        return _offline(effect, trigger)
-    images = [image for pair in pairs[:2] for image in pair]
-    text = rewrite_prompt(effect.prompt, images, config.prompts, cache, client=client)
-    return EffectPrompt(effect.name, effect.prompt, trigger, text, "vision model")
-
-
-def _effect_row(config: Config, effect: EffectConfig, prompt: EffectPrompt) -> dict[str, Any]:
-    filled = effect.model_copy(update={"trigger": prompt.trigger, "student_prompt": prompt.text})
-    values = filled.model_dump(mode="json", exclude_none=True)
-    # Paths stay relative to the configuration file, as they are in every effects file.
-    return {
-        key: os.path.relpath(value, config.folder) if key in ("lora", "pairs") else value
-        for key, value in values.items()
-    }

@@ -8,14 +8,12 @@ for `Generator.random` or `permutation`). The caches below hold only values that
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 Stream = Literal["general", "effect"]
 
@@ -80,56 +78,6 @@ def step_generator(seed: int, step: int, purpose: str, device: torch.device | st
     """
     # manual_seed takes 64 bits but treats those above 63 as negative; 63 are plenty.
     return torch.Generator(device).manual_seed(_hash(seed, step, purpose) >> 1)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Samples `start` .. `stop` - 1 of a batch of `total`. `share`: their weight in the batch's mean."""
-
-    start: int
-    stop: int
-    total: int
-    share: float
-
-
-def split_rows(total: int, rank: int, world: int) -> Rows:
-    """The rows of process `rank` of `world`: consecutive, their counts at most one apart.
-
-    Every process runs the same forwards, so that where there are fewer samples than processes those without
-    one take the first sample, with share 0.
-    """
-    start, stop = rank * total // world, (rank + 1) * total // world
-    return Rows(start, stop, total, (stop - start) / total) if stop > start else Rows(0, 1, total, 0.0)
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers for one process's rows of a batch (data parallel).
-
-    Every process draws for the whole batch, from a generator of the same state, and keeps its rows: a sample's
-    numbers do not depend on how many processes there are, and draws for the batch as a whole (the exit step)
-    are equal on all. `anchor_rows`: the rows of the separate batch that TA-FM may have.
-    """
-
-    generator: torch.Generator
-    rows: Rows
-    anchor_rows: Rows | None = None
-
-    def anchors(self) -> Draws:
-        """The same generator for the rows of TA-FM's own batch."""
-        return self if self.anchor_rows is None else replace(self, rows=self.anchor_rows)
-
-    def own(self, drawn: Tensor) -> Tensor:
-        """This process's rows of what was drawn for all `rows.total`."""
-        return drawn[self.rows.start : self.rows.stop]
-
-
-Rng = torch.Generator | Draws
-
-
-def as_draws(rng: Rng, count: int) -> Draws:
-    """`rng` itself, or what a generator alone means: a process that has all `count` rows."""
-    return rng if isinstance(rng, Draws) else Draws(rng, Rows(0, count, count, 1.0))
 
 
 def _effect_steps_before(seed: int, step: int, p_switch: float) -> int:

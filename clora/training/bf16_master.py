@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def split(value: Tensor) -> tuple[Tensor, Tensor]:
+def split_bf16_master(value: Tensor) -> tuple[Tensor, Tensor]:
     """An fp32 tensor as bfloat16 (to nearest, ties away from zero) and the int16 that `join` makes it whole with."""
     bits = value.contiguous().view(torch.int32)
     low = bits.to(torch.int16)  # the lower half as a signed number: what is above the nearest bfloat16, or below
@@ -14,13 +14,13 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
     return high.view(torch.bfloat16), low
 
 
-def join(high: Tensor, low: Tensor) -> Tensor:
+def merge_bf16_master(high: Tensor, low: Tensor) -> Tensor:
     """The inverse of `split`, bit for bit."""
     bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     return bits.add_(low).view(torch.float32)
 
 
-def round_either_way(value: Tensor, salt: int) -> Tensor:
+def stochastic_round(value: Tensor, salt: int) -> Tensor:
     """An fp32 tensor as bfloat16, up or down with odds by the distance, so that changes too small for bfloat16 (of
     the second moment a thousandth of itself an update) are made on average.
 

@@ -103,7 +103,7 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             for unfinished in folder.glob(f"{_WRITING}*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-        distributed.meet()
+        distributed.barrier()
 
     def save(self, step: int, groups: Mapping[str, GroupPart], state: Mapping[str, Any]) -> str | None:
         """Start to write and return; `state` is copied.
@@ -139,7 +139,7 @@ class CheckpointWriter:
     ) -> None:
         """One checkpoint: every process its shard, the main process the rest. `key`: where they tell each other."""
         temporary = self._folder / f"{_WRITING}{step:08d}"
-        name = f"shard-{distributed.rank()}-of-{distributed.world()}.safetensors"
+        name = f"shard-{distributed.rank()}-of-{distributed.world_size()}.safetensors"
         shard: dict[str, Any] = {"name": name, "parts": parts}
         try:
             temporary.mkdir(exist_ok=True)
@@ -182,15 +182,17 @@ class CheckpointWriter:
 
 def _gather(key: str, text: str) -> list[str]:
     """On the main process the texts of all, by rank; it may be called in a thread."""
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return [text]
     distributed.post(f"{key}/{distributed.rank()}", text)
-    return distributed.wait_for([f"{key}/{r}" for r in range(distributed.world())]) if distributed.is_main() else []
+    return (
+        distributed.wait_for([f"{key}/{r}" for r in range(distributed.world_size())]) if distributed.is_main() else []
+    )
 
 
 def _from_main(key: str, text: str) -> str:
     """The main process's text, on every process; it may be called in a thread."""
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return text
     if distributed.is_main():
         distributed.post(key, text)

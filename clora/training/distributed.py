@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from clora.errors import InputError
+from clora.errors import InputError, ProcessLost
 
 _POLL_SECONDS = 0.05
 _store: Store | None = None
@@ -32,16 +32,12 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class ProcessLost(RuntimeError):
-    """Another process died or hangs: what was to be exchanged with it did not come."""
-
-
 def rank() -> int:
-    """This process's number, 0 .. world() - 1, as torchrun says; 0 for one that was started alone."""
+    """This process's number, 0 .. world_size() - 1, as torchrun says; 0 for one that was started alone."""
     return int(os.environ.get("RANK", "0"))
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -64,7 +60,7 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
         if local >= gpus:
             raise InputError(f"process {local} of this machine has no GPU of its own; start {gpus} (--nproc_per_node)")
         torch.cuda.set_device(local)
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     timeout = timedelta(seconds=timeout_seconds)
@@ -77,13 +73,13 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
             "gloo" if device is None else "nccl",
             store=PrefixStore(f"group/{_groups}", store),
             rank=rank(),
-            world_size=world(),
+            world_size=world_size(),
             timeout=timeout,
             device_id=device,
         )
     yield
     # Not after an error: the others may be gone, and this would wait for them.
-    meet()
+    barrier()
     leave_together()
     dist.destroy_process_group()
     _store = None
@@ -96,24 +92,24 @@ def guard(where: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise ProcessLost(
-            f"process {rank()} of {world()} at {where}: another process died or hangs ({reason[:200]});"
+            f"process {rank()} of {world_size()} at {where}: another process died or hangs ({reason[:200]});"
             " its own message, or torchrun's, says why; go on with --resume latest"
         ) from error
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def sum_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """0-d tensors by name, each summed over all processes; every process must have the same names."""
-    if world() == 1 or not figures:
+    if world_size() == 1 or not figures:
         return dict(figures)
     summed = sum_over_processes(torch.stack([figures[name].float() for name in sorted(figures)]))
     return dict(zip(sorted(figures), summed.unbind(), strict=True))
@@ -121,7 +117,7 @@ def sum_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def max_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
     """The largest of each number over all processes (fp64)."""
-    if world() == 1:
+    if world_size() == 1:
         return list(values)
     numbers = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -141,16 +137,16 @@ def all_gather(whole: Tensor, own: Tensor) -> None:
 
 def gather_texts(text: str) -> list[str]:
     """Every process's text, by rank."""
-    if world() == 1:
+    if world_size() == 1:
         return [text]
-    texts: list[str] = [""] * world()
+    texts: list[str] = [""] * world_size()
     dist.all_gather_object(texts, text)
     return texts
 
 
 def from_main(text: str | None) -> str | None:
     """The main process's text, on every process."""
-    if world() == 1:
+    if world_size() == 1:
         return text
     box = [text]
     dist.broadcast_object_list(box, src=0)
@@ -172,7 +168,7 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module], offload: bool = False)
     )  # half a second that only this takes
     from torch.distributed.tensor import DTensor
 
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
     policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for block in blocks:
         fully_shard(block, mesh=mesh, offload_policy=policy)
@@ -184,7 +180,7 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module], offload: bool = False)
     return sum(p.nbytes for p in weights), sum(p.to_local().nbytes for p in weights)
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until every process has come here, however long that takes."""
     global _meetings
     if _store is None:
@@ -192,14 +188,14 @@ def meet() -> None:
     key = f"meeting/{_meetings}"
     _meetings += 1
     with guard("a meeting of all processes"):
-        if _store.add(f"{key}/arrived", 1) == world():
+        if _store.add(f"{key}/arrived", 1) == world_size():
             _store.set(f"{key}/all", "1")
         wait_for([f"{key}/all"])
 
 
 def leave_together() -> None:
     """Wait for the others at the end: the store may be kept by the first process, and all must have read it."""
-    if world() > 1:
+    if world_size() > 1:
         with guard("the end"):
             dist.barrier()
 

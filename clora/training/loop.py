@@ -7,7 +7,6 @@ continues bit for bit. Under torchrun every process runs the loop; the first one
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,29 +28,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from clora.errors import InputError
+from clora.errors import InputError, Interrupted, NonFiniteError, ProcessLost
 from clora.training import distributed
 from clora.training.checkpoint import Checkpoint, CheckpointWriter, GroupPart, open_checkpoint, open_latest
-from clora.training.optimizer import Group, NonFiniteError
+from clora.training.optimizer import Group
 from clora.training.tracker import Figures, Tracker
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the state is saved. `code` is the exit code to use (128 + signal)."""
-
-    def __init__(self, signum: int, checkpoint: Path) -> None:
-        self.code = 128 + signum
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {checkpoint}; go on with --resume latest")
-
-
-def lr_factor(update: int, total: int, warmup: int, scheduler: str) -> float:
-    """Learning-rate factor of update 0, 1, ...: linear warm-up, then constant, cosine or linear decay to 0."""
-    if update < warmup:
-        return (update + 1) / warmup
-    if scheduler == "constant":
-        return 1.0
-    progress = min(1.0, (update - warmup) / max(1, total - warmup))
-    return 1.0 - progress if scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def restore_job(groups: Mapping[str, Group], checkpoint: Checkpoint) -> None:
@@ -100,7 +81,7 @@ def _signals() -> Iterator[list[int]]:
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        if distributed.world() == 1:
+        if distributed.world_size() == 1:
             signal.signal(signum, signal.SIG_DFL)
 
     old = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -150,7 +131,7 @@ class _Saver:
         state = {
             "fingerprint": self._config.fingerprint,
             "seconds": seconds,
-            "world": distributed.world(),
+            "world": distributed.world_size(),
             "updates": {name: group.updates for name, group in self._groups.items()},
             "steps": {name: group.steps for name, group in self._groups.items()},
             "layout": {name: group.layout() for name, group in self._groups.items()},
@@ -199,7 +180,7 @@ def run_loop(
     Returns the number of steps done in all. On SIGINT or SIGTERM, to whichever process, the step in flight is finished,
     the state saved and `Interrupted` raised. A checkpoint that cannot be written is told, counted in the log
     (`failed_checkpoints`) and tried again at the next one; `OSError` when none could be. An exception of `one_step`
-    passes through (the last checkpoint stays); a process that dies or hangs gives `distributed.ProcessLost` in the
+    passes through (the last checkpoint stays); a process that dies or hangs gives `ProcessLost` in the
     others.
     """
     console = console or Console(stderr=True, quiet=not distributed.is_main())
@@ -234,7 +215,7 @@ def run_loop(
                 (signum,) = distributed.max_over_processes([max(received, default=0)], device)
             if signum:
                 saver.stop(step, int(signum))
-        except distributed.ProcessLost:
+        except ProcessLost:
             raise  # a checkpoint in flight needs the others as well
         except NonFiniteError:  # which all processes raise
             saver.wait()

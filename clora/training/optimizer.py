@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from clora.errors import NonFiniteError
 from clora.training import distributed
-from clora.training.bf16_master import join, round_either_way, split
+from clora.training.bf16_master import merge_bf16_master, split_bf16_master, stochastic_round
 
 _ALIGN = 64  # elements: every parameter starts at a multiple of 128 bytes
 _AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements updated at a time: what caches hold, few launches
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not finite: nothing was updated."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Group:
             self._offsets[name] = end
             end += -(-parameter.numel() // _ALIGN) * _ALIGN
         self.total = end
-        part = -(-end // (distributed.world() * _ALIGN)) * _ALIGN
+        part = -(-end // (distributed.world_size() * _ALIGN)) * _ALIGN
         self.own = slice(distributed.rank() * part, (distributed.rank() + 1) * part)
         self.steps = dict.fromkeys(self.parameters, 0)
         self._touched: set[str] = set()  # parameters with a gradient since the last update
@@ -89,14 +87,14 @@ class Group:
 
     def _allocate(self, part: int) -> None:
         """The buffers; the parameters move into theirs, and their gradients are collected in the other."""
-        whole, device = part * distributed.world(), self.device
+        whole, device = part * distributed.world_size(), self.device
         self._flat = torch.zeros(whole, dtype=self.dtype, device=device)
         self._low = None if self.dtype == torch.float32 else torch.zeros(part, dtype=torch.int16, device=device)
         lent: Tensor | None = None if self.gradients_of is None else self.gradients_of._grad
         fits = lent is not None and len(lent) >= whole
         self._grad: Tensor = lent[:whole] if lent is not None and fits else torch.zeros(whole, device=device)
         # Kept apart from the sum, so that a gradient that is not finite can be traced to its process.
-        self._own_grad = self._grad if distributed.world() == 1 else torch.zeros(part, device=device)
+        self._own_grad = self._grad if distributed.world_size() == 1 else torch.zeros(part, device=device)
         self._pieces = {piece.name: piece for piece in self._cut()}
         for name, parameter in self.parameters.items():
             self._put(name, parameter.detach())
@@ -119,7 +117,7 @@ class Group:
         if self._low is None:
             self._view(self._flat, name).copy_(value)
             return
-        high, low = split(value)
+        high, low = split_bf16_master(value)
         self._view(self._flat, name).copy_(high)
         if (piece := self._pieces.get(name)) is not None:
             self._low[piece.own] = low.flatten()[piece.start : piece.start + len(piece.grad)]
@@ -135,15 +133,15 @@ class Group:
     def _read(self, kind: str, at: slice) -> Tensor:
         """A stretch of this process's part of the state in fp32; the stored numbers themselves where they are fp32."""
         stored = self._state[kind][at]
-        return join(stored, self._low[at]) if kind == "param" and self._low is not None else stored.float()
+        return merge_bf16_master(stored, self._low[at]) if kind == "param" and self._low is not None else stored.float()
 
     def _write(self, kind: str, at: slice, value: Tensor) -> None:
         stored = self._state[kind][at]
         if kind == "param" and self._low is not None:
-            high, self._low[at] = split(value)
+            high, self._low[at] = split_bf16_master(value)
             stored.copy_(high)
         elif stored.dtype == torch.bfloat16:
-            stored.copy_(round_either_way(value, self.updates))
+            stored.copy_(stochastic_round(value, self.updates))
         elif value.data_ptr() != stored.data_ptr():
             stored.copy_(value)
 
@@ -168,7 +166,7 @@ class Group:
         """This process's gradient (fp32) of a parameter since the last update; None where there was none."""
         return self._view(self._grad, name) if name in self._touched else None
 
-    def masters(self) -> dict[str, Tensor]:
+    def fp32_parameters(self) -> dict[str, Tensor]:
         """The parameters in fp32. All processes must call it."""
         return self._whole("param")
 
@@ -181,7 +179,7 @@ class Group:
         if kind != "param" or self._low is not None:
             own = self._read(kind, slice(0, self.own.stop - self.own.start))
             flat = own
-            if distributed.world() > 1:
+            if distributed.world_size() > 1:
                 flat = torch.empty(len(self._flat), device=self.device)
                 distributed.all_gather(flat, own)
         return {name: self._view(flat, name) for name in self.parameters}
@@ -196,7 +194,7 @@ class Group:
 
     def sum_gradients(self) -> list[Piece]:
         """Sum the gradients over all processes; returns this process's pieces of the parameters that have some."""
-        if distributed.world() > 1:
+        if distributed.world_size() > 1:
             for name in self.parameters.keys() - self._touched:
                 self._view(self._grad, name).zero_()
             distributed.reduce_scatter(self._own_grad, self._grad)
@@ -257,7 +255,7 @@ class Group:
 
     def share_parameters(self) -> None:
         """Give every process the parts of the parameters that the others keep."""
-        if distributed.world() > 1:
+        if distributed.world_size() > 1:
             distributed.all_gather(self._flat, self._state["param"].clone())
 
     def layout(self) -> list[tuple[str, list[int]]]:
@@ -322,7 +320,7 @@ def check_finite(loss: Tensor, where: str) -> Tensor:
 def _whose(fault: str) -> str:
     """The faults of all processes, one each at most, in one text."""
     texts = distributed.gather_texts(fault)
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return texts[0]
     found = [f"{text} on process {rank} of {len(texts)}" for rank, text in enumerate(texts) if text]
     return "; ".join(found) or "the sum of all processes"
@@ -331,7 +329,7 @@ def _whose(fault: str) -> str:
 def _clip(group: Group, pieces: list[Piece]) -> float:
     grads = [piece.grad for piece in pieces]
     total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=group.device)
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         total = distributed.sum_over_processes(total.square()).sqrt()
     norm = float(total)
     if grads and norm > group.max_grad_norm:
@@ -364,3 +362,17 @@ def _by_slot(piece: Piece, parameter: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start, stop, width in ((0, head, head), (head, body, size), (body, len(grad), len(grad) - body)):
         if start < stop:
             yield (piece.start + start) // size, grad[start:stop].view(-1, width)
+
+
+@contextmanager
+def averaged_weights(group: Group) -> Iterator[None]:
+    """Put what a group exports, in fp32, in place of its parameters for a while (files, sample grids). All processes
+    must enter it; nothing can be trained inside."""
+    kept = {name: value.data for name, value in group.parameters.items()}
+    for name, value in group.averaged().items():
+        group.parameters[name].data = value
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            group.parameters[name].data = value

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from typing import Any
 import torch
 
 from clora.config import Config, Job
-from clora.data.cache import file_digest
-from clora.data.pairs import Pair
 from clora.io.safetensors import write_text
 from clora.training import distributed
 
@@ -47,25 +44,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def hash_pairs(pairs: Sequence[Pair]) -> str:
-    """SHA-256 (hex) over the contents of all images and the prompts of a dataset, in order; names do not count.
-
-    Raises `InputError` for an image that cannot be read.
-    """
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for path in (*pair.sources, *([pair.target] if pair.target else [])):
-            digest.update(file_digest(path))
-        digest.update(hashlib.sha256(repr((len(pair.sources), pair.target is None, pair.prompt)).encode()).digest())
-    return digest.hexdigest()
-
-
-def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 (hex) of each file; one that several names share is read once."""
-    found = {path: file_digest(path).hex() for path in dict.fromkeys(files.values())}
-    return {name: found[path] for name, path in files.items()}
-
-
 def write_run(config: Config, job: Job, identity: Mapping[str, str]) -> None:
     """`output_dir/run-JOB.json`: what this run is made of. The main process writes it."""
     if not distributed.is_main():
@@ -75,8 +53,8 @@ def write_run(config: Config, job: Job, identity: Mapping[str, str]) -> None:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_revision": git_revision(),
         "versions": versions(),
-        "processes": distributed.world(),
-        "fingerprint": config.fingerprint(job, distributed.world()),
+        "processes": distributed.world_size(),
+        "fingerprint": config.fingerprint(job, distributed.world_size()),
         "sha256": dict(identity),
         "config": config.model_dump(mode="json"),
     }

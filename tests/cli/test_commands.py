@@ -19,12 +19,10 @@ from typer.testing import CliRunner
 from clora.backbones.qwen_image.pipeline import linear_shapes
 from clora.cli import commands as cli
 from clora.config import Config, load_config
-from clora.errors import InputError, InputErrors
+from clora.errors import InputError, InputErrors, Interrupted, NonFiniteError, ProcessLost
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
-from clora.lora.files import LoraModule, read_lora, write_lora
-from clora.training.distributed import ProcessLost
-from clora.training.loop import Interrupted
-from clora.training.optimizer import NonFiniteError
+from clora.lora.files import read_lora, write_lora
+from clora.lora.module import LoraModule
 
 COMMANDS = [
     "demo",

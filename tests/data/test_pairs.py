@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from clora.config import EffectConfig, build_config
-from clora.data.pairs import Pair, example_pairs, read_pairs
+from clora.data.pairs import Pair, read_pairs
 from clora.errors import InputError, InputErrors
+from clora.jobs.prompts import example_pairs
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

@@ -8,19 +8,16 @@ import math
 import numpy as np
 import pytest
 
+from clora.evaluate.metrics.distance import distribution_distance, embed, image_distance, random_directions
 from clora.evaluate.metrics.image import (
     COLOR_WEIGHT,
     PLACE_WEIGHT,
     as_image,
-    distribution_distance,
     disturbed,
-    embed,
     hf_energy,
     hf_ratio,
-    image_distance,
     l1,
     psnr,
-    random_directions,
     ssim,
     ssim_map,
 )

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from clora.data.image_grid import Grid, grid_image, png_data_uri
-from clora.evaluate.exact import Outputs, bootstrap_interval, evaluate_methods, evaluate_outputs
+from clora.evaluate.exact import Outputs, evaluate_methods, evaluate_outputs
 from clora.evaluate.metrics.image import disturbed
 from clora.evaluate.report import (
     Curve,
@@ -24,6 +24,7 @@ from clora.evaluate.report import (
     method_table,
     write_report,
 )
+from clora.evaluate.statistics import bootstrap_interval
 from clora.evaluate.truths import Truths
 
 EFFECTS = ("sepia", "invert", "snow", "duotone")

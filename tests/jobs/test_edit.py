@@ -20,11 +20,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from clora.backbones.qwen_image.pipeline import StillImageProcessor, linear_shapes, pass_token_types
 from clora.errors import InputError, InputErrors
-from clora.inference.editor import Editor, default_sampling, edit_prompt, load_editor
+from clora.inference.editor import Editor, edit_prompt, load_editor
+from clora.inference.sampling import default_sampling
 from clora.jobs import edit
 from clora.jobs.edit import EditRequest, edit_files, result_paths, with_collection
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
-from clora.lora.files import LoraModule, convert_lora, write_lora
+from clora.lora.files import convert_lora, write_lora
+from clora.lora.module import LoraModule
 from tests.support.random_base import AREA
 
 PROMPT = "paint it"

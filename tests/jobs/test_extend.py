@@ -18,14 +18,15 @@ from clora.backbones.qwen_image.pipeline import linear_shapes
 from clora.cli import commands as cli
 from clora.config import Config, build_config
 from clora.data.examples import collate
+from clora.distill.run import make_distiller, open_bank, teacher_files
 from clora.distill.targets import rehearsal_targets
 from clora.distill.workspace import open_workspace
 from clora.errors import InputError, InputErrors
 from clora.inference.editor import load_editor
 from clora.jobs.extend import deal_names, extend, extend_faults, extended_config, merge_catalogue
-from clora.jobs.train import make_distiller, open_bank, teacher_files
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
-from clora.lora.files import LoraModule, join_modules, read_lora, write_lora
+from clora.lora.files import read_lora, write_lora
+from clora.lora.module import LoraModule, join_modules
 from clora.method.flow import few_step_sigmas
 from clora.method.routing import step_generator
 from clora.method.samplers import few_step_sample_ref

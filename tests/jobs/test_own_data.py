@@ -13,7 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from clora.cli.commands import app
-from clora.lora.files import LoraModule, write_lora
+from clora.lora.files import write_lora
+from clora.lora.module import LoraModule
 
 
 def write_pairs(folder: Path, channel: int) -> None:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from bench.training import cycle_models
 from bench.training.cycle_models import Size, as_backbone, make_data, make_distiller
 from clora.backbones.qwen_image.backbone import KEPT
+from clora.backbones.qwen_image.footprint import model_shapes
 from clora.cli import commands as cli
 from clora.config import DEFAULT_TARGETS, Config, build_config
 from clora.distill.memory import (
@@ -30,13 +31,13 @@ from clora.distill.memory import (
     base_weights,
     forward_workspace,
     memory_plan,
-    model_shapes,
     saved_by_block,
     saved_by_forward,
 )
 from clora.jobs.plan import communication_plan, find_mends, plan_training
-from clora.lora.adapters import checkpoint_fn, inject_adapters
+from clora.lora.adapters import inject_adapters
 from clora.lora.frozen_linear import floats_at_once, is_quantized, quantize_linears, weight_bytes
+from clora.lora.recompute import checkpoint_fn
 from clora.training.optimizer import Group
 from tests.support.random_base import random_transformer
 
@@ -283,7 +284,7 @@ def test_plan_of_the_20b_base_in_int8() -> None:
     plain, small = (memory_plan(shapes, qwen_settings(quantized=on)).phases["critic update"] for on in (False, True))
     assert small["base"] / plain["base"] == pytest.approx(0.5, abs=0.01)
     assert small["workspace"] - plain["workspace"] == 2 * floats_at_once("cuda") < 2 * 18432 * 3072
-    tight = qwen_settings(whole_blocks=0)
+    tight = qwen_settings(num_blocks_kept=0)
     assert memory_plan(shapes, tight).needed > 90 * GB
     moments, int8 = "train.adam_moments=bfloat16", "base.quantize=int8"
     assert find_mends(shapes, tight, 95 * GB) == ([moments], True)
@@ -364,16 +365,16 @@ def test_plan_training_reads_the_configuration(qwen_base: Path, tmp_path: Path) 
     """The default preset on one GPU of 141 GB: fits at 1024 x 1024; 80 GB asks for several and cuts the base."""
     plan = plan_training(config_of(qwen_base, tmp_path), 1, 141)
     wanted = qwen_settings(vae_parameters=plan.settings.vae_parameters)
-    found = {name: getattr(plan.settings, name) for name in ("text_encoder_parameters", "whole_blocks")}
+    found = {name: getattr(plan.settings, name) for name in ("text_encoder_parameters", "num_blocks_kept")}
     assert plan.settings == replace(wanted, **found)
     assert plan.settings.text_encoder_parameters / 1e9 == pytest.approx(8.29, abs=0.01)  # as published
     assert plan.settings.vae_parameters / 1e6 == pytest.approx(127, abs=1)
     assert plan.fits and plan.verdict.startswith("fits 1 GPU of 141 GB: needs 102.9 GB")  # docs/ARCHITECTURE.md
     assert plan.verdict.endswith("26 of 60 blocks are not recomputed") and plan.memory.needed <= 141 * GB
-    shapes, more = model_shapes(QWEN), replace(plan.settings, whole_blocks=27)
+    shapes, more = model_shapes(QWEN), replace(plan.settings, num_blocks_kept=27)
     assert memory_plan(shapes, more).needed > 141 * GB
     tight = plan_training(config_of(qwen_base, tmp_path, "train.memory_budget_gb=110"), 1, 141)
-    assert 0 < tight.settings.whole_blocks < 26 and tight.memory.needed <= 110 * GB
+    assert 0 < tight.settings.num_blocks_kept < 26 and tight.memory.needed <= 110 * GB
     alone = plan_training(config_of(qwen_base, tmp_path), 1, 80)
     assert not alone.fits and "does not fit 1 GPU of 80 GB" in alone.verdict
     assert alone.mends == ["train.adam_moments=bfloat16", "base.quantize=int8"] and alone.mends_suffice

@@ -21,7 +21,8 @@ from clora.errors import InputError
 from clora.jobs.edit import EditRequest, with_collection
 from clora.jobs.plan_groups import NUM_LAYERS, plan_groups, spread, teacher_similarity, text_similarity, write_groups
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, find_collection, write_collection
-from clora.lora.files import LoraModule, write_lora
+from clora.lora.files import write_lora
+from clora.lora.module import LoraModule
 from clora.method.prompts import effect_prompts
 from clora.tiny.effects import EFFECTS
 

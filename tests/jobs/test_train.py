@@ -20,17 +20,20 @@ from rich.console import Console
 
 import clora.jobs.train
 import clora.training.optimizer as optimizer
-from clora.config import Config, TrainConfig
-from clora.distill.step import Distiller, student_lr_factor
+from clora.config import Config, TrainConfig, acceleration_of
+from clora.distill.run import open_bank
+from clora.distill.step import Distiller
 from clora.distill.targets import targets_from_pairs
-from clora.distill.workspace import acceleration_of, base_dtype, determinism, open_workspace
+from clora.distill.workspace import open_workspace
 from clora.errors import InputError, InputErrors
 from clora.jobs.eval import evaluate_collection
 from clora.jobs.teach import teach
-from clora.jobs.train import make_caches, open_bank, train
+from clora.jobs.train import make_caches, train
 from clora.lora.bank import TeacherBank
 from clora.lora.catalogue import read_catalogue
 from clora.lora.files import read_lora
+from clora.training.device import base_dtype, determinism
+from clora.training.lr_schedule import student_lr_multiplier
 from clora.training.tracker import read_log
 from tests.support.small_job import NAMES, make_config, write_dataset
 
@@ -181,10 +184,10 @@ def test_student_lr_factor_has_a_schedule_for_each_stage() -> None:
     train = TrainConfig(
         max_train_steps=30, learning_rate=1e-3, coarse_learning_rate=8e-3, lr_scheduler="cosine", lr_warmup_steps=0
     )
-    factors = [student_lr_factor(train, 10, step) for step in (0, 5, 10, 20)]
+    factors = [student_lr_multiplier(train, 10, step) for step in (0, 5, 10, 20)]
     assert factors == pytest.approx([8.0, 4.0, 1.0, 0.5])
     same = train.model_copy(update={"coarse_learning_rate": None, "lr_warmup_steps": 2})
-    assert [student_lr_factor(same, 10, step) for step in (0, 1, 2, 10, 11, 12)] == [0.5, 1, 1, 0.5, 1, 1]
+    assert [student_lr_multiplier(same, 10, step) for step in (0, 1, 2, 10, 11, 12)] == [0.5, 1, 1, 0.5, 1, 1]
 
 
 def test_train_stops_at_a_loss_that_is_not_finite_and_names_the_samples(

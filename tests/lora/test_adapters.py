@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from clora.config import DEFAULT_TARGETS as CONFIG_TARGETS
 from clora.errors import InputError, InputErrors
-from clora.lora.adapters import DEFAULT_TARGETS, Adapters, checkpoint_fn, inject_adapters
-from clora.lora.files import LoraModule
+from clora.lora.adapters import DEFAULT_TARGETS, Adapters, inject_adapters
+from clora.lora.module import LoraModule
+from clora.lora.recompute import checkpoint_fn
 from tests.support.random_base import random_transformer
 
 SHAPES = {"first": (6, 5), "last": (4, 6)}

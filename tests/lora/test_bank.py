@@ -17,7 +17,8 @@ from torch import nn
 from clora.errors import InputError, InputErrors
 from clora.lora.adapters import Adapters, inject_adapters
 from clora.lora.bank import TeacherBank
-from clora.lora.files import LoraFile, LoraModule, map_lora, read_lora, write_lora
+from clora.lora.files import LoraFile, map_lora, read_lora, write_lora
+from clora.lora.module import LoraModule
 
 NAMES = ["clay", "manga", "neon", "oil"]
 

@@ -18,17 +18,10 @@ from torch import Tensor, nn
 
 from clora.errors import InputError, InputErrors
 from clora.io.safetensors import map_tensors, read_header, read_tensors, write_tensors
-from clora.lora.files import (
-    LoraModule,
-    check_lora,
-    convert_lora,
-    inspect_lora,
-    join_modules,
-    map_lora,
-    read_lora,
-    write_lora,
-)
-from clora.lora.keys import BLOCK_LINEARS, TOP_LINEARS, flat_name, flat_resolver
+from clora.lora.files import check_lora, convert_lora, inspect_lora, map_lora, read_lora, write_lora
+from clora.lora.keys import flat_name, flat_resolver
+from clora.lora.layers import BLOCK_LINEARS, TOP_LINEARS
+from clora.lora.module import LoraModule, join_modules
 from tests.support.random_base import random_transformer
 
 TO_Q = "transformer_blocks.0.attn.to_q"

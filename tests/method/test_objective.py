@@ -17,7 +17,7 @@ from torch import Tensor
 from clora.errors import InputError
 from clora.method.flow import shift_sigma
 from clora.method.losses import guided_velocity
-from clora.method.noise import draw_dmd_sigma
+from clora.method.noise import Draws, Rows, draw_dmd_sigma, split_rows
 from clora.method.objective import (
     DistillBatch,
     Networks,
@@ -30,7 +30,6 @@ from clora.method.objective import (
     ta_fm_loss,
     total_loss,
 )
-from clora.method.routing import Draws, Rows, split_rows
 from tests.support.mixture_world import (
     EFFECTS,
     NUM_EFFECTS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clora.training.bf16_master import join, round_either_way, split
+from clora.training.bf16_master import merge_bf16_master, split_bf16_master, stochastic_round
 
 
 def test_split_and_join_are_exact() -> None:
@@ -14,9 +14,9 @@ def test_split_and_join_are_exact() -> None:
     values = (high | low).view(torch.float32)
     # A number rounded up beyond the largest bfloat16 becomes infinite, and comes back all the same.
     values = torch.cat([values[values.isfinite()], torch.randn(10_000) * 10 ** torch.linspace(-37, 37, 10_000)])
-    upper, lower = split(values)
+    upper, lower = split_bf16_master(values)
     assert upper.dtype == torch.bfloat16 and lower.dtype == torch.int16
-    assert torch.equal(join(upper, lower).view(torch.int32), values.view(torch.int32))
+    assert torch.equal(merge_bf16_master(upper, lower).view(torch.int32), values.view(torch.int32))
     tie = (values.view(torch.int32) & 0xFFFF) == 2**15
     assert torch.equal(upper[~tie], values[~tie].bfloat16())
     finite = tie & upper.isfinite()
@@ -32,7 +32,7 @@ def test_round_either_way_is_right_on_average() -> None:
     rounds = 2000
     ups = torch.zeros(500)
     for salt in range(rounds):
-        rounded = round_either_way(values, salt).float()
+        rounded = stochastic_round(values, salt).float()
         up = (rounded - below) / step
         assert ((up == 0) | (up == 1)).all()
         ups += up
@@ -40,4 +40,4 @@ def test_round_either_way_is_right_on_average() -> None:
     spread = (odds * (1 - odds) / rounds).sqrt() + 1e-3
     assert ((ups / rounds - odds).abs() < 5 * spread).all()
     assert ((ups / rounds - odds) / spread).square().mean() < 2
-    assert torch.equal(round_either_way(values.bfloat16().float(), 3), values.bfloat16())
+    assert torch.equal(stochastic_round(values.bfloat16().float(), 3), values.bfloat16())

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from clora.errors import NonFiniteError
 from clora.training import distributed
 from clora.training.bf16_master import split
-from clora.training.optimizer import Group, NonFiniteError, apply_gradients, check_finite
+from clora.training.optimizer import Group, apply_gradients, check_finite
 from tests.support import processes
 
 
@@ -91,7 +92,7 @@ def test_bfloat16_parameters_follow_their_fp32_masters(device: str) -> None:
             (exact.parameters[name] * slope.float()).sum().backward()
         norms = [apply_gradients(group, 1.0, "here") for group in (exact, halved)]
         assert norms[0] == norms[1]
-    masters, averaged = halved.masters(), halved.averaged()
+    masters, averaged = halved.fp32_parameters(), halved.averaged()
     for name, parameter in halved.parameters.items():
         assert torch.equal(masters[name], exact.parameters[name])
         assert torch.equal(averaged[name], exact.averaged()[name])
@@ -126,7 +127,10 @@ def test_bfloat16_moments_follow_fp32_ones() -> None:
 def test_assign_gives_parameters_and_masters() -> None:
     group = Group({"a": nn.Parameter(torch.zeros(3)), "b": nn.Parameter(torch.zeros(2))}, 0.1, dtype=torch.bfloat16)
     group.assign({"b": torch.tensor([1 / 3, -2 / 3])})
-    assert torch.equal(group.masters()["b"], torch.tensor([1 / 3, -2 / 3])) and not group.masters()["a"].any()
+    assert (
+        torch.equal(group.fp32_parameters()["b"], torch.tensor([1 / 3, -2 / 3]))
+        and not group.fp32_parameters()["a"].any()
+    )
     assert torch.equal(group.parameters["b"], torch.tensor([1 / 3, -2 / 3]).bfloat16())
 
 
@@ -147,12 +151,12 @@ def trained_on_halves(folder: Path) -> None:
             for parameter in parameters.values():
                 torch.manual_seed(step)
                 slopes = torch.randn(2, *parameter.shape).bfloat16()
-                mine = slopes if distributed.world() == 1 else slopes[distributed.rank()][None]
+                mine = slopes if distributed.world_size() == 1 else slopes[distributed.rank()][None]
                 for slope in mine:
                     (parameter * slope).sum().backward()
             apply_gradients(group, 1.0, "here")
-        group.assign({"b": group.masters()["a"].flatten()[:70]})
-        whole = {f"master of {name}": value for name, value in group.masters().items()}
+        group.assign({"b": group.fp32_parameters()["a"].flatten()[:70]})
+        whole = {f"master of {name}": value for name, value in group.fp32_parameters().items()}
         whole |= {f"average of {name}": value.clone() for name, value in group.averaged().items()}
         whole |= {name: value.detach() for name, value in parameters.items()}
         start, length = group.own.start, group.own_length

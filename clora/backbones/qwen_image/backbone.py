@@ -27,11 +27,12 @@ from torch import Tensor
 from clora.backbones.cond import Cond, Grid, make_cond
 from clora.backbones.qwen_image.block import fastest_attention, fuse_blocks
 from clora.backbones.qwen_image.pipeline import COMPONENTS, load_pipeline
-from clora.config import BaseSizes, Quantize, read_sizes, resolve_base
+from clora.config import BaseSidecar, Quantize, read_sidecar, resolve_base
 from clora.errors import InputError
 from clora.kernels.qk_norm_rope import rotary_tables
-from clora.lora.adapters import DEFAULT_TARGETS, Adapters, checkpoint_fn, inject_adapters
-from clora.lora.frozen_linear import check_quantize, quantize_linears
+from clora.lora.adapters import DEFAULT_TARGETS, Adapters, inject_adapters
+from clora.lora.frozen_linear import check_torchao, quantize_linears
+from clora.lora.recompute import checkpoint_fn
 from clora.lora.slots import Slot
 
 Size = tuple[int, int]  # height and width in pixels
@@ -50,7 +51,7 @@ class QwenImageBackbone:
     """One base model: `pipeline` holds the stock pieces (those not asked for are None), `adapters` its
     slots."""
 
-    def __init__(self, base: str, pipeline: Any, sizes: BaseSizes, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, base: str, pipeline: Any, sizes: BaseSidecar, device: torch.device, dtype: torch.dtype) -> None:
         self.base = base
         self.pipeline = pipeline
         self.sizes = sizes
@@ -82,8 +83,8 @@ class QwenImageBackbone:
         self.adapters = inject_adapters(self.transformer, targets)
         return self.adapters
 
-    def set_gradient_checkpointing(self, enabled: bool, whole_blocks: int = 0) -> None:
-        """Recompute each block but the last `whole_blocks` in the backward pass, with the slots its forward used.
+    def set_gradient_checkpointing(self, enabled: bool, num_blocks_kept: int = 0) -> None:
+        """Recompute each block but the last `num_blocks_kept` in the backward pass, with the slots its forward used.
 
         With adapters all is recomputed but attention, a third of a block's arithmetic at 1024 x 1024 pixels and a
         small part of its memory. The last blocks are the first that a backward pass frees. Blocks are known by
@@ -95,7 +96,7 @@ class QwenImageBackbone:
             self.transformer.enable_gradient_checkpointing()
         else:
             blocks = list(self.transformer.transformer_blocks)
-            whole = blocks[max(0, len(blocks) - whole_blocks) :]
+            whole = blocks[max(0, len(blocks) - num_blocks_kept) :]
             self.transformer.enable_gradient_checkpointing(checkpoint_fn(self.adapters, KEPT, whole))
 
     def use_kernels(self, kernels: Kernels) -> None:
@@ -317,7 +318,8 @@ def load_backbone(
     """
     if unknown := set(components) - set(COMPONENTS):
         raise ValueError(f"unknown components {sorted(unknown)}; known: {', '.join(COMPONENTS)}")
-    check_quantize(quantize)
+    if quantize == "int8":
+        check_torchao()
     path, device = resolve_base(base), torch.device(device)
     try:
         pipeline = load_pipeline(path, dtype, components, revision)
@@ -334,7 +336,7 @@ def load_backbone(
     for name in components:
         elsewhere = transformer_device is not None and name == "transformer"
         getattr(pipeline, name).to(transformer_device if elsewhere else device)
-    return QwenImageBackbone(str(base), pipeline, read_sizes(path), device, dtype)
+    return QwenImageBackbone(str(base), pipeline, read_sidecar(path), device, dtype)
 
 
 def _dimensions(area: int, ratio: float) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
 from clora.backbones.qwen_image.pipeline import linear_shapes
 from clora.config import resolve_base
 from clora.errors import InputError, InputErrors
-from clora.lora.files import LoraModule
+from clora.lora.module import LoraModule
 from tests.support.random_base import AREA, write_random_base
 
 # The few-step schedule's, which bf16 holds badly: the stock pipeline rounds 1000 sigma, not sigma.
