@@ -1,0 +1,184 @@
+"""Asking a model behind any OpenAI-compatible endpoint, with images.
+
+Overload, time-outs and answers that the caller's check refuses are tried again. The API key comes from an environment
+variable and appears in no log, message or file.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from PIL import Image
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
+
+from clora.errors import InputError
+from clora.io.text import parse_json
+
+log = logging.getLogger(__name__)
+
+MAX_IMAGE_SIDE = 768
+MAX_ANSWER_BYTES = 1 << 20
+MAX_WAIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to ask. `key` is the configuration key that names it, for messages; `mend` ends the last of them."""
+
+    key: str
+    url: str  # ending in /v1
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout_seconds: float = 60.0
+    max_attempts: int = 5
+    mend: str = "check it"
+
+    @property
+    def shown(self) -> str:
+        """The address without user name, password and query, which may be secrets."""
+        url = httpx.URL(self.url)
+        return f"{url.scheme}://{url.host}{f':{url.port}' if url.port else ''}{url.path}"
+
+
+class _Again(Exception):
+    """A failure that another try may mend."""
+
+    def __init__(self, reason: str, wait_seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_seconds = wait_seconds
+
+
+def chat_request(model: str, images: Sequence[Image.Image], text: str) -> dict[str, Any]:
+    """The body of a request that shows images, in order, and then the text."""
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{_jpeg_base64(image)}"}} for image in images
+    ]
+    content.append({"type": "text", "text": text})
+    return {"model": model, "messages": [{"role": "user", "content": content}]}
+
+
+def _jpeg_base64(image: Image.Image) -> str:
+    small = image.convert("RGB")
+    small.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=90)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def ask(
+    endpoint: Endpoint,
+    body: dict[str, Any],
+    read: Callable[[str], str],
+    *,
+    client: httpx.Client | None = None,
+    backoff_seconds: float = 1.0,
+) -> str:
+    """What `read` makes of the model's answer to `body` (see `chat_request`).
+
+    `read` raises ValueError for an answer that is of no use. Such answers, status 429 and 5xx, time-outs and broken
+    connections are tried again, at most `max_attempts` times in all, waiting `backoff_seconds` doubled each time (or
+    what the server asks for, up to a minute). Raises `InputError` that names the endpoint and the mend.
+    """
+
+    def wait(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.wait_seconds if isinstance(error, _Again) else None
+        doubled: float = backoff_seconds * 2.0 ** (state.attempt_number - 1)
+        return min(doubled if asked is None else asked, MAX_WAIT_SECONDS)
+
+    def tell(state: RetryCallState) -> None:
+        reason = state.outcome.exception() if state.outcome else None
+        log.info("%s: attempt %d: %s", endpoint.shown, state.attempt_number, reason)
+
+    tries = Retrying(
+        stop=stop_after_attempt(endpoint.max_attempts),
+        retry=retry_if_exception_type(_Again),
+        wait=wait,
+        before_sleep=tell,
+        reraise=True,
+    )
+    try:
+        if client is not None:
+            return tries(_post, client, endpoint, body, read)
+        with httpx.Client() as own:
+            return tries(_post, own, endpoint, body, read)
+    except _Again as error:
+        what = f"no usable answer in {endpoint.max_attempts} attempts ({error})"
+        raise InputError(f"{endpoint.key} {endpoint.shown}: {what}; {endpoint.mend}") from None
+
+
+def _post(client: httpx.Client, endpoint: Endpoint, body: dict[str, Any], read: Callable[[str], str]) -> str:
+    key = _api_key(endpoint)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    timeout = endpoint.timeout_seconds
+    try:
+        url = httpx.URL(f"{endpoint.url.rstrip('/')}/chat/completions")
+        # A password in the address is sent, but taken out of the address, which httpx logs.
+        auth = (url.username, url.password) if url.username else None
+        plain = url.copy_with(userinfo=b"")
+        with client.stream("POST", plain, json=body, headers=headers, timeout=timeout, auth=auth) as response:
+            raw = _read_limited(response, time.monotonic() + timeout)
+    except httpx.InvalidURL as error:
+        raise InputError(f"{endpoint.key} is not an address ({error}); correct it") from None
+    except httpx.TransportError as error:
+        raise _Again(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
+    if response.status_code == 429 or response.status_code >= 500:
+        raise _Again(f"status {response.status_code}", _retry_after(response))
+    if response.status_code != 200:
+        raise InputError(_refused(response.status_code, raw, key, endpoint))
+    try:
+        return read(_answer(raw))
+    except ValueError as error:
+        raise _Again(str(error)) from None
+
+
+def _answer(raw: bytes) -> str:
+    try:
+        answer = parse_json(raw.decode())["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError("the answer is not a chat completion") from None
+    if not isinstance(answer, str):
+        raise ValueError("the answer holds no text")
+    return answer
+
+
+def _api_key(endpoint: Endpoint) -> str:
+    key = os.environ.get(endpoint.api_key_env, "").strip()
+    if not key.isascii() or not all(letter.isprintable() for letter in key):
+        raise InputError(f"the key in ${endpoint.api_key_env} holds characters that no header may; set it again")
+    return key
+
+
+def _read_limited(response: httpx.Response, deadline: float) -> bytes:
+    raw = b""
+    for chunk in response.iter_bytes():
+        raw += chunk
+        if len(raw) > MAX_ANSWER_BYTES:
+            raise _Again(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > deadline:  # the client's own time-out only bounds the wait for the next bytes
+            raise _Again("the answer took too long")
+    return raw
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    text = response.headers.get("retry-after", "")
+    return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else None
+
+
+def _refused(status: int, raw: bytes, key: str, endpoint: Endpoint) -> str:
+    where = f"{endpoint.key} {endpoint.shown}: status {status}"
+    if status in (401, 403):
+        return f"{where}; put a valid key into the environment variable {endpoint.api_key_env}"
+    said = " ".join(raw[:2000].decode("utf-8", "replace").split())
+    if key:
+        said = said.replace(key, "***")
+    return f"{where} ({said[:200]}); check {endpoint.key} and {endpoint.key.rpartition('.')[0]}.model"
