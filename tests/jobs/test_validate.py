@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import clora.jobs.validate as validation
+import clora.distill.check as checking
 from clora.config import build_config
 from clora.jobs.validate import Report, validate, validate_config, validate_file
 
@@ -72,8 +72,8 @@ def test_a_sound_configuration_has_no_fault(home: Path) -> None:
 
 
 def test_the_shipped_example_names_what_to_bring_in_three_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(validation, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(checking.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checking, "try_to_load_from_cache", lambda *_, **__: None)
     found = validate_file(EXAMPLE)
     assert found.num_effects == 50
     assert found.faults == [
@@ -94,8 +94,8 @@ def test_a_hub_base_is_looked_for_in_the_local_cache_only(home: Path, monkeypatc
         asked.append((repository, name, revision))
         return "/cache/model_index.json" if revision == "abc" else None
 
-    monkeypatch.setattr(validation, "try_to_load_from_cache", look)
-    monkeypatch.setattr(validation.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(checking, "try_to_load_from_cache", look)
+    monkeypatch.setattr(checking.constants, "HF_HUB_OFFLINE", True)
     (fault,) = report(home, base="owner/name").faults
     assert "owner/name is not in the local hub cache and HF_HUB_OFFLINE is set" in fault
     assert report(home, base={"model": "owner/name", "revision": "abc"}).faults == []
@@ -242,7 +242,11 @@ def test_a_base_may_bring_its_own_general_data(home: Path) -> None:
     (home / "base" / "clora.json").write_text('{"general": "own_general"}')
     assert report(home, general=None).faults[0].startswith("general: is missing")
     (home / "base" / "own_general").mkdir()
-    assert report(home, general=None).faults == []
+    (fault,) = report(home, general=None).faults
+    assert fault.startswith("general data of base ") and "holds no pairs" in fault
+    shutil.copytree(home / "general", home / "base" / "own_general", dirs_exist_ok=True)
+    found = report(home, general=None)
+    assert (found.faults, found.num_pairs) == ([], 4)  # counted are the configuration's
 
 
 def test_validate_file_reports_faults_of_the_file_itself(tmp_path: Path) -> None:
