@@ -372,3 +372,14 @@ def test_command_prints_what_the_collection_holds_now(random_base: Path, place: 
     answer = json.loads(result.stdout)
     assert result.exit_code == 0 and answer["version"] == 2 and answer["effects"] == ["first", "second", "warm"]
     assert Path(answer["output"]).is_file()
+
+
+def test_extend_checks_before_it_loads_the_base(
+    random_base: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clora.distill.workspace.load_backbone", None)
+    faulty = make_config(random_base, place, tmp_path / "out", "effects.0.lora=gone.safetensors", "extend.p_switch=0.5")
+    with pytest.raises(InputErrors) as caught:
+        extend(place / "collection.safetensors", faulty, console=QUIET)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["effects.0.lora", "general"]
+    assert not (tmp_path / "out").exists()

@@ -238,6 +238,39 @@ def test_pairs_of_different_shape_and_runs_without_a_fine_stage_are_warned_of(ho
     ]
 
 
+def test_schedules_that_do_not_fit_their_stages_are_warned_of(home: Path) -> None:
+    """What once made the demo's full stage have no effect; each with its key and its mend."""
+    short = ("train.max_train_steps=620", "train.coarse_steps=600", "train.ema_start=50", "train.ema_decay=0.98")
+    found = report(home, *short, "train.lr_warmup_steps=20")
+    assert found.faults == [] and [warning.split(": ")[0] for warning in found.warnings] == [
+        "train.lr_warmup_steps", "train.ema_start"
+    ]  # fmt: skip
+    assert "the full stage has 20 updates" in found.warnings[0] and "set it to 600" in found.warnings[1]
+    # Teaching's are told only where there is something to teach.
+    assert report(home, "teach.max_train_steps=10").warnings == []
+    taught = report(home, "teach.max_train_steps=10", "effects.1.lora=null").warnings
+    assert taught[0].startswith("teach.lr_warmup_steps: 50, but the run has 10 updates")
+
+
+def test_a_base_that_is_cached_in_part_is_a_warning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a base in the local cache everything is checked as of a folder; what is missing there is downloaded yet."""
+    monkeypatch.setattr(checking, "try_to_load_from_cache", lambda *_, **__: str(home / "base" / "model_index.json"))
+    found = report(home, "effects.1.prompt=" + "word " * 600, base="owner/name")
+    assert [fault.split(":")[0] for fault in found.faults] == ["effects.1.prompt", "effects.1.student_prompt"]
+    shutil.rmtree(home / "base" / "tokenizer")
+    found = report(home, base="owner/name")
+    assert found.faults == [] and len(found.warnings) == 1
+    assert found.warnings[0].startswith("base: the local hub cache has not all of owner/name (")
+
+
+def test_teachers_that_were_taught_are_checked(home: Path) -> None:
+    teacher = lora(home / "out" / "teachers" / "felt.safetensors")
+    assert report(home, "effects.1.lora=null").ok
+    teacher.write_bytes(teacher.read_bytes()[:-1])
+    (fault,) = report(home, "effects.1.lora=null").faults
+    assert fault.startswith(f"effects.1 (felt): {teacher}: cut off (")
+
+
 def test_a_base_may_bring_its_own_general_data(home: Path) -> None:
     (home / "base" / "clora.json").write_text('{"general": "own_general"}')
     assert report(home, general=None).faults[0].startswith("general: is missing")
