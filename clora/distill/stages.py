@@ -39,11 +39,11 @@ def _warm_ups(section: str, coarse: int, full: int, warm_up: int) -> list[str]:
     names = ("the coarse stage", "the full stage") if coarse else ("", "the run")
     warnings = []
     for stage, steps in zip(names, (coarse, full), strict=True):
-        if steps and warm_up >= steps:
-            reached = "only with the last one" if warm_up == steps else "never"
+        if steps and warm_up >= steps and warm_up > 1:  # a warm-up of one update is none
+            peak = "reaches its peak only with the last one" if warm_up == steps else "never reaches its peak"
             warnings.append(
                 f"{section}.lr_warmup_steps: {warm_up}, but {stage} has {steps} updates, so that the learning rate"
-                f" reaches its peak {reached}; set it to {steps // 10} or so, or raise {section}.max_train_steps"
+                f" {peak}; set it to about {max(1, steps // 10)}, or raise {section}.max_train_steps"
             )
     return warnings
 

@@ -28,10 +28,11 @@ def test_training_warnings_name_a_warm_up_as_long_as_its_stage(tmp_path: Path) -
     assert training_warnings(fitting) == []
     assert training_warnings(config_of(tmp_path, *short, "train.lr_warmup_steps=20")) == [
         "train.lr_warmup_steps: 20, but the full stage has 20 updates, so that the learning rate reaches its peak only"
-        " with the last one; set it to 2 or so, or raise train.max_train_steps"
+        " with the last one; set it to about 2, or raise train.max_train_steps"
     ]
     both = training_warnings(config_of(tmp_path, *short, "train.lr_warmup_steps=700"))
-    assert len(both) == 2 and "the coarse stage has 600 updates" in both[0] and "its peak never;" in both[1]
+    assert len(both) == 2 and "the coarse stage has 600 updates" in both[0] and "never reaches its peak;" in both[1]
+    assert training_warnings(config_of(tmp_path, "train.coarse_steps=1", "train.lr_warmup_steps=1")) == []
     (alone,) = training_warnings(config_of(tmp_path, "train.coarse_steps=0", "train.lr_warmup_steps=5000"))
     assert "but the run has 5000 updates" in alone
 
