@@ -47,6 +47,32 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near!r}?" if near else f"known: {', '.join(names) or 'none'}"
 
 
+def missing_files(what: str, named: Iterable[tuple[str, Path]], beside: Path) -> list[str]:
+    """One sentence for each folder in which files are missing; `named` are configuration keys with their files.
+
+    Paths below `beside`, the folder of the configuration file, are shown as the user wrote them.
+    """
+    by_folder: dict[Path, list[tuple[str, Path]]] = {}
+    for key, path in named:
+        by_folder.setdefault(path.parent, []).append((key, path))
+    faults: list[str] = []
+    for folder, missing in by_folder.items():
+        key, path = missing[0]
+        if len(missing) == 1:
+            faults.append(f"{key}: {what} {shown_path(path, beside)} is missing; put it there or correct the path")
+        else:
+            faults.append(
+                f"{len(missing)} {what}s missing under {shown_path(folder, beside)}/, first: {path.name} ({key});"
+                " put them there or correct the paths"
+            )
+    return faults
+
+
+def shown_path(path: Path, beside: Path) -> str:
+    """A path as the user wrote it where it lies below `beside`, the configuration file's folder, else in full."""
+    return str(path.relative_to(beside)) if path.is_relative_to(beside) else str(path)
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; the state is saved. `code` is the exit code to use (128 + signal)."""
 

@@ -24,7 +24,7 @@ from clora.data.examples import Example
 from clora.data.image_grid import Pixels
 from clora.data.pairs import Pair
 from clora.distill.run import open_bank
-from clora.distill.workspace import Workspace, open_workspace
+from clora.distill.workspace import OpenBase, open_base
 from clora.evaluate.baselines import ACCELERATION, COLLECTION, methods
 from clora.evaluate.exact import MethodScores, Outputs, evaluate_methods
 from clora.evaluate.statistics import bootstrap_interval
@@ -67,7 +67,7 @@ def teach_new(config: Config, run: Path, console: Console) -> None:
     teach(config.model_copy(update={"effects": effects, "output_dir": run}), resume="latest", console=console)
 
 
-def encode(workspace: Workspace, prompts: dict[str, dict[str, str]], scenes: dict[int, Path]) -> dict[int, Any]:
+def encode(workspace: OpenBase, prompts: dict[str, dict[str, str]], scenes: dict[int, Path]) -> dict[int, Any]:
     """(effect, scene) and its example, by the example's identity."""
     found = {}
     for name, texts in prompts.items():
@@ -78,7 +78,7 @@ def encode(workspace: Workspace, prompts: dict[str, dict[str, str]], scenes: dic
 
 
 def sample(
-    workspace: Workspace, method: Method, examples: dict[int, tuple[tuple[str, int], Example]], num_noises: int = 1
+    workspace: OpenBase, method: Method, examples: dict[int, tuple[tuple[str, int], Example]], num_noises: int = 1
 ) -> Images:
     """So many uint8 images of every effect and scene; a scene has the same noises in every method."""
     images: Images = {}
@@ -96,9 +96,7 @@ def sample_collections(config: Config, before: Path, after: Path, scenes: dict[i
     """Images of the collection before and after, and of the new effects' teachers: at 40 steps, and at the collection's
     number of steps with the base's acceleration LoRA."""
     console = Console(stderr=True)
-    bare = config.model_copy(update={"effects": []})
-    workspace = open_workspace(bare, console, general=False, keep_encoders=True)
-    workspace.config = config
+    workspace = open_base(config, console)
     new = {effect.name: effect.prompt for effect in config.effects}
     catalogue = read_catalogue(after)
     negative = config.objective.negative_prompt

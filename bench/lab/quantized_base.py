@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,9 +25,10 @@ from rich.console import Console
 from bench.lab.extend import Images, encode, sample
 from bench.training.cycle_models import steps_of
 from clora.config import Config, build_config, collection_lora
+from clora.distill.check import check_training
 from clora.distill.run import make_distiller, open_bank
 from clora.distill.targets import targets_from_pairs
-from clora.distill.workspace import open_workspace
+from clora.distill.workspace import open_base, open_workspace
 from clora.evaluate.baselines import COLLECTION
 from clora.evaluate.exact import PSNR_CAP, MethodScores, evaluate_methods
 from clora.evaluate.metrics.image import as_image, psnr
@@ -72,7 +74,7 @@ def edit(
     config: Config, effects: list[CatalogueEntry], num_steps: int, scenes: dict[int, Path], console: Console
 ) -> tuple[Images, int, float]:
     """The collection's images of some of its effects, bytes of the transformer's weights, and seconds of an image."""
-    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
+    workspace = open_base(config, console)
     num_bytes = weight_bytes(workspace.backbone.transformer)
     examples = encode(workspace, {entry.name: {"student": entry.prompt} for entry in effects}, scenes)
     workspace.backbone.free_encoders()
@@ -86,8 +88,8 @@ def edit(
 
 def distil(config: Config, num_steps: int, console: Console) -> tuple[Losses, float]:
     """The losses of the first full steps of each stream, and seconds of a step."""
-    workspace = open_workspace(config, console)
-    workspace.effects = targets_from_pairs(workspace.effects)
+    workspace = open_workspace(check_training(config), console)
+    workspace = replace(workspace, effects=targets_from_pairs(workspace.effects))
     bank = open_bank(workspace)
     distiller = make_distiller(workspace, bank)
     steps = [step for stream in STREAMS for step in islice(steps_of(distiller, stream), num_steps)]

@@ -19,7 +19,7 @@ from clora.config import load_config
 from clora.data.dataset import in_batches
 from clora.data.image_grid import Pixels, grid_image
 from clora.distill.run import open_bank
-from clora.distill.workspace import open_workspace
+from clora.distill.workspace import open_base
 from clora.evaluate.exact import MethodScores, Pair, evaluate_methods
 from clora.inference.sampling import Method, sample_method
 from clora.jobs.demo import encode_held_out
@@ -35,8 +35,7 @@ Images = dict[Pair, list[Pixels]]
 def sample(run: Path, num_scenes: int) -> dict[int, Images]:
     """uint8 images of every effect on every scene by number of steps, one per seed."""
     config, console = load_config(run / "config.yaml"), Console(stderr=True)
-    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
-    workspace.config = config
+    workspace = open_base(config, console)
     bank = open_bank(workspace)
     assert bank is not None
     scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}

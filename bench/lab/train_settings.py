@@ -17,7 +17,7 @@ from rich.console import Console
 from bench.lab.extend import Images, encode, sample
 from bench.lab.quantized_base import psnr_to, quality
 from clora.config import Config, load_config
-from clora.distill.workspace import open_workspace
+from clora.distill.workspace import open_base
 from clora.evaluate.baselines import COLLECTION
 from clora.evaluate.exact import evaluate_methods
 from clora.inference.sampling import Method
@@ -64,8 +64,7 @@ def prompts_of(collection: Path) -> dict[str, dict[str, str]]:
 
 def sample_all(config: Config, collections: dict[str, Path], scenes: dict[int, Path]) -> dict[str, Images]:
     """Every collection's images of all effects on the held-out scenes."""
-    bare, console = config.model_copy(update={"effects": []}), Console(stderr=True)
-    workspace = open_workspace(bare, console, general=False, keep_encoders=True)
+    workspace = open_base(config, Console(stderr=True))
     examples = {name: encode(workspace, prompts_of(path), scenes) for name, path in collections.items()}
     workspace.backbone.free_encoders()
     method = Method(COLLECTION, 1, config.schedule.num_steps, 1.0, True, "student", lambda effects: [COLLECTION])

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from clora.config import Config, Job, acceleration_of
 from clora.data.examples import Example
+from clora.distill.check import teacher_files
 from clora.distill.memory import num_blocks_kept
 from clora.distill.preview import sample_grid
 from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT
 from clora.distill.step import JOINT_TOKENS, Distiller
 from clora.distill.targets import TARGET_BATCH, make_targets, targets_from_pairs
-from clora.distill.workspace import Workspace, trainable_group
-from clora.errors import raise_faults
+from clora.distill.workspace import OpenBase, Workspace, trainable_group
 from clora.io.digest import hash_files
 from clora.lora.adapters import slot_to_cpu
 from clora.lora.bank import TeacherBank
@@ -32,29 +32,16 @@ from clora.training.run_record import git_revision, write_run
 from clora.training.tracker import Tracker
 
 
-def teacher_files(config: Config) -> dict[str, Path]:
-    """Each effect's teacher: its `lora`, or what `clora teach` wrote; all that are missing in one error."""
-    files, faults = {}, []
-    for effect in config.effects:
-        path = config.teacher_path(effect)
-        files[effect.name] = path
-        if not path.is_file():
-            mend = "check the path" if effect.lora else "run `clora teach` first, or give its LoRA file in 'lora'"
-            faults.append(f"effect {effect.name}: no teacher at {path}; {mend}")
-    raise_faults(faults)
-    return files
-
-
-def open_bank(workspace: Workspace) -> TeacherBank | None:
-    """The bank of teachers; None without effects."""
-    if not workspace.config.effects:
+def open_bank(base: OpenBase) -> TeacherBank | None:
+    """The bank of the teachers of `base.config`; None without effects. A workspace is an open base too."""
+    if not base.config.effects:
         return None
-    cache_gb = workspace.config.train.teacher_cache_gb
+    cache_gb = base.config.train.teacher_cache_gb
     return TeacherBank(
-        workspace.adapters,
-        teacher_files(workspace.config),
-        workspace.config.train.teacher_slots,
-        dtype=workspace.backbone.dtype,
+        base.adapters,
+        teacher_files(base.config),
+        base.config.train.teacher_slots,
+        dtype=base.backbone.dtype,
         cache_bytes=math.inf if cache_gb is None else cache_gb * 1e9,
     )
 
@@ -64,8 +51,7 @@ def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dic
     if workspace.config.targets.source == "pairs":
         return targets_from_pairs(workspace.effects)
     hashes = hash_files(teacher_files(workspace.config))
-    batch = bank.capacity if workspace.config.effects else 1
-    return make_targets(workspace, bank.slots_for, hashes, console, max(1, min(TARGET_BATCH, batch)))
+    return make_targets(workspace, bank.slots_for, hashes, console, min(TARGET_BATCH, bank.capacity))
 
 
 def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, console: Console) -> Path:

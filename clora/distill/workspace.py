@@ -1,8 +1,8 @@
 """What every training job starts from: the base with its adapters, and all data encoded.
 
-Opening a workspace loads the base once, encodes pairs and prompts through the cache, and frees the encoders that are
-no longer needed. Nothing in here learns. Of several processes the first encodes; the others have no encoders and read
-the cache.
+Opening a workspace takes a checked run (`clora.distill.check`), loads the base once, encodes pairs and prompts through
+the cache, and frees the encoders. Nothing in here learns. Of several processes the first encodes; the others have no
+encoders and read the cache.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from rich.progress import track
 
 from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
 from clora.backbones.qwen_image.pipeline import COMPONENTS
-from clora.config import Config, base_identity, general_data
+from clora.config import Config, base_identity
 from clora.data.cache import TensorCache
-from clora.data.dataset import effect_pairs, hash_pairs
+from clora.data.dataset import hash_pairs
 from clora.data.examples import Example, ExampleEncoder
-from clora.data.pairs import Pair, read_pairs
+from clora.data.pairs import Pair
+from clora.distill.check import CheckedRun
 from clora.errors import InputError, raise_faults
 from clora.lora.adapters import Adapters
-from clora.method.prompts import EffectPrompt, effect_prompts
+from clora.method.prompts import EffectPrompt
 from clora.training import distributed
 from clora.training.device import DTYPES, base_dtype, pick_device
 from clora.training.optimizer import Group
 
 
-@dataclass
-class Workspace:
-    """The open base and the encoded data. `effects` keeps the configuration's order."""
+@dataclass(frozen=True)
+class OpenBase:
+    """A base with its adapters, and what encodes for it. Nothing of it is replaced while it is open; with
+    `dataclasses.replace` a job makes another."""
 
     config: Config
     backbone: QwenImageBackbone
@@ -41,121 +43,125 @@ class Workspace:
     cache: TensorCache
     identity: str
     encoder: ExampleEncoder
+
+
+@dataclass(frozen=True)
+class Workspace(OpenBase):
+    """An open base with a run's encoded data. `prompts` and `effects` keep the configuration's order."""
+
     prompts: dict[str, EffectPrompt]
     effects: dict[str, list[Example]]
     general: list[Example]
     hashes: dict[str, str]  # sha256 of the base and of each dataset
 
 
-def open_workspace(
-    config: Config,
-    console: Console,
-    *,
-    general: bool = True,
-    keep_encoders: bool = False,
-    max_pairs: int | None = None,
-) -> Workspace:
-    """Load the base, read and encode the effects' pairs (the first `max_pairs` of each) and, with `general`, the
-    general stream's.
+# A pair, its effect (None: of the general stream) and its prompts by role.
+EncodeRequest = tuple[Pair, str | None, dict[str, str]]
 
-    With `keep_encoders` the text encoder stays, to encode more; call `backbone.free_encoders()` afterwards.
 
-    Raises `InputErrors` with every fault of the data.
+def open_base(config: Config, console: Console) -> OpenBase:
+    """Load the base and add adapters to it; no data is read.
+
+    Its text encoder is there to encode with; call `backbone.free_encoders()` when that is done.
     """
+    backbone = _load_base(config)
+    identity, cache, encoder = _encoder_of(config, backbone)
+    return OpenBase(config, backbone, _add_adapters(config, backbone, console), cache, identity, encoder)
+
+
+def open_workspace(run: CheckedRun, console: Console) -> Workspace:
+    """Load the base of a checked run, encode all of its pairs and free the text encoder.
+
+    Raises `InputErrors` with every image that cannot be decoded.
+    """
+    config = run.config
+    for warning in run.warnings:
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
+    backbone = _load_base(config)
+    identity, cache, encoder = _encoder_of(config, backbone)
+    requests = encode_requests(run)
+    if distributed.is_main():
+        cache.folder.mkdir(parents=True, exist_ok=True)  # also where nothing is to be encoded
+    examples = _encode_all(encoder, requests, console) if distributed.is_main() else []
+    distributed.barrier()
+    _check_shared(cache.folder)
+    if not distributed.is_main():
+        examples = _encode_all(encoder, requests, console)
+    backbone.free_encoders()
+    return Workspace(
+        config=config,
+        backbone=backbone,
+        adapters=_add_adapters(config, backbone, console),
+        cache=cache,
+        identity=identity,
+        encoder=encoder,
+        prompts=run.prompts,
+        effects={name: [e for e in examples if e.effect == name] for name in run.effects},
+        general=[e for e in examples if e.effect is None],
+        hashes={"base": identity, **_data_hashes(run)},
+    )
+
+
+def encode_requests(run: CheckedRun) -> list[EncodeRequest]:
+    """What is encoded for a run: each pair with the texts that its roles read."""
+    negative = run.config.objective.negative_prompt
+    requests: list[EncodeRequest] = []
+    for name, pairs in run.effects.items():
+        prompt = run.prompts[name]
+        texts = {"student": prompt.student_prompt, "teacher": prompt.teacher_prompt, "negative": negative}
+        requests += [(pair, name, texts) for pair in pairs]
+    for pair in run.general:
+        instruction = pair.prompt or ""
+        requests.append((pair, None, {"student": instruction, "teacher": instruction, "negative": negative}))
+    return requests
+
+
+def _splits_base(config: Config) -> bool:
+    return config.train.shard_base and distributed.world_size() > 1
+
+
+def _load_base(config: Config) -> QwenImageBackbone:
+    """The base without adapters; of several processes only the first gets the encoders, which are large."""
     device = pick_device()
     dtype = base_dtype(config.base.dtype, device)
-    shards = config.train.shard_base and distributed.world_size() > 1
     backbone = load_backbone(
         config.base.model,
         device,
         dtype,
         COMPONENTS if distributed.is_main() else ("transformer",),
         config.base.revision,
-        transformer_device="cpu" if shards else None,
+        transformer_device="cpu" if _splits_base(config) else None,
         quantize=config.base.quantize,
     )
     if device.type == "cpu" and dtype == torch.bfloat16:
         # 0.7 of the fused kernel's time, forward and backward (bench.training.tiny_step).
         backbone.use_plain_attention()
+    return backbone
+
+
+def _encoder_of(config: Config, backbone: QwenImageBackbone) -> tuple[str, TensorCache, ExampleEncoder]:
     identity = base_identity(config.base.model, config.base.revision)
     cache = TensorCache(config.output_dir / "cache")
-    encoder = ExampleEncoder(backbone, cache, identity, config.train.buckets)
-    prompts = {prompt.name: prompt for prompt in effect_prompts(config)} if config.effects else {}
-    jobs = _effect_jobs(config, prompts, max_pairs)
-    if general:
-        jobs += _general_jobs(config)
-    if distributed.is_main():
-        cache.folder.mkdir(parents=True, exist_ok=True)  # also where nothing is to be encoded
-    examples = _encode_all(encoder, jobs, console) if distributed.is_main() else []
-    distributed.barrier()
-    _check_shared(cache.folder)
-    if not distributed.is_main():
-        examples = _encode_all(encoder, jobs, console)
-    if not keep_encoders:
-        backbone.free_encoders()
+    return identity, cache, ExampleEncoder(backbone, cache, identity, config.train.buckets)
+
+
+def _add_adapters(config: Config, backbone: QwenImageBackbone, console: Console) -> Adapters:
+    """Slots on the student's targets, kernels and recomputation as `train` says, and the base split where it is to be.
+
+    A split base goes to the GPUs here, once the encoders have left them.
+    """
     adapters = backbone.add_adapters(config.student.targets)
     backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
-    if shards:
+    if _splits_base(config):
         offload = config.train.offload_base
         whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks), offload)
-        adapters.device = device
+        adapters.device = backbone.device
         console.print(
             f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world_size()} processes"
             f"{', in CPU memory' if offload else ''}"
         )
-    return Workspace(
-        config,
-        backbone,
-        adapters,
-        cache,
-        identity,
-        encoder,
-        prompts,
-        {effect.name: [e for e in examples if e.effect == effect.name] for effect in config.effects},
-        [e for e in examples if e.effect is None],
-        {"base": identity, **_data_hashes(jobs)},
-    )
-
-
-Job = tuple[Pair, str | None, dict[str, str]]
-
-
-def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt], max_pairs: int | None) -> list[Job]:
-    jobs: list[Job] = []
-    faults: list[str] = []
-    for effect in config.effects:
-        try:
-            pairs = effect_pairs(config, effect)[:max_pairs]
-        except InputError as error:
-            faults += error.faults
-            continue
-        texts = {
-            "student": prompts[effect.name].student_prompt,
-            "teacher": effect.prompt,
-            "negative": config.objective.negative_prompt,
-        }
-        jobs += [(pair, effect.name, texts) for pair in pairs]
-    raise_faults(faults)
-    return jobs
-
-
-def _general_jobs(config: Config) -> list[Job]:
-    path = config.general.pairs if config.general else general_data(config.base.model)
-    if path is None:
-        if config.objective.p_switch < 1 and config.effects:
-            raise InputError(
-                "general: is missing; give general.pairs (images with instructions) or set objective.p_switch=1"
-            )
-        return []
-    pairs = read_pairs(path, config.data_roots, require_target=False)
-    if missing := [pair.place for pair in pairs if not pair.prompt]:
-        raise InputError(f"{path}: {len(missing)} rows have no instruction, first {missing[0]}; add it or drop them")
-    negative = config.objective.negative_prompt
-    return [
-        (pair, None, {"student": pair.prompt or "", "teacher": pair.prompt or "", "negative": negative})
-        for pair in pairs
-    ]
+    return adapters
 
 
 def _check_shared(cache: Path, seconds: float = 60.0) -> None:
@@ -170,17 +176,15 @@ def _check_shared(cache: Path, seconds: float = 60.0) -> None:
         time.sleep(0.5)
 
 
-def _data_hashes(jobs: Sequence[Job]) -> dict[str, str]:
-    pairs: dict[str, list[Pair]] = {}
-    for pair, effect, _ in jobs:
-        pairs.setdefault("general data" if effect is None else f"pairs of {effect}", []).append(pair)
-    return {name: hash_pairs(found) for name, found in pairs.items()}
+def _data_hashes(run: CheckedRun) -> dict[str, str]:
+    hashes = {f"pairs of {name}": hash_pairs(pairs) for name, pairs in run.effects.items() if pairs}
+    return hashes | ({"general data": hash_pairs(run.general)} if run.general else {})
 
 
-def _encode_all(encoder: ExampleEncoder, jobs: Sequence[Job], console: Console) -> list[Example]:
+def _encode_all(encoder: ExampleEncoder, requests: Sequence[EncodeRequest], console: Console) -> list[Example]:
     examples: list[Example] = []
     faults: list[str] = []
-    for pair, effect, texts in track(jobs, "encoding", console=console, transient=True):
+    for pair, effect, texts in track(requests, "encoding", console=console, transient=True):
         try:
             examples.append(encoder.encode(pair, effect, texts))
         except InputError as error:

@@ -1,4 +1,4 @@
-"""SHA-256 of files."""
+"""SHA-256 of files, each read once in a process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from pathlib import Path
 
 from clora.errors import InputError
 
+# By real path, size, time of the last change and inode: a file written anew is read again.
+_digests: dict[tuple[Path, int, int, int], bytes] = {}
+
 
 def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file's content. Raises `InputError` for one that cannot be read."""
+    """SHA-256 of a file's content, which is read once as long as nobody writes to it.
+
+    A run asks for the same source image six times and for each teacher twice. Raises `InputError` for a file that
+    cannot be read.
+    """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        status = path.stat()
+        key = (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
+        if key not in _digests:
+            with path.open("rb") as file:
+                _digests[key] = hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
+    return _digests[key]
 
 
 def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 (hex) of each file; one that several names share is read once."""
-    found = {path: file_digest(path).hex() for path in dict.fromkeys(files.values())}
-    return {name: found[path] for name, path in files.items()}
+    """sha256 (hex) of each file."""
+    return {name: file_digest(path).hex() for name, path in files.items()}

@@ -26,8 +26,9 @@ from clora.data.dataset import in_batches
 from clora.data.examples import Example
 from clora.data.image_grid import Grid, Pixels, grid_image
 from clora.data.pairs import Pair
+from clora.distill.check import check_teaching
 from clora.distill.run import open_bank
-from clora.distill.workspace import Workspace, open_workspace
+from clora.distill.workspace import OpenBase, open_base, open_workspace
 from clora.errors import InputErrors
 from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, methods
 from clora.evaluate.exact import Outputs, evaluate_methods
@@ -177,18 +178,16 @@ def train_joint(config: Config, console: Console) -> None:
     log = read_log(config.output_dir / "train")
     coarse = next(row for row in reversed(log) if row["step"] <= config.train.coarse_steps)
     steps = round(log[-1]["seconds"] / (coarse["seconds"] / coarse["step"]))
-    workspace = open_workspace(config, console, general=False)
     train = config.train
     same = {"max_train_steps": steps, "learning_rate": train.coarse_learning_rate or train.learning_rate}
-    workspace.config = config.model_copy(update={"teach": config.teach.model_copy(update=same)})
-    teach_joint(workspace, "latest", console)
+    config = config.model_copy(update={"teach": config.teach.model_copy(update=same)})
+    teach_joint(open_workspace(check_teaching(config, config.effects), console), "latest", console)
 
 
 def sample_all(config: Config, scale: Scale, out: Path, console: Console) -> None:
     """Every method's images of every effect on the held-out scenes, to `samples/METHOD.npz`, with times."""
     sources = {EVAL_SCENES + i: out / "data" / "held_out" / f"{i:03d}.png" for i in range(scale.eval_sources)}
-    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
-    workspace.config = config
+    workspace = open_base(config, console)
     examples = encode_held_out(workspace, sources)
     found = load_methods(workspace, out)
     folder = out / "samples"
@@ -205,7 +204,7 @@ def sample_all(config: Config, scale: Scale, out: Path, console: Console) -> Non
         path.with_suffix(".tmp.npz").rename(path)
 
 
-def encode_held_out(workspace: Workspace, sources: dict[int, Path]) -> dict[tuple[str, int], Example]:
+def encode_held_out(workspace: OpenBase, sources: dict[int, Path]) -> dict[tuple[str, int], Example]:
     """Every effect on every held-out scene, encoded."""
     config = workspace.config
     student = {prompt.name: prompt.student_prompt for prompt in effect_prompts(config)}
@@ -220,7 +219,7 @@ def encode_held_out(workspace: Workspace, sources: dict[int, Path]) -> dict[tupl
     return examples
 
 
-def load_methods(workspace: Workspace, out: Path) -> list[Method]:
+def load_methods(workspace: OpenBase, out: Path) -> list[Method]:
     """Load every adapter a method needs into slots of its own."""
     adapters, accelerate = workspace.adapters, acceleration_lora(workspace.config.base.model)
     files = {COLLECTION: out / "collection.safetensors", JOINT: out / "joint.safetensors"}
@@ -237,7 +236,7 @@ Images = dict[tuple[str, int], NDArray[np.uint8]]
 
 
 def sample_held_out(
-    workspace: Workspace, method: Method, examples: dict[tuple[str, int], Example]
+    workspace: OpenBase, method: Method, examples: dict[tuple[str, int], Example]
 ) -> tuple[Images, float]:
     """uint8 images by (effect, scene), and seconds per image; the same seed for a scene in every method."""
     keys = {id(example): key for key, example in examples.items()}

@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.progress import track
 
 from clora.config import Config, EffectConfig
-from clora.data.dataset import in_batches
+from clora.data.dataset import effect_pairs, in_batches
 from clora.data.examples import Example
 from clora.data.image_grid import grid_image
 from clora.data.images import cover_crop, load_image
-from clora.data.pairs import read_pairs
-from clora.distill.workspace import Workspace, open_workspace
-from clora.errors import InputError, raise_faults
+from clora.distill.workspace import OpenBase, open_base
+from clora.errors import raise_faults
 from clora.evaluate.baselines import COLLECTION
 from clora.evaluate.metrics.image import hf_ratio, l1, psnr, ssim
 from clora.inference.sampling import Method, sample_method
@@ -52,7 +51,7 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
             if e.name not in known
         ]
     )
-    workspace = open_workspace(config.model_copy(update={"effects": []}), console, general=False, keep_encoders=True)
+    workspace = open_base(config, console)
     held = {e.name: _encode(workspace, config, e, known[e.name].prompt) for e in config.effects}
     workspace.backbone.free_encoders()
     workspace.adapters.add_lora(COLLECTION, read_lora(lora, workspace.adapters.module_shapes).modules)
@@ -83,11 +82,9 @@ Figures = dict[str, float]
 FIGURES = ("l1", "psnr", "ssim", "hf_ratio", "unchanged")
 
 
-def _encode(workspace: Workspace, config: Config, effect: EffectConfig, prompt: str) -> list[tuple[Example, Path]]:
+def _encode(workspace: OpenBase, config: Config, effect: EffectConfig, prompt: str) -> list[tuple[Example, Path]]:
     """The effect's examples with the collection's own prompt, and the files of their targets."""
-    if effect.pairs is None:
-        raise InputError(f"effect {effect.name}: has no pairs; give source and target images to compare with")
-    pairs = read_pairs(effect.pairs, config.data_roots, effect=effect.name)[: config.eval.num_samples]
+    pairs = effect_pairs(config, effect)[: config.eval.num_samples]
     return [
         (workspace.encoder.encode(pair, effect.name, {"student": prompt}), pair.target)
         for pair in pairs
@@ -96,7 +93,7 @@ def _encode(workspace: Workspace, config: Config, effect: EffectConfig, prompt: 
 
 
 def _sample(
-    workspace: Workspace, config: Config, method: Method, pairs: list[tuple[Example, Path]]
+    workspace: OpenBase, config: Config, method: Method, pairs: list[tuple[Example, Path]]
 ) -> list[tuple[Image, Image, Image]]:
     """(source, target, output) of every pair and seed, each (H, W, 3) in [0, 1] at the output's size."""
     target_of = {id(example): target for example, target in pairs}

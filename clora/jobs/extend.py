@@ -19,8 +19,10 @@ from rich.console import Console
 from clora.config import Config, EffectConfig, acceleration_of
 from clora.data.dataset import effect_pairs
 from clora.data.examples import Example
+from clora.distill.check import CheckedRun, check_training
 from clora.distill.roles import STUDENT
 from clora.distill.run import catalogue_entries, make_distiller, open_bank, run_distillation, targets_of
+from clora.distill.stages import extend_warnings
 from clora.distill.targets import rehearsal_targets
 from clora.distill.workspace import Workspace, open_workspace
 from clora.errors import InputError, raise_faults
@@ -31,6 +33,7 @@ from clora.lora.bank import TeacherBank
 from clora.lora.catalogue import Catalogue, CatalogueEntry, read_catalogue, write_collection
 from clora.lora.files import read_lora
 from clora.lora.module import join_modules
+from clora.method.prompts import effect_prompts
 from clora.training import distributed
 from clora.training.device import determinism, quiet_console
 from clora.training.optimizer import averaged_weights
@@ -45,17 +48,19 @@ def extend(collection: Path, config: Config, resume: str | None = None, console:
     console = console or quiet_console()
     catalogue = read_catalogue(collection)
     raise_faults(extend_faults(collection, catalogue, config))
+    new_effects = check_training(run_settings(config))
     with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
         whole = extended_config(collection, catalogue, config)
         distributed.barrier()
-        workspace = open_workspace(whole, console)
+        workspace = open_workspace(with_rehearsed(new_effects, whole), console)
         bank = open_bank(workspace)
         assert bank is not None
         collection_hash = hash_files({"collection": collection})["collection"]
-        workspace.hashes["collection"] = collection_hash
-        workspace.effects = _new_targets(workspace, bank, config, console) | rehearsal_targets(
+        targets = _new_targets(workspace, bank, config, console) | rehearsal_targets(
             workspace, bank.slots_for, catalogue, collection_hash, console
         )
+        hashes = workspace.hashes | {"collection": collection_hash}
+        workspace = replace(workspace, effects=targets, hashes=hashes)
         old, new = [entry.name for entry in catalogue.effects], [effect.name for effect in config.effects]
         share = config.extend.rehearsal_share
         rehearsed = old if share > 0 else []
@@ -110,18 +115,32 @@ def extend_faults(collection: Path, catalogue: Catalogue, config: Config) -> lis
     return faults
 
 
+def run_settings(config: Config) -> Config:
+    """The configuration with what `extend` says in place of the keys of these names elsewhere."""
+    settings = config.extend
+    keys = ("max_train_steps", "coarse_steps", "learning_rate", "coarse_learning_rate", "lr_warmup_steps")
+    train = config.train.model_copy(update={key: getattr(settings, key) for key in (*keys, "anchor_batch_size")})
+    student = config.student.model_copy(update={"rank": settings.rank, "alpha": float(settings.rank)})
+    p_switch = config.objective.p_switch if settings.p_switch is None else settings.p_switch
+    objective = config.objective.model_copy(update={"p_switch": p_switch})
+    return config.model_copy(update={"train": train, "student": student, "objective": objective})
+
+
+def with_rehearsed(run: CheckedRun, whole: Config) -> CheckedRun:
+    """The checked run of the new effects with the old ones of `whole`, whose pairs are the new effects' sources."""
+    old = [effect for effect in whole.effects if effect.name not in run.effects]
+    pairs = {effect.name: effect_pairs(whole, effect, require_target=False) for effect in old}
+    prompts = {prompt.name: prompt for prompt in effect_prompts(whole)}
+    warnings = tuple(extend_warnings(whole))
+    return replace(run, config=whole, effects=run.effects | pairs, prompts=prompts, warnings=warnings)
+
+
 def extended_config(collection: Path, catalogue: Catalogue, config: Config) -> Config:
     """The configuration of the run: new effects and rehearsed old ones, from the collection on, as `extend` says.
 
     The main process writes the sources of each old effect to `output_dir/rehearsal/NAME.jsonl`.
     """
-    settings = config.extend
-    keys = ("max_train_steps", "coarse_steps", "learning_rate", "coarse_learning_rate", "lr_warmup_steps")
-    train = config.train.model_copy(update={key: getattr(settings, key) for key in (*keys, "anchor_batch_size")})
-    changes = {"rank": settings.rank, "alpha": float(settings.rank), "acceleration": acceleration_of(config)}
-    student = config.student.model_copy(update=changes)
-    p_switch = config.objective.p_switch if settings.p_switch is None else settings.p_switch
-    objective = config.objective.model_copy(update={"p_switch": p_switch})
+    settings, config = config.extend, run_settings(config)
     pool = _sources(config)
     rehearsed = []
     if settings.rehearsal_share > 0:
@@ -133,9 +152,7 @@ def extended_config(collection: Path, catalogue: Catalogue, config: Config) -> C
     roots = sorted({path.parent for sources in pool for path in sources})
     extended = config.model_copy(
         update={
-            "train": train,
-            "student": student,
-            "objective": objective,
+            "student": config.student.model_copy(update={"acceleration": acceleration_of(config)}),
             "effects": [*config.effects, *rehearsed],
             "data_roots": [*config.data_roots, *roots],
         }
@@ -150,7 +167,7 @@ def _sources(config: Config) -> list[tuple[Path, ...]]:
     found: list[list[tuple[Path, ...]]] = []
     for effect in config.effects:
         try:
-            found.append([pair.sources for pair in effect_pairs(config, effect)])
+            found.append([pair.sources for pair in effect_pairs(config, effect, require_target=False)])
         except InputError as error:
             faults += error.faults
     raise_faults(faults)

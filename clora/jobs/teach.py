@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clora.config import Config, Job
 from clora.data.examples import Example, collate
+from clora.distill.check import check_teaching
 from clora.distill.workspace import Workspace, open_workspace, trainable_group
 from clora.errors import InputError
 from clora.lora.adapters import slot_to_cpu
@@ -45,11 +46,10 @@ def teach(
     chosen = [effect for effect in config.effects if joint or effect.lora is None]
     if not chosen:
         raise InputError("effects: every effect has a LoRA file; there is nothing to teach")
-    config = config.model_copy(update={"effects": chosen})
+    run = check_teaching(config, chosen)
+    config = run.config
     with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
-        workspace = open_workspace(config, console, general=False)
-        if missing := [f"effect {name}" for name, ex in workspace.effects.items() if any(e.x0 is None for e in ex)]:
-            raise InputError(f"{missing[0]}: its pairs have no targets; `teach` needs source and target images")
+        workspace = open_workspace(run, console)
         write_run(config, JOINT if joint else "teach", workspace.hashes)
         return teach_joint(workspace, resume, console) if joint else teach_each(workspace, resume, console)
 

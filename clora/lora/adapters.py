@@ -16,7 +16,7 @@ groups of consecutive samples with one slot each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -292,11 +292,26 @@ def inject_adapters(transformer: nn.Module, targets: Sequence[str] = DEFAULT_TAR
     found = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     if any(isinstance(module, SlotLinear) for module in found.values()):
         raise ValueError("this transformer has adapters already; use the Adapters it was given")
-    faults = []
-    chosen: dict[str, nn.Linear] = {}
+    chosen = matching_linears(found, targets)
+    transformer.requires_grad_(False)
+    linears: dict[str, SlotLinear] = {}
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        linears[name] = SlotLinear(found[name], choice).train(found[name].training)
+        setattr(transformer.get_submodule(parent), child, linears[name])
+    return Adapters(linears, choice)
+
+
+def matching_linears(names: Iterable[str], targets: Sequence[str]) -> list[str]:
+    """Those of a transformer's linears, in their order, whose name is a target, or ends in `.` and one.
+
+    Raises `InputErrors` listing targets that match nothing.
+    """
+    found, faults = list(names), []
+    chosen: set[str] = set()
     endings = sorted({".".join(name.split(".")[2:]) or name for name in found})
     for target in targets:
-        matches = {name: module for name, module in found.items() if f".{name}".endswith(f".{target}")}
+        matches = {name for name in found if f".{name}".endswith(f".{target}")}
         if not matches:
             hint = did_you_mean(target, endings)
             faults.append(f"target {target!r} matches no linear layer of the transformer; {hint}")
@@ -304,13 +319,7 @@ def inject_adapters(transformer: nn.Module, targets: Sequence[str] = DEFAULT_TAR
     if not targets:
         faults.append("targets is empty; name the linear layers to adapt")
     raise_faults(faults)
-    transformer.requires_grad_(False)
-    linears: dict[str, SlotLinear] = {}
-    for name in (name for name in found if name in chosen):  # in the transformer's order
-        parent, _, child = name.rpartition(".")
-        linears[name] = SlotLinear(chosen[name], choice).train(chosen[name].training)
-        setattr(transformer.get_submodule(parent), child, linears[name])
-    return Adapters(linears, choice)
+    return [name for name in found if name in chosen]
 
 
 def _draw_A(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

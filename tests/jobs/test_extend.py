@@ -18,12 +18,21 @@ from clora.backbones.qwen_image.pipeline import linear_shapes
 from clora.cli import commands as cli
 from clora.config import Config, build_config
 from clora.data.examples import collate
-from clora.distill.run import make_distiller, open_bank, teacher_files
+from clora.distill.check import check_training, teacher_files
+from clora.distill.run import make_distiller, open_bank
 from clora.distill.targets import rehearsal_targets
-from clora.distill.workspace import open_workspace
+from clora.distill.workspace import Workspace, open_workspace
 from clora.errors import InputError, InputErrors
 from clora.inference.editor import load_editor
-from clora.jobs.extend import deal_names, extend, extend_faults, extended_config, merge_catalogue
+from clora.jobs.extend import (
+    deal_names,
+    extend,
+    extend_faults,
+    extended_config,
+    merge_catalogue,
+    run_settings,
+    with_rehearsed,
+)
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
 from clora.lora.files import read_lora, write_lora
 from clora.lora.module import LoraModule, join_modules
@@ -167,8 +176,7 @@ def test_extend_on_two_processes_equals_one(random_base: Path, place: Path, tmp_
 def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, place: Path, tmp_path: Path) -> None:
     collection = place / "collection.safetensors"
     catalogue = read_catalogue(collection)
-    config = extended_config(collection, catalogue, make_config(random_base, place, tmp_path / "out"))
-    workspace = open_workspace(config, QUIET)
+    workspace = opened(collection, make_config(random_base, place, tmp_path / "out"))
     bank = open_bank(workspace)
     assert bank is not None and bank.capacity == 2  # the new effect's teacher, and one slot for both old effects
     slots = bank.slots_for(["first", "second", "warm"])
@@ -196,13 +204,18 @@ def test_rehearsal_is_the_collections_own_few_step_sampling(random_base: Path, p
     torch.testing.assert_close(first.y[0], y[0], rtol=1e-4, atol=1e-4)
 
 
+def opened(collection: Path, config: Config) -> Workspace:
+    """The workspace of an extension: the new effects of `config`, and the collection's, rehearsed."""
+    whole = extended_config(collection, read_catalogue(collection), config)
+    return open_workspace(with_rehearsed(check_training(run_settings(config)), whole), QUIET)
+
+
 def rehearsing_loss(
     base: Path, place: Path, out: Path, names: tuple[str, ...], *overrides: str, moved: float = 0.0
 ) -> float:
     """TA-FM of the first step on these effects, whose targets are noise, with all B of the student moved."""
     collection = place / "collection.safetensors"
-    config = extended_config(collection, read_catalogue(collection), make_config(base, place, out, *overrides))
-    workspace = open_workspace(config, QUIET)
+    workspace = opened(collection, make_config(base, place, out, *overrides))
     bank = open_bank(workspace)
     assert bank is not None
     for name, examples in workspace.effects.items():
@@ -234,7 +247,7 @@ def test_anchors_follow_the_collection_and_accelerated_teachers(random_base: Pat
     collection, fast = place / "collection.safetensors", random_modules(random_base, 2, 3)
     write_lora(tmp_path / "fast.safetensors", fast, dtype=torch.float32)
     given = make_config(random_base, place, tmp_path, f"student.acceleration={tmp_path / 'fast.safetensors'}")
-    workspace = open_workspace(extended_config(collection, read_catalogue(collection), given), QUIET)
+    workspace = opened(collection, given)
     bank = open_bank(workspace)
     assert bank is not None
     distiller = make_distiller(workspace, bank, ("warm", "first"), ["first"], collection)
@@ -258,7 +271,7 @@ def test_anchors_follow_the_collection_and_accelerated_teachers(random_base: Pat
 def test_critic_starts_as_the_student_on_its_collection(random_base: Path, place: Path, tmp_path: Path) -> None:
     collection = place / "collection.safetensors"
     given = make_config(random_base, place, tmp_path, "extend.coarse_steps=1", "train.critic_learning_rate=1e-30")
-    workspace = open_workspace(extended_config(collection, read_catalogue(collection), given), QUIET)
+    workspace = opened(collection, given)
     bank = open_bank(workspace)
     assert bank is not None
     warm = [replace(e, y=(torch.zeros(e.num_tokens, 64),)) for e in workspace.effects["warm"]]
@@ -359,3 +372,14 @@ def test_command_prints_what_the_collection_holds_now(random_base: Path, place: 
     answer = json.loads(result.stdout)
     assert result.exit_code == 0 and answer["version"] == 2 and answer["effects"] == ["first", "second", "warm"]
     assert Path(answer["output"]).is_file()
+
+
+def test_extend_checks_before_it_loads_the_base(
+    random_base: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clora.distill.workspace.load_backbone", None)
+    faulty = make_config(random_base, place, tmp_path / "out", "effects.0.lora=gone.safetensors", "extend.p_switch=0.5")
+    with pytest.raises(InputErrors) as caught:
+        extend(place / "collection.safetensors", faulty, console=QUIET)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["effects.0.lora", "general"]
+    assert not (tmp_path / "out").exists()

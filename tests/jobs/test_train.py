@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console
 import clora.jobs.train
 import clora.training.optimizer as optimizer
 from clora.config import Config, TrainConfig, acceleration_of
-from clora.distill.run import open_bank
+from clora.distill.check import check_teaching
 from clora.distill.step import Distiller
 from clora.distill.targets import targets_from_pairs
 from clora.distill.workspace import open_workspace
@@ -241,7 +240,7 @@ def test_max_sources_limits_training_and_not_teaching(
 ) -> None:
     config = make_config(random_base, dataset, taught, "targets.max_sources=2")
     assert make_caches(config) == {"warm": 2, "cold": 2, "general": 3}
-    teach_workspace = open_workspace(config, Console(stderr=True), general=False)  # as `teach` opens it
+    teach_workspace = open_workspace(check_teaching(config, config.effects), Console(stderr=True))
     assert [len(examples) for examples in teach_workspace.effects.values()] == [3, 3]
 
 
@@ -250,7 +249,8 @@ def test_targets_from_pairs_are_the_pairs_own_targets(
 ) -> None:
     monkeypatch.setattr("clora.distill.targets.ode_sample", None)  # no teacher is asked
     assert make_caches(make_config(random_base, dataset, taught, "targets.source=pairs"))["warm"] == 3
-    workspace = open_workspace(make_config(random_base, dataset, taught), Console(stderr=True), general=False)
+    config = make_config(random_base, dataset, taught)
+    workspace = open_workspace(check_teaching(config, config.effects), Console(stderr=True))
     filled = targets_from_pairs(workspace.effects)
     for example in (e for examples in filled.values() for e in examples):
         (y,) = example.y
@@ -259,13 +259,6 @@ def test_targets_from_pairs_are_the_pairs_own_targets(
     lacking = {**filled, "cold": [replace(e, x0=None) for e in filled["cold"]]}
     with pytest.raises(InputErrors, match="effect cold: 3 of its pairs have no target"):
         targets_from_pairs(lacking)
-
-
-def test_open_bank_names_every_missing_teacher(random_base: Path, dataset: Path, tmp_path: Path) -> None:
-    workspace = open_workspace(make_config(random_base, dataset, tmp_path / "run"), Console(stderr=True), general=False)
-    with pytest.raises(InputErrors) as caught:
-        open_bank(workspace)
-    assert len(caught.value.faults) == 2 and all("clora teach" in fault for fault in caught.value.faults)
 
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -278,14 +271,6 @@ def test_base_dtype_auto_is_what_the_processor_has(
     assert base_dtype("float32", torch.device("cpu")) == torch.float32
 
 
-def test_open_workspace_without_data_opens_at_once(random_base: Path, tmp_path: Path) -> None:
-    """As benches do that only sample: a missing cache of their own is nobody's unshared file system."""
-    config = make_config(random_base, tmp_path / "none", tmp_path / "run", effects=False)
-    started = time.monotonic()
-    workspace = open_workspace(config, Console(stderr=True), general=False)
-    assert not workspace.effects and not workspace.general and time.monotonic() - started < 30
-
-
 def test_open_workspace_lists_every_faulty_image(random_base: Path, dataset: Path, tmp_path: Path) -> None:
     broken = tmp_path / "data"
     shutil.copytree(dataset, broken)
@@ -293,7 +278,7 @@ def test_open_workspace_lists_every_faulty_image(random_base: Path, dataset: Pat
         content = (broken / name / "source" / "1.png").read_bytes()
         (broken / name / "source" / "1.png").write_bytes(content[:200])
     with pytest.raises(InputErrors) as caught:
-        open_workspace(make_config(random_base, broken, tmp_path / "run"), Console(stderr=True))
+        teach(make_config(random_base, broken, tmp_path / "run"))
     assert len(caught.value.faults) == 2
     assert all(f"{name}/source/1.png" in fault for name, fault in zip(NAMES, caught.value.faults, strict=True))
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import clora.jobs.validate as validation
+import clora.distill.check as checking
 from clora.config import build_config
 from clora.jobs.validate import Report, validate, validate_config, validate_file
 
@@ -72,8 +72,8 @@ def test_a_sound_configuration_has_no_fault(home: Path) -> None:
 
 
 def test_the_shipped_example_names_what_to_bring_in_three_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(validation, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(checking.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checking, "try_to_load_from_cache", lambda *_, **__: None)
     found = validate_file(EXAMPLE)
     assert found.num_effects == 50
     assert found.faults == [
@@ -94,8 +94,8 @@ def test_a_hub_base_is_looked_for_in_the_local_cache_only(home: Path, monkeypatc
         asked.append((repository, name, revision))
         return "/cache/model_index.json" if revision == "abc" else None
 
-    monkeypatch.setattr(validation, "try_to_load_from_cache", look)
-    monkeypatch.setattr(validation.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(checking, "try_to_load_from_cache", look)
+    monkeypatch.setattr(checking.constants, "HF_HUB_OFFLINE", True)
     (fault,) = report(home, base="owner/name").faults
     assert "owner/name is not in the local hub cache and HF_HUB_OFFLINE is set" in fault
     assert report(home, base={"model": "owner/name", "revision": "abc"}).faults == []
@@ -238,11 +238,48 @@ def test_pairs_of_different_shape_and_runs_without_a_fine_stage_are_warned_of(ho
     ]
 
 
+def test_schedules_that_do_not_fit_their_stages_are_warned_of(home: Path) -> None:
+    """What once made the demo's full stage have no effect; each with its key and its mend."""
+    short = ("train.max_train_steps=620", "train.coarse_steps=600", "train.ema_start=50", "train.ema_decay=0.98")
+    found = report(home, *short, "train.lr_warmup_steps=20")
+    assert found.faults == [] and [warning.split(": ")[0] for warning in found.warnings] == [
+        "train.lr_warmup_steps", "train.ema_start"
+    ]  # fmt: skip
+    assert "the full stage has 20 updates" in found.warnings[0] and "set it to 600" in found.warnings[1]
+    # Teaching's are told only where there is something to teach.
+    assert report(home, "teach.max_train_steps=10").warnings == []
+    taught = report(home, "teach.max_train_steps=10", "effects.1.lora=null").warnings
+    assert taught[0].startswith("teach.lr_warmup_steps: 50, but the run has 10 updates")
+
+
+def test_a_base_that_is_cached_in_part_is_a_warning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a base in the local cache everything is checked as of a folder; what is missing there is downloaded yet."""
+    monkeypatch.setattr(checking, "try_to_load_from_cache", lambda *_, **__: str(home / "base" / "model_index.json"))
+    found = report(home, "effects.1.prompt=" + "word " * 600, base="owner/name")
+    assert [fault.split(":")[0] for fault in found.faults] == ["effects.1.prompt", "effects.1.student_prompt"]
+    shutil.rmtree(home / "base" / "tokenizer")
+    found = report(home, base="owner/name")
+    assert found.faults == [] and len(found.warnings) == 1
+    assert found.warnings[0].startswith("base: the local hub cache has not all of owner/name (")
+
+
+def test_teachers_that_were_taught_are_checked(home: Path) -> None:
+    teacher = lora(home / "out" / "teachers" / "felt.safetensors")
+    assert report(home, "effects.1.lora=null").ok
+    teacher.write_bytes(teacher.read_bytes()[:-1])
+    (fault,) = report(home, "effects.1.lora=null").faults
+    assert fault.startswith(f"effects.1 (felt): {teacher}: cut off (")
+
+
 def test_a_base_may_bring_its_own_general_data(home: Path) -> None:
     (home / "base" / "clora.json").write_text('{"general": "own_general"}')
     assert report(home, general=None).faults[0].startswith("general: is missing")
     (home / "base" / "own_general").mkdir()
-    assert report(home, general=None).faults == []
+    (fault,) = report(home, general=None).faults
+    assert fault.startswith("general data of base ") and "holds no pairs" in fault
+    shutil.copytree(home / "general", home / "base" / "own_general", dirs_exist_ok=True)
+    found = report(home, general=None)
+    assert (found.faults, found.num_pairs) == ([], 4)  # counted are the configuration's
 
 
 def test_validate_file_reports_faults_of_the_file_itself(tmp_path: Path) -> None:

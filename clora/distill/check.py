@@ -1,0 +1,281 @@
+"""Every fault of a run, found and listed before any weight is loaded.
+
+`clora validate` and the jobs share these checks: the configuration, the base by its configurations, the pairs, the
+LoRA files by their headers, the prompts by their tokens. What was read on the way is handed on, so that a run reads it
+once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from huggingface_hub import constants, try_to_load_from_cache
+
+from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.config import Config, EffectConfig, acceleration_of, resolve_base
+from clora.data.dataset import effect_key, images_of, read_effects, read_general
+from clora.data.images import aspect_buckets
+from clora.data.pairs import Pair
+from clora.distill.stages import teaching_warnings, training_warnings
+from clora.errors import InputError, missing_files, raise_faults, shown_path
+from clora.lora.adapters import matching_linears
+from clora.lora.files import check_lora
+from clora.method.prompts import EffectPrompt, effect_prompts
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run without a fault, and what was read to know that. `effects` and `prompts` are by effect, in the
+    configuration's order; an effect without sound pairs is left out where faults were listed, not raised."""
+
+    config: Config
+    effects: dict[str, list[Pair]]
+    general: list[Pair]
+    prompts: dict[str, EffectPrompt]
+    warnings: tuple[str, ...] = ()
+
+    def first_pairs(self, count: int | None) -> CheckedRun:
+        """The same run on the first `count` pairs of each effect; None: all."""
+        return replace(self, effects={name: pairs[:count] for name, pairs in self.effects.items()})
+
+
+@dataclass
+class Findings:
+    """Faults stop a run, warnings do not."""
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_training(config: Config) -> CheckedRun:
+    """The check of `train`, `cache` and `extend`: every effect has a teacher and pairs, targets only where
+    `targets.source` is "pairs". Raises `InputErrors` with every fault."""
+    found = Findings()
+    backbone, shapes = _check_base(config, found)
+    _check_folders(config, found)
+    found.warnings += training_warnings(config)
+    _check_loras(config, shapes, found)
+    found.faults += _missing_teachers(config)
+    effects = read_effects(config, config.effects, _names(_with_targets(config)), found.faults)
+    general = read_general(config, found.faults)
+    _check_files(config, effects, general, found)
+    prompts = _check_prompts(config, config.effects, backbone, general, found)
+    raise_faults(found.faults)
+    return CheckedRun(config, effects, general, prompts, tuple(found.warnings))
+
+
+def check_teaching(config: Config, effects: Sequence[EffectConfig]) -> CheckedRun:
+    """The check of `teach`, for these effects of `config`, which become those of the run: sources and targets.
+
+    Raises `InputErrors` with every fault.
+    """
+    found = Findings()
+    backbone, _ = _check_base(config, found)
+    _check_folders(config, found)
+    found.warnings += teaching_warnings(config)
+    pairs = read_effects(config, effects, _names(effects), found.faults)
+    _check_files(config, pairs, [], found)
+    prompts = _check_prompts(config, effects, backbone, [], found)
+    raise_faults(found.faults)
+    return CheckedRun(config.model_copy(update={"effects": list(effects)}), pairs, [], prompts, tuple(found.warnings))
+
+
+def check_whole(config: Config, found: Findings) -> CheckedRun:
+    """The check of `validate`, for a configuration that may still be taught and is then trained: faults and warnings
+    go to `found`. Images are not looked at, which `validate` does in full."""
+    backbone, shapes = _check_base(config, found)
+    _check_folders(config, found)
+    found.warnings += training_warnings(config)
+    if any(effect.lora is None for effect in config.effects):
+        found.warnings += teaching_warnings(config)
+    _check_loras(config, shapes, found)
+    if untaught := _untaught(config):
+        count = f"{len(untaught)} effect{'' if len(untaught) == 1 else 's'} without a teacher"
+        found.warnings.append(f"{count}, first: {untaught[0].name}; run `clora teach` before `clora train`")
+    # Only teaching needs targets: a teacher makes its own.
+    with_targets = _names([*untaught, *_with_targets(config)])
+    effects = read_effects(config, config.effects, with_targets, found.faults)
+    general = read_general(config, found.faults)
+    prompts = _check_prompts(config, config.effects, backbone, general, found)
+    return CheckedRun(config, effects, general, prompts)
+
+
+def teacher_files(config: Config) -> dict[str, Path]:
+    """Each effect's teacher: its `lora`, or what `clora teach` wrote. Raises `InputErrors` with all that lack one."""
+    absent = missing_files("LoRA file", _absent(_given_loras(config)), config.folder)
+    raise_faults([*absent, *_missing_teachers(config)])
+    return {effect.name: config.teacher_path(effect) for effect in config.effects}
+
+
+def _names(effects: Iterable[EffectConfig]) -> set[str]:
+    return {effect.name for effect in effects}
+
+
+def _with_targets(config: Config) -> list[EffectConfig]:
+    """The effects whose pairs' own targets are trained on."""
+    return config.effects if config.targets.source == "pairs" else []
+
+
+def _check_base(config: Config, found: Findings) -> tuple[QwenImageBackbone | None, Shapes | None]:
+    """The base without its weights, for tokens and sizes, and the shapes (N, K) of the linears that
+    `student.targets` names; None where the base is not on this machine, or not sound."""
+    on_hub = False
+    try:
+        base = resolve_base(config.base.model)
+        on_hub = not isinstance(base, Path)
+        folder = base if isinstance(base, Path) else _snapshot(config, found)
+        if folder is None:
+            return None, None
+        backbone = load_backbone(folder, components=(), quantize=config.base.quantize)
+        shapes = linear_shapes(folder)
+    except InputError as error:
+        if on_hub:
+            what = f"the local hub cache has not all of {config.base.model} ({error.faults[0]})"
+            found.warnings.append(f"base: {what}; the first run downloads the rest")
+        else:
+            found.faults += [f"base: {fault}" for fault in error.faults]
+        return None, None
+    try:
+        return backbone, {name: shapes[name] for name in matching_linears(shapes, config.student.targets)}
+    except InputError as error:
+        found.faults += [f"student.targets: {fault}" for fault in error.faults]
+        return backbone, shapes
+
+
+def _snapshot(config: Config, found: Findings) -> Path | None:
+    """The folder that the hub's client keeps a base in; None where it is not on this machine."""
+    base = config.base.model
+    index = try_to_load_from_cache(base, "model_index.json", revision=config.base.revision)
+    if isinstance(index, str):
+        return Path(index).parent
+    if constants.HF_HUB_OFFLINE:
+        what = f"{base} is not in the local hub cache and HF_HUB_OFFLINE is set"
+        found.faults.append(f"base: {what}; download it first or name a folder")
+    else:
+        found.warnings.append(f"base: {base} is not in the local hub cache; the first run downloads it")
+    return None
+
+
+def _check_folders(config: Config, found: Findings) -> None:
+    for index, root in enumerate(config.data_roots):
+        if not os.path.isdir(root):
+            found.faults.append(f"data_roots.{index}: {root} is not a folder; correct it")
+    place = config.output_dir
+    while not os.path.exists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        found.faults.append(f"output_dir: {place} is a file; choose another folder")
+    elif not os.access(place, os.W_OK | os.X_OK):
+        found.faults.append(f"output_dir: no permission to write into {place}; choose another folder")
+    try:
+        buckets = config.train.buckets
+        aspect_buckets(buckets.max_area, buckets.multiple, buckets.aspect_ratios)
+    except InputError as error:
+        found.faults.append(str(error))
+
+
+def _check_loras(config: Config, shapes: Shapes | None, found: Findings) -> None:
+    """Hold every LoRA file that is there against the base's linears, by its header; those missing are faults."""
+    named = _given_loras(config)
+    if config.student.init_from is not None:
+        named.append(("student.init_from", config.student.init_from))
+    if config.student.acceleration != "base" or shapes is not None:  # of an absent base nothing can be said
+        try:
+            if (acceleration := acceleration_of(config)) is not None:
+                named.append(("student.acceleration", acceleration))
+        except InputError as error:
+            found.faults.append(str(error))
+    found.faults += missing_files("LoRA file", _absent(named), config.folder)
+    users: dict[Path, list[str]] = defaultdict(list)
+    for key, path in (*named, *_taught_loras(config)):
+        users[path].append(key)
+    for path, keys in users.items():
+        if len(keys) > 1:
+            what = f"{shown_path(path, config.folder)} is the LoRA of {' and '.join(keys)}"
+            found.warnings.append(f"{what}; is that meant?")
+        if os.path.exists(path):
+            try:
+                check_lora(path, shapes)
+            except InputError as error:
+                found.faults += [f"{keys[0]}: {fault}" for fault in error.faults]
+
+
+def _given_loras(config: Config) -> list[tuple[str, Path]]:
+    """Key and file of every effect that names its LoRA."""
+    return [(effect_key(config, e.name, "lora"), e.lora) for e in config.effects if e.lora is not None]
+
+
+def _taught_loras(config: Config) -> list[tuple[str, Path]]:
+    """Effect and file of every teacher that `clora teach` has written."""
+    taught = [(effect_key(config, e.name), config.teacher_path(e)) for e in config.effects if e.lora is None]
+    return [(key, path) for key, path in taught if os.path.exists(path)]
+
+
+def _absent(named: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    return [(key, path) for key, path in named if not os.path.exists(path)]
+
+
+def _untaught(config: Config) -> list[EffectConfig]:
+    """The effects without a LoRA, which `clora teach` has still to make."""
+    return [e for e in config.effects if e.lora is None and not os.path.exists(config.teacher_path(e))]
+
+
+def _missing_teachers(config: Config) -> list[str]:
+    """One fault for all effects that were not taught."""
+    untaught = _untaught(config)
+    if not untaught:
+        return []
+    mend = "run `clora teach` first, or give LoRA files in 'lora'"
+    first = f"{untaught[0].name} ({shown_path(config.teacher_path(untaught[0]), config.folder)})"
+    if len(untaught) == 1:
+        return [f"{effect_key(config, untaught[0].name)}: no teacher at {config.teacher_path(untaught[0])}; {mend}"]
+    return [f"{len(untaught)} effects have no teacher, first: {first}; {mend}"]
+
+
+def _check_files(config: Config, effects: Mapping[str, list[Pair]], general: Sequence[Pair], found: Findings) -> None:
+    """Every image is there and may be read; whether it can be decoded shows when it is encoded."""
+    datasets = {effect_key(config, name, "pairs"): pairs for name, pairs in effects.items()}
+    for key, pairs in (*datasets.items(), ("general.pairs", general)):
+        barred = [path for path in images_of(pairs) if not os.access(path, os.R_OK)]
+        if len(barred) == 1:
+            found.faults.append(f"{key}: {barred[0]} is missing or may not be read; put it there or give permission")
+        elif barred:
+            what = f"{len(barred)} images are missing or may not be read, first: {barred[0]}"
+            found.faults.append(f"{key}: {what}; put them there or give permission")
+
+
+def _check_prompts(
+    config: Config,
+    effects: Sequence[EffectConfig],
+    backbone: QwenImageBackbone | None,
+    general: Sequence[Pair],
+    found: Findings,
+) -> dict[str, EffectPrompt]:
+    """The effects' prompts; where the base is on this machine, all that is encoded is counted in its tokens."""
+    try:
+        prompts = {p.name: p for p in effect_prompts(config.model_copy(update={"effects": list(effects)}))}
+    except InputError as error:
+        found.faults += error.faults
+        return {}
+    if backbone is None:
+        return prompts
+    most = backbone.max_prompt_tokens
+    texts = [
+        (effect_key(config, name, what), text)
+        for name, prompt in prompts.items()
+        for what, text in (("prompt", prompt.teacher_prompt), ("student_prompt", prompt.student_prompt))
+    ]
+    texts.append(("objective.negative_prompt", config.objective.negative_prompt))
+    texts += [(f"general.pairs: {pair.place}", pair.prompt or "") for pair in general]
+    for key, text in texts:
+        length = backbone.count_prompt_tokens(text)
+        if length > most:
+            found.faults.append(f"{key}: {length} tokens, more than the {most} the text encoder reads; shorten it")
+    return prompts
