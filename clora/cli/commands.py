@@ -368,6 +368,8 @@ def inspect(
         print_json(found)
     else:
         print_report(found)
+        for note in found["lora"]["notes"]:
+            typer.echo(f"note: {note}", err=True)
     if found["lora"]["faults"]:
         say(found["lora"]["faults"])
         raise typer.Exit(BAD_INPUT)
@@ -375,24 +377,37 @@ def inspect(
 
 @command("convert")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA file of any layout.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA file of any layout and kind.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .safetensors.")],
     to: Annotated[Literal["diffusers", "comfyui", "kohya"], typer.Option(help="Layout to write.")],
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Make modules above this rank the nearest of it, and tell what is lost."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="'tiny', a hub id or a folder; a DoRA needs it, others are held against it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Rewrite a LoRA file in another tool's layout.
 
+    LoHa, LoKr and whole updates become LoRAs: exactly, or with --rank the nearest ones.
+
     \b
     Example:
       clora convert lora.safetensors out.safetensors --to kohya
+      clora convert lokr.safetensors out.safetensors --to comfyui --rank 64
     """
-    from clora.lora.files import convert_lora
+    from clora.jobs.convert import convert as run
 
-    read = convert_lora(source, target, to)
+    done = run(source, target, to, rank, base)
     if as_json:
-        print_json({"output": str(target), "from": read.layout, "to": to, "num_modules": len(read.modules)})
-    else:
-        typer.echo(f"{target}: {len(read.modules)} modules, {read.layout} to {to}")
+        print_json({"output": str(target), "from": done.layout, "to": to, **done.to_json()})
+        return
+    for note in done.notes:
+        typer.echo(f"note: {note}", err=True)
+    what = f"{target}: {len(done.ranks)} modules, {done.layout} to {to}"
+    typer.echo(what if rank is None else f"{what}, rank {done.max_rank}; {done.loss_sentence()}")
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:

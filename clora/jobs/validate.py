@@ -22,7 +22,7 @@ from clora.config import Config, EffectConfig, acceleration_of, general_data, lo
 from clora.data.images import Size, aspect_buckets, load_image
 from clora.data.pairs import Pair, read_pairs
 from clora.errors import InputError
-from clora.lora.files import check_lora
+from clora.lora.summary import check_lora
 from clora.method.prompts import effect_prompts
 
 # Source and target of other shapes are cropped differently, which the model learns as a shift.
