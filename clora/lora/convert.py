@@ -13,7 +13,7 @@ from clora.lora.base_weights import BaseWeights
 from clora.lora.files import Layout, RawModule, exact_modules, read_values, write_lora
 from clora.lora.kinds import dora_delta, nearest_module, nearest_to, whole_delta
 from clora.lora.module import LoraModule
-from clora.lora.summary import LoraSummary, summarise, unready_faults, width_faults
+from clora.lora.summary import LoraSummary, summarise, unready_faults, width_findings
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +63,10 @@ def convert_lora(
     if dst.suffix != ".safetensors":
         raise InputError(f"{dst}: name the output .safetensors, the only format that is written")
     summary, faults = summarise(src, None if base is None else base.shapes)
+    notes: list[str] = []
     if base is None:
-        faults += width_faults(summary)
+        misfits, notes = width_findings(summary)
+        faults += misfits
     dora = any("dora" in keys for keys in summary.keys.values())
     if rank is None or (dora and base is None):
         faults += unready_faults(summary)
@@ -78,7 +80,7 @@ def convert_lora(
         modules, lost = _nearest(summary, raw, rank, base)
     write_lora(dst, modules, summary.header.metadata, to, dtype=None)
     ranks = {name: module.rank for name, module in modules.items()}
-    return Conversion(summary.layout, ranks, lost, summary.notes)
+    return Conversion(summary.layout, ranks, lost, (*summary.notes, *notes))
 
 
 def _nearest(

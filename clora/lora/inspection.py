@@ -11,7 +11,7 @@ from typing import Any
 from clora.errors import InputErrors
 from clora.io.safetensors import read_tensors
 from clora.lora.files import CATALOGUE_KEY, RawModule, read_values
-from clora.lora.summary import summarise, unready_faults, width_faults
+from clora.lora.summary import summarise, unready_faults, width_findings
 
 
 def inspect_lora(path: str | Path) -> dict[str, Any]:
@@ -25,7 +25,8 @@ def inspect_lora(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     summary, faults = summarise(path, None)
-    faults += unready_faults(summary) + width_faults(summary)
+    misfits, notes = width_findings(summary)
+    faults += unready_faults(summary) + misfits
     tensors, sha256 = read_tensors(path, summary.header)
     raw: dict[str, RawModule] = {}
     try:
@@ -57,7 +58,7 @@ def inspect_lora(path: str | Path) -> dict[str, Any]:
         "metadata": metadata,
         "catalogue": catalogue,
         "sha256": sha256,
-        "notes": list(summary.notes),
+        "notes": [*summary.notes, *notes],
         "faults": faults,
     }
 

@@ -136,25 +136,26 @@ def unready_faults(summary: LoraSummary) -> list[str]:
     return causes.sentences()
 
 
-def width_faults(summary: LoraSummary) -> list[str]:
-    """Modules that fit no Qwen-Image transformer of any width, or not that of the first; for files that are held
-    against no base. Every linear of a block has D or a multiple of D inputs and outputs."""
-    causes, width = Causes(summary.path), None
+def width_findings(summary: LoraSummary) -> tuple[list[str], list[str]]:
+    """Faults and notes about the widths of modules, for files that are held against no base.
+
+    Layers of another model's width are a fault where their names are ours too. Every linear of a Qwen-Image block has D
+    or a multiple of D inputs and outputs; modules of other proportions than the first one's are a note.
+    """
+    causes, width = Causes(summary.path), 0
     for name, (N, K) in summary.shapes.items():
         if not name.startswith("transformer_blocks."):
             continue
         outputs, inputs = next((m for end, m in _MULTIPLES.items() if name.endswith(end)), (1, 1))
         width = width or K // inputs
-        if (N, K) == (outputs * width, inputs * width):
-            continue
-        where = f"{name} is for a weight {[N, K]}, where a {FAMILY} transformer {width} wide has"
-        case = f"{where} {[outputs * width, inputs * width]}"
-        causes.add("width", case, f"give a LoRA trained on {FAMILY} or {FAMILY}-Edit")
-    model = model_of_width(width or 0)
-    if model is not None:
-        what = f"is a LoRA of {model}, by the {width} inputs of its layers"
-        return [f"{summary.path}: {what}; give one trained on {FAMILY} or {FAMILY}-Edit"]
-    return causes.sentences()
+        if (N, K) != (outputs * width, inputs * width):
+            ours = f"where a {FAMILY} transformer {width} wide has {[outputs * width, inputs * width]}"
+            causes.add("width", f"{name} is for a weight {[N, K]}, {ours}", "hold it against the base that it is for")
+    model = model_of_width(width)
+    if model is None:
+        return [], causes.sentences()
+    what = f"is a LoRA of {model}, by the {width} inputs of its layers"
+    return [f"{summary.path}: {what}; give one trained on {FAMILY} or {FAMILY}-Edit"], []
 
 
 @dataclass

@@ -14,7 +14,7 @@ from clora.errors import InputErrors
 from clora.lora.files import read_lora
 from clora.lora.keys import flat_name
 from clora.lora.layers import BLOCK_LINEARS
-from clora.lora.summary import check_lora, summarise, width_faults
+from clora.lora.summary import check_lora, summarise, width_findings
 from tests.support.lora_files import TO_Q, faults_of, module, pair, save
 from tests.support.random_base import random_transformer
 
@@ -307,20 +307,22 @@ def test_no_name_of_ours_looks_like_another_models(tmp_path: Path) -> None:
         assert set(read_lora(save(tmp_path / "a.safetensors", tensors)).modules) == set(names)
 
 
-def test_width_faults_tell_stable_diffusion_3_and_other_proportions(tmp_path: Path) -> None:
-    """Its attention layers are named as ours: only their width tells."""
+def test_width_findings_tell_stable_diffusion_3_and_other_proportions(tmp_path: Path) -> None:
+    """The attention layers of Stable Diffusion 3 are named as ours: only their width tells."""
 
-    def faults(**shapes: tuple[int, int]) -> list[str]:
+    def findings(**shapes: tuple[int, int]) -> tuple[list[str], list[str]]:
         tensors: dict[str, Tensor] = {}
         for end, (N, K) in shapes.items():
             stem = f"transformer.transformer_blocks.0.{end.replace('__', '.')}"
             tensors |= {f"{stem}.lora_A.weight": torch.ones(1, K), f"{stem}.lora_B.weight": torch.ones(N, 1)}
-        summary, found = summarise(save(tmp_path / "a.safetensors", tensors), None)
-        return found + width_faults(summary)
+        summary, faults = summarise(save(tmp_path / "a.safetensors", tensors), None)
+        assert not faults
+        return width_findings(summary)
 
-    (fault,) = faults(attn__to_q=(2432, 2432))
-    assert "is a LoRA of Stable Diffusion 3.5, by the 2432 inputs" in fault
+    (fault,), notes = findings(attn__to_q=(2432, 2432))
+    assert "is a LoRA of Stable Diffusion 3.5, by the 2432 inputs" in fault and notes == []
     ours = {"attn__to_q": (48, 48), "img_mlp__net__0__proj": (192, 48), "txt_mlp__net__2": (48, 192)}
-    assert faults(**ours, img_mod__1=(288, 48)) == []
-    (fault,) = faults(**ours, img_mod__1=(144, 48), txt_mod__1=(144, 48))
-    assert "img_mod.1 is for a weight [144, 48], where a Qwen-Image transformer 48 wide has [288, 48], and 1" in fault
+    assert findings(**ours, img_mod__1=(288, 48)) == ([], [])
+    faults, (note,) = findings(**ours, img_mod__1=(144, 48), txt_mod__1=(144, 48))
+    what = "img_mod.1 is for a weight [144, 48], where a Qwen-Image transformer 48 wide has [288, 48]"
+    assert faults == [] and f"{what}, and 1 more like it" in note
