@@ -54,7 +54,7 @@ _MODELS = (
         r"|double_blocks\.#\.(?:img|txt)_attn_|single_blocks~#~modulation~linear",
     ),
     ("FLUX.2", r"to_qkv_mlp_proj|ff(?:_context)?~linear_(?:in|out)|(?:single|double)_stream_modulation"),
-    ("FLUX.1 (dev, Kontext)", "single_transformer_blocks|single_blocks|double_blocks"),
+    ("FLUX.1 (dev, Kontext) or a model built like it", "single_transformer_blocks|single_blocks|double_blocks"),
     ("Mochi", "^blocks~#~attn~(?:qkv|proj)_[xy]|transformer_blocks~#~attn1~add_[qkv]_proj"),
     ("Stable Diffusion 3 or FLUX.1", "joint_blocks|transformer_blocks~#~(?:ff_context|norm1_context)"),
     (

@@ -148,7 +148,8 @@ def nearest_to(delta_NK: Tensor, rank: int) -> tuple[LoraModule, float]:
         torch.manual_seed(0)
         U, sigma, V = torch.svd_lowrank(delta_NK.float(), q=min(rank + 32, *delta_NK.shape), niter=6)
     module, _ = _cut(U.double(), sigma.double(), V.double().T, 1.0, rank)
-    return module, float((delta_NK - module.delta()).norm() / delta_NK.norm())
+    whole = float(delta_NK.norm())
+    return module, float((delta_NK - module.delta()).norm()) / whole if whole else 0.0
 
 
 def dora_delta(weight: Tensor, delta_NK: Tensor, norms: Tensor) -> Tensor:

@@ -150,7 +150,9 @@ def width_findings(summary: LoraSummary) -> tuple[list[str], list[str]]:
         width = width or K // inputs
         if (N, K) != (outputs * width, inputs * width):
             ours = f"where a {FAMILY} transformer {width} wide has {[outputs * width, inputs * width]}"
-            causes.add("width", f"{name} is for a weight {[N, K]}, {ours}", "hold it against the base that it is for")
+            causes.add(
+                "width", f"{name} is for a weight {[N, K]}, {ours}", "`clora convert --base BASE` checks every shape"
+            )
     model = model_of_width(width)
     if model is None:
         return [], causes.sentences()
@@ -211,6 +213,10 @@ def _foreign_fault(path: Path, found: _Found, header: Header) -> str | None:
     """One sentence for a file that is another model's; None where it is not."""
     strange = [key for key, _ in found.unknown] + found.others
     model = model_of([*(stem for _, stem in found.unknown), *found.others])
+    if found.others and not (found.modules or found.unknown or found.lone_alphas or found.encoders):
+        if all(other_kind(key) is None or key.endswith(".bias") for key in found.others):
+            what = f"holds {len(found.others)} tensors that are no LoRA's (first {found.others[0]})"
+            return f"{path}: {what}; give a LoRA, not a whole model"
     if not found.unknown or (model is None and found.modules):
         return None
     whose = f"is a LoRA of {model}, by its names" if model else "names no module of a model that clora knows"

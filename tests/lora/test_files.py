@@ -350,6 +350,16 @@ def test_read_lora_refuses_damaged_files(tmp_path: Path) -> None:
         read_lora(save(tmp_path / "b.safetensors", {}))
 
 
+def test_read_header_tells_an_unknown_dtype_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    entries = {str(i): {"dtype": "F4", "shape": [2], "data_offsets": [i, i + 1]} for i in range(50)}
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(50))
+    with pytest.raises(InputErrors, match="tensor '0' has the unknown dtype 'F4', and 49 more like it") as caught:
+        read_header(path)
+    assert len(caught.value.faults) == 1
+
+
 def test_read_header_huge_claim_allocates_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")

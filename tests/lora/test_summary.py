@@ -239,6 +239,12 @@ def test_read_lora_against_a_transformer(tmp_path: Path) -> None:
 # Other models
 
 
+def test_read_lora_refuses_a_whole_model_in_one_sentence(tmp_path: Path) -> None:
+    weights = {name: tensor.detach() for name, tensor in random_transformer().named_parameters()}
+    (fault,) = faults_of(save(tmp_path / "a.safetensors", weights))
+    assert f"holds {len(weights)} tensors that are no LoRA's (first img_in.bias); give a LoRA" in fault
+
+
 def linears_of(name: str, **settings: Any) -> list[str]:
     """The names of a diffusers model's linear layers."""
     with torch.device("meta"):
