@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from clora.cli import lora_files
 from clora.cli.app import BAD_INPUT, FAILED, app, command, is_main, run_command, say
-from clora.cli.output import print_json, print_plan, print_report, print_table
+from clora.cli.output import Json, print_json, print_plan, print_report, print_table
 from clora.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Configuration values that win over the file's."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Resume = Annotated[
     str | None, typer.Option(metavar="latest|PATH", help="Go on from the newest checkpoint, or from this.")
 ]
@@ -350,64 +350,8 @@ def evaluate(
         print_report(figures)
 
 
-@command("inspect")
-def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="LoRA file of any layout.")],
-    as_json: Json = False,
-) -> None:
-    """Show what is in a LoRA file, and a collection's effects.
-
-    \b
-    Example:
-      clora inspect collection.safetensors --json
-    """
-    from clora.lora.catalogue import describe_file
-
-    found = describe_file(file)
-    if as_json:
-        print_json(found)
-    else:
-        print_report(found)
-        for note in found["lora"]["notes"]:
-            typer.echo(f"note: {note}", err=True)
-    if found["lora"]["faults"]:
-        say(found["lora"]["faults"])
-        raise typer.Exit(BAD_INPUT)
-
-
-@command("convert")
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA file of any layout and kind.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .safetensors.")],
-    to: Annotated[Literal["diffusers", "comfyui", "kohya"], typer.Option(help="Layout to write.")],
-    rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="Make modules above this rank the nearest of it, and tell what is lost."),
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="'tiny', a hub id or a folder; a DoRA needs it, others are held against it.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Rewrite a LoRA file in another tool's layout.
-
-    LoHa, LoKr and whole updates become LoRAs: exactly, or with --rank the nearest ones.
-
-    \b
-    Example:
-      clora convert lora.safetensors out.safetensors --to kohya
-      clora convert lokr.safetensors out.safetensors --to comfyui --rank 64
-    """
-    from clora.jobs.convert import convert as run
-
-    done = run(source, target, to, rank, base)
-    if as_json:
-        print_json({"output": str(target), "from": done.layout, "to": to, **done.to_json()})
-        return
-    for note in done.notes:
-        typer.echo(f"note: {note}", err=True)
-    what = f"{target}: {len(done.ranks)} modules, {done.layout} to {to}"
-    typer.echo(what if rank is None else f"{what}, rank {done.max_rank}; {done.loss_sentence()}")
+command("inspect")(lora_files.inspect)
+command("convert")(lora_files.convert)
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:
