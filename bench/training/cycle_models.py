@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -23,7 +26,7 @@ from clora.distill.roles import CRITIC, STUDENT
 from clora.distill.step import Distiller
 from clora.distill.workspace import trainable_group
 from clora.lora.bank import TeacherBank
-from clora.lora.files import LoraFile
+from clora.lora.files import write_lora
 from clora.lora.frozen_linear import quantize_linears
 from clora.lora.module import LoraModule
 from clora.method.routing import Stream, step_generator
@@ -194,14 +197,23 @@ def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:
     backbone.use_kernels(config.train.kernels)
     whole = choose_num_blocks_kept(model_shapes(size.transformer), plan_settings(data), budget(config, device_memory()))
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing, whole)
-    files = {name: LoraFile(Path(name), lora, "diffusers", {}, "") for name, lora in data.teachers.items()}
-    bank = TeacherBank(adapters, files, config.train.teacher_slots, dtype=size.dtype)
+    bank = TeacherBank(adapters, teacher_files(data.teachers), config.train.teacher_slots, dtype=size.dtype)
     for slot in (STUDENT, CRITIC):
         adapters.add_stack(slot, [slot], size.rank, size.rank, trainable=True)
         adapters.init_slot(slot, data.student)
     student = trainable_group(adapters, [STUDENT], config, config.train.learning_rate, ema=True)
     critic = trainable_group(adapters, [CRITIC], config, config.train.critic_learning_rate, gradients_of=student)
     return Distiller(config, backbone, bank, data.effects, data.general, student, critic)
+
+
+def teacher_files(teachers: dict[str, Lora]) -> dict[str, Path]:
+    """The teachers as files, which last as long as this process: a bank reads nothing else."""
+    folder = Path(tempfile.mkdtemp(prefix="clora-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    files = {name: folder / f"{name}.safetensors" for name in teachers}
+    for name, path in files.items():
+        write_lora(path, teachers[name], dtype=None)
+    return files
 
 
 def plan_settings(data: Data) -> TrainSettings:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from clora.cli import lora_files
 from clora.cli.app import BAD_INPUT, FAILED, app, command, is_main, run_command, say
-from clora.cli.output import print_json, print_plan, print_report, print_table
+from clora.cli.output import Json, print_json, print_plan, print_report, print_table
 from clora.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Configuration values that win over the file's."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Resume = Annotated[
     str | None, typer.Option(metavar="latest|PATH", help="Go on from the newest checkpoint, or from this.")
 ]
@@ -350,49 +350,8 @@ def evaluate(
         print_report(figures)
 
 
-@command("inspect")
-def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="LoRA file of any layout.")],
-    as_json: Json = False,
-) -> None:
-    """Show what is in a LoRA file, and a collection's effects.
-
-    \b
-    Example:
-      clora inspect collection.safetensors --json
-    """
-    from clora.lora.catalogue import describe_file
-
-    found = describe_file(file)
-    if as_json:
-        print_json(found)
-    else:
-        print_report(found)
-    if found["lora"]["faults"]:
-        say(found["lora"]["faults"])
-        raise typer.Exit(BAD_INPUT)
-
-
-@command("convert")
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA file of any layout.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .safetensors.")],
-    to: Annotated[Literal["diffusers", "comfyui", "kohya"], typer.Option(help="Layout to write.")],
-    as_json: Json = False,
-) -> None:
-    """Rewrite a LoRA file in another tool's layout.
-
-    \b
-    Example:
-      clora convert lora.safetensors out.safetensors --to kohya
-    """
-    from clora.lora.files import convert_lora
-
-    read = convert_lora(source, target, to)
-    if as_json:
-        print_json({"output": str(target), "from": read.layout, "to": to, "num_modules": len(read.modules)})
-    else:
-        typer.echo(f"{target}: {len(read.modules)} modules, {read.layout} to {to}")
+command("inspect")(lora_files.inspect)
+command("convert")(lora_files.convert)
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:

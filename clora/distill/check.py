@@ -24,7 +24,7 @@ from clora.data.pairs import Pair
 from clora.distill.stages import teaching_warnings, training_warnings
 from clora.errors import InputError, missing_files, raise_faults, shown_path
 from clora.lora.adapters import matching_linears
-from clora.lora.files import check_lora
+from clora.lora.summary import check_lora
 from clora.method.prompts import EffectPrompt, effect_prompts
 
 Shapes = Mapping[str, tuple[int, int]]

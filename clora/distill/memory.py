@@ -24,8 +24,8 @@ from clora.backbones.qwen_image.footprint import MLP, ModelShapes, model_shapes
 from clora.backbones.qwen_image.pipeline import encoder_parameters, pixels_per_token, transformer_config
 from clora.config import Config, acceleration_of, read_sidecar, resolve_base
 from clora.distill.targets import TARGET_BATCH
-from clora.lora.files import check_lora
 from clora.lora.frozen_linear import floats_at_once
+from clora.lora.summary import check_lora
 from clora.training.device import DTYPES, base_dtype
 
 GB = 1e9

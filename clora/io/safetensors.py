@@ -69,7 +69,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file; no tensor is read.
 
     Raises `InputError` for a file that is missing, a pickle, truncated, padded or damaged, or whose header is
-    larger than 64 MiB; every damaged entry is listed.
+    larger than 64 MiB; damaged entries are told, those of one fault together.
     """
     size = _checked_size(path)
     try:
@@ -172,15 +172,18 @@ def _check_header(path: Path, raw: Any, data_start: int, size: int) -> Header:
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: damaged header, __metadata__ is not a table of strings; re-save it")
-    faults: list[str] = []
+    faults: dict[str, list[str]] = {}  # what is wrong -> the tensors of which it is
     entries: dict[str, TensorEntry] = {}
     for key, value in raw.items():
         entry = _entry(value, data_start)
         if isinstance(entry, str):
-            faults.append(f"{path}: damaged header, tensor {key!r} {entry}; re-save it")
+            faults.setdefault(entry, []).append(key)
         else:
             entries[key] = entry
-    raise_faults(faults)
+    more = {what: f", and {len(keys) - 1} more like it" if len(keys) > 1 else "" for what, keys in faults.items()}
+    raise_faults(
+        [f"{path}: damaged header, tensor {keys[0]!r} {what}{more[what]}; re-save it" for what, keys in faults.items()]
+    )
     end = data_start
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:

@@ -17,7 +17,7 @@ from clora.config import collection_lora
 from clora.data.images import load_image
 from clora.errors import InputError, raise_faults
 from clora.inference.editor import edit_prompt, find_catalogue, grid_columns, load_editor
-from clora.lora.catalogue import find_collection
+from clora.lora.groups import find_collection
 
 Given = TypeVar("Given")
 Found = TypeVar("Found")

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor
 
 from clora.config import Config
 from clora.errors import InputError
 from clora.io.text import write_text
-from clora.lora.catalogue import Group, Groups
-from clora.lora.files import check_lora
+from clora.lora.files import map_lora
+from clora.lora.groups import Group, Groups
+from clora.lora.summary import check_lora
 from clora.method.prompts import effect_prompts
 
 Matrix = NDArray[np.float64]
@@ -114,9 +114,8 @@ def teacher_similarity(paths: Sequence[Path | None]) -> Matrix:
     chosen = [common[round(k * (len(common) - 1) / (NUM_LAYERS - 1))] for k in range(NUM_LAYERS)]
     layers: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for index, summary in summaries.items():
-        with safe_open(summary.path, framework="pt") as file:
-            keys = [summary.keys[name] for name in chosen]
-            layers[index] = [(file.get_tensor(key["A"]).double(), file.get_tensor(key["B"]).double()) for key in keys]
+        modules = map_lora(summary.path, only=chosen)
+        layers[index] = [(modules[name].A.double(), modules[name].B.double()) for name in chosen]
 
     def product(first: int, second: int) -> float:
         pairs = zip(layers[first], layers[second], strict=True)

@@ -40,8 +40,7 @@ class Adapters:
         self.choice = choice
         self._slots: dict[str, tuple[str, int]] = {}  # slot name -> (stack, index)
         self._stacks: dict[str, tuple[int, float]] = {}  # stack -> (rank, alpha)
-        self._plans: dict[tuple[Slot, ...], Plan] = {}
-        self._plan_device: torch.device | None = None
+        self._plans: dict[tuple[tuple[Slot, ...], torch.device], Plan] = {}
         self._merged: Slot = None
         self.device: torch.device | None = None  # of the adapters; None: where the linears' weights are
 
@@ -88,11 +87,7 @@ class Adapters:
             A = torch.zeros(shape) if init == "zeros" else _draw_A(shape, generator)
             B = torch.zeros(count, linear.out_features, rank)
             device = self.device or linear.weight.device
-            linear.add_stack(
-                name,
-                nn.Parameter(A.to(device, dtype), requires_grad=trainable),
-                nn.Parameter(B.to(device, dtype), requires_grad=trainable),
-            )
+            linear.add_stack(name, A.to(device, dtype), B.to(device, dtype), trainable)
             for index in range(count):
                 linear.set_slot(name, index, 0 if init == "zeros" else rank, float(alpha))
         self._stacks[name] = (rank, float(alpha))
@@ -144,16 +139,7 @@ class Adapters:
         stack, index = self._place(slot)
         self._check_fit(slot, modules)
         for name, linear in self.linears.items():
-            A_rK, B_Nr = linear.A[stack][index], linear.B[stack][index]
-            module = modules.get(name)
-            rank = 0 if module is None else module.rank
-            if module is not None:
-                # Waits for the copies only where the modules lie in memory that is not pinned.
-                A_rK[:rank].copy_(module.A, non_blocking=True)
-                B_Nr[:, :rank].copy_(module.B, non_blocking=True)
-            A_rK[rank:].zero_()
-            B_Nr[:, rank:].zero_()
-            linear.set_slot(stack, index, rank, 0.0 if module is None else module.alpha)
+            linear.load(stack, index, modules.get(name))
 
     @torch.no_grad()
     def init_slot(self, slot: str, modules: Mapping[str, LoraModule], generator: torch.Generator | None = None) -> None:
@@ -167,34 +153,19 @@ class Adapters:
         self._check_fit(slot, modules)
         stack_rank, stack_alpha = self._stacks[stack]
         for name, linear in self.linears.items():
-            A_rK, B_Nr = linear.A[stack][index], linear.B[stack][index]
-            A_rK.copy_(_draw_A(tuple(A_rK.shape), generator))
-            B_Nr.zero_()
-            linear.set_slot(stack, index, stack_rank, stack_alpha)
-            if (module := modules.get(name)) is not None:
-                A_rK[: module.rank].copy_(module.A)
-                ratio = module.scale / (stack_alpha / stack_rank)
-                B_Nr[:, : module.rank].copy_(module.B.double() * ratio)
+            A_rK = _draw_A((stack_rank, linear.in_features), generator)
+            linear.start_from(stack, index, A_rK, modules.get(name), stack_alpha)
 
     def slot_modules(self, slot: str) -> dict[str, LoraModule]:
         """Copies of what a slot holds, at their true ranks, without the linears it leaves alone."""
-        stack, index = self._place(slot)
-        modules = {}
-        for name, linear in self.linears.items():
-            if rank := linear.ranks[stack][index]:
-                A_rK = linear.A[stack][index, :rank].detach().clone()
-                B_Nr = linear.B[stack][index, :, :rank].detach().clone()
-                modules[name] = LoraModule(A_rK, B_Nr, linear.alphas[stack][index])
-        return modules
+        place = self._place(slot)
+        found = {name: linear.module(*place) for name, linear in self.linears.items()}
+        return {name: module for name, module in found.items() if module is not None}
 
     @torch.no_grad()
     def delta(self, slot: str, module: str) -> Tensor:
         """What `slot` adds to the weight of `module`: (N, K) in fp64, zeros where it does nothing."""
-        stack, index = self._place(slot)
-        linear = self.linears[module]
-        A_rK: Tensor = linear.A[stack][index].double()
-        B_Nr: Tensor = linear.B[stack][index].double()
-        return B_Nr @ A_rK * linear.scale(stack, index)
+        return self.linears[module].delta(*self._place(slot))
 
     @contextmanager
     def use(self, slots: Sequence[Slot]) -> Iterator[None]:
@@ -246,40 +217,36 @@ class Adapters:
 
     def _plan(self, slots: tuple[Slot, ...]) -> Plan:
         device = self.device or next(iter(self.linears.values())).weight.device
-        if device != self._plan_device:  # the transformer was moved
-            self._plans.clear()
-            self._plan_device = device
-        if slots not in self._plans:
+        if (slots, device) not in self._plans:
             sizes = {stack: sum(place[0] == stack for place in self._slots.values()) for stack in self._stacks}
             if len(self._plans) >= 256:
                 self._plans.clear()
-            self._plans[slots] = make_plan(slots, self._place, sizes, device)
-        return self._plans[slots]
+            self._plans[slots, device] = make_plan(slots, self._place, sizes, device)
+        return self._plans[slots, device]
 
     def _place(self, slot: str) -> tuple[str, int]:
         if slot not in self._slots:
             raise InputError(f"unknown slot {slot!r}; {did_you_mean(slot, self._slots)}")
         return self._slots[slot]
 
-    def fit_faults(self, modules: Mapping[str, LoraModule], max_rank: int | None = None) -> list[str]:
-        """Why these modules cannot lie on this transformer (names, shapes, ranks above `max_rank`); all of
-        them."""
-        faults = []
-        for name, module in modules.items():
-            if name not in self.linears:
-                faults.append(f"{name} has no adapter here; add it to the targets or drop it")
-                continue
-            shape = (self.linears[name].out_features, self.linears[name].in_features)
-            given = (module.B.shape[0], module.A.shape[1])
-            if given != shape:
-                faults.append(f"{name} is for a weight {list(given)}, the base's is {list(shape)}")
-            if max_rank is not None and module.rank > max_rank:
-                faults.append(f"{name} has rank {module.rank}, the slot holds up to {max_rank}")
-        return faults
-
     def _check_fit(self, slot: str, modules: Mapping[str, LoraModule]) -> None:
         max_rank = self._stacks[self._place(slot)[0]][0]
-        raise_faults([f"slot {slot}: {fault}" for fault in self.fit_faults(modules, max_rank)])
+        raise_faults([f"slot {slot}: {fault}" for fault in _fit_faults(self.module_shapes, modules, max_rank)])
+
+
+def _fit_faults(shapes: Mapping[str, tuple[int, int]], modules: Mapping[str, LoraModule], max_rank: int) -> list[str]:
+    """Why these modules cannot lie in a slot (names, shapes, ranks above `max_rank`); all of them."""
+    faults = []
+    for name, module in modules.items():
+        if name not in shapes:
+            faults.append(f"{name} has no adapter here; add it to the targets")
+            continue
+        given = (module.B.shape[0], module.A.shape[1])
+        if given != shapes[name]:
+            faults.append(f"{name} is for a weight {list(given)}, the base's is {list(shapes[name])}")
+        if module.rank > max_rank:
+            faults.append(f"{name} has rank {module.rank}, the slot holds up to {max_rank}")
+    return faults
 
 
 def inject_adapters(transformer: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS) -> Adapters:

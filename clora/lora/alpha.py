@@ -19,23 +19,25 @@ CONFIG_KEY = "lora_adapter_metadata"
 KOHYA_KEY = "ss_network_alpha"
 MAX_CONFIG_BYTES = 4 << 20
 
-AlphaOf = Callable[[str, int], float]
+AlphaOf = Callable[[str, int | None], float]
 
 
-def header_alphas(path: Path, metadata: Mapping[str, str], layout: str) -> tuple[AlphaOf, list[str]]:
-    """A function (module name, rank) -> alpha for modules without an `.alpha` tensor, and the faults of its
-    source.
+def header_alphas(
+    path: Path, metadata: Mapping[str, str], layout: str, dora: bool = False
+) -> tuple[AlphaOf, list[str]]:
+    """A function (module name, dim) -> alpha for modules without an `.alpha` tensor, and the faults of its source.
 
-    Sources in order: the header's adapter config, `adapter_config.json` beside a file in PEFT's layout, the
-    header's `ss_network_alpha`; without any, alpha is the rank. The function raises `ValueError` where a
-    source contradicts the tensors.
+    The update is scaled by alpha / dim, dim being the rank of its factors; for updates without any (dim None) by the
+    alpha that is returned. Sources in order: the header's adapter config, `adapter_config.json` beside a file in PEFT's
+    layout, the header's `ss_network_alpha`; without any, the scale is 1. `dora` says that the tensors hold DoRA's
+    norms, so that a config may ask for it. The function raises `ValueError` where a source contradicts the tensors.
     """
     try:
         if CONFIG_KEY in metadata:
-            return _from_config(parse_json(metadata[CONFIG_KEY]), f"header metadata {CONFIG_KEY}")
+            return _from_config(parse_json(metadata[CONFIG_KEY]), f"header metadata {CONFIG_KEY}", dora)
         beside = path.with_name("adapter_config.json")
         if layout == "peft" and beside.is_file():
-            return _from_config(parse_json(read_text(beside, MAX_CONFIG_BYTES)), str(beside))
+            return _from_config(parse_json(read_text(beside, MAX_CONFIG_BYTES)), str(beside), dora)
     except InputError as error:
         return _rank_alpha, [str(error)]
     except ValueError as error:
@@ -46,36 +48,38 @@ def header_alphas(path: Path, metadata: Mapping[str, str], layout: str) -> tuple
     alpha = _positive(text)
     if alpha is None:
         return _rank_alpha, [f"header metadata {KOHYA_KEY} is {text!r}; alpha must be a positive number"]
-    return lambda module, rank: alpha, []
+    return lambda module, dim: 1.0 if dim is None else alpha, []
 
 
-def _rank_alpha(module: str, rank: int) -> float:
-    return float(rank)
+def _rank_alpha(module: str, dim: int | None) -> float:
+    return float(dim or 1)
 
 
-def _from_config(config: Any, source: str) -> tuple[AlphaOf, list[str]]:
-    """Alpha from a PEFT LoraConfig as JSON; diffusers puts the component's name before every key."""
+def _from_config(config: Any, source: str, dora: bool) -> tuple[AlphaOf, list[str]]:
+    """Alpha from a PEFT config as JSON; diffusers puts the component's name before every key. That of LoHa and LoKr
+    says `alpha` where a LoRA's says `lora_alpha`, and scales whole factors of LoKr too."""
     if not isinstance(config, dict):
         return _rank_alpha, [f"{source} is not a table; export the LoRA again"]
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     faults = [
         f"{source} asks for {flag}, which cannot be used; export a plain LoRA"
         for flag in ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")
-        if config.get(flag)
+        if config.get(flag) and not (dora and flag == "use_dora")
     ]
-    alphas = _pattern(config, "lora_alpha", "alpha_pattern", source, faults)
+    alphas = _pattern(config, "lora_alpha" if "lora_alpha" in config else "alpha", "alpha_pattern", source, faults)
     ranks = _pattern(config, "r", "rank_pattern", source, faults)
     rslora = bool(config.get("use_rslora"))
 
-    def alpha_of(module: str, rank: int) -> float:
-        declared = ranks(module)
-        if declared is not None and declared != rank:
-            raise ValueError(f"{source} says rank {declared:g}, the tensors {rank}; export it again")
-        alpha = alphas(module)
+    def alpha_of(module: str, dim: int | None) -> float:
+        declared, alpha = ranks(module), alphas(module)
+        if dim is None:
+            return 1.0 if alpha is None or declared is None else alpha / declared
+        if declared is not None and declared != dim:
+            raise ValueError(f"{source} says rank {declared:g}, the tensors {dim}")
         if alpha is None:
-            return float(rank)
+            return float(dim)
         # rsLoRA scales by alpha / sqrt(rank); as alpha / rank that is a larger alpha.
-        return alpha * math.sqrt(rank) if rslora else alpha
+        return alpha * math.sqrt(dim) if rslora else alpha
 
     return alpha_of, faults
 

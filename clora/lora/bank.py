@@ -17,8 +17,9 @@ import torch
 
 from clora.errors import InputError, InputErrors, did_you_mean, raise_faults
 from clora.lora.adapters import Adapters
-from clora.lora.files import LoraFile, check_lora, map_lora
+from clora.lora.files import map_lora
 from clora.lora.module import LoraModule
+from clora.lora.summary import check_lora
 
 Modules = Mapping[str, LoraModule]
 
@@ -35,7 +36,7 @@ class TeacherBank:
     def __init__(
         self,
         adapters: Adapters,
-        files: Mapping[str, LoraFile | Path | str],
+        files: Mapping[str, Path],
         capacity: int,
         stack: str = "teachers",
         dtype: torch.dtype = torch.float32,
@@ -50,10 +51,10 @@ class TeacherBank:
         if capacity < 1 or not files:
             raise ValueError("a bank needs at least one teacher and one slot")
         self._adapters = adapters
-        self._files = {effect: Path(f) if isinstance(f, str) else f for effect, f in files.items()}
+        self._files = dict(files)
         # Effect -> the first effect of the same file, which stands for all of them below.
-        first: dict[Path | str, str] = {}
-        self._first = {e: first.setdefault(f if isinstance(f, Path) else e, e) for e, f in self._files.items()}
+        first: dict[Path, str] = {}
+        self._first = {effect: first.setdefault(path, effect) for effect, path in self._files.items()}
         self._dtype, self._cache_bytes = dtype, cache_bytes
         self._num_bytes: dict[str, int] = {}
         rank = self._check_all()
@@ -173,9 +174,6 @@ class TeacherBank:
 
     def _read(self, effect: str) -> Modules:
         """A teacher in CPU memory, read now if it is not there."""
-        file = self._files[effect]
-        if isinstance(file, LoraFile):
-            return file.modules
         if effect in self._cache:
             self._cache.move_to_end(effect)
             return self._cache[effect]
@@ -183,7 +181,7 @@ class TeacherBank:
         while self._cache and kept + size > self._cache_bytes:
             kept -= self._num_bytes[self._cache.popitem(last=False)[0]]
         try:
-            mapped = map_lora(file, self._adapters.module_shapes)
+            mapped = map_lora(self._files[effect], self._adapters.module_shapes)
         except InputError as error:
             raise InputErrors(_named(effect, error)) from error
         modules = {
@@ -199,18 +197,14 @@ class TeacherBank:
         faults: list[str] = []
         rank, shapes = 1, self._adapters.module_shapes
         for effect in dict.fromkeys(self._first.values()):
-            file = self._files[effect]
             try:
-                if isinstance(file, LoraFile):
-                    raise_faults(self._adapters.fit_faults(file.modules))
-                    ranks, in_cache = {name: module.rank for name, module in file.modules.items()}, 0
-                else:
-                    ranks, in_cache = check_lora(file, shapes).ranks, self._dtype.itemsize
+                ranks = check_lora(self._files[effect], shapes).ranks
             except InputError as error:
                 faults += _named(effect, error)
                 continue
             rank = max(rank, *ranks.values())
-            self._num_bytes[effect] = in_cache * sum(rank_ * sum(shapes[name]) for name, rank_ in ranks.items())
+            in_floats = sum(rank_ * sum(shapes[name]) for name, rank_ in ranks.items())
+            self._num_bytes[effect] = in_floats * self._dtype.itemsize
         raise_faults(faults)
         return rank
 

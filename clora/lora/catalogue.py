@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clora.errors import InputError, InputErrors, did_you_mean
 from clora.io.safetensors import read_header
-from clora.io.text import parse_json, read_text
-from clora.lora.files import CATALOGUE_KEY, inspect_lora, write_lora
+from clora.io.text import parse_json
+from clora.lora.files import CATALOGUE_KEY, write_lora
+from clora.lora.inspection import inspect_lora
 from clora.lora.module import LoraModule
 from clora.method import prompts
 
@@ -84,53 +85,6 @@ class Catalogue(_Record):
         return table[name]
 
 
-class Group(_Record):
-    """One of several collections: its file and configuration (paths from the groups file), and what it serves."""
-
-    config: str
-    collection: str = Field(min_length=1)
-    effects: list[str] = Field(min_length=1)
-
-
-class Groups(_Record):
-    """Which collection serves which effect: the file `groups.json` of `clora plan-groups`."""
-
-    format_version: Literal[1] = 1
-    base: str
-    groups: list[Group] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Groups:
-        counts = Counter(name for group in self.groups for name in group.effects)
-        if twice := [name for name, count in counts.items() if count > 1]:
-            raise ValueError(f"effect in more than one group: {', '.join(twice)}")
-        return self
-
-
-def find_collection(path: Path, effects: Sequence[str]) -> Path:
-    """The collection that serves these effects, by the groups file at `path`.
-
-    Raises `InputError` without effects, for unknown ones (with the nearest) and for those of different collections.
-    """
-    try:
-        groups = Groups.model_validate(parse_json(read_text(path)))
-    except ValidationError as error:
-        raise InputErrors([f"{path}: {_fault(item)}" for item in error.errors()]) from error
-    except ValueError as error:
-        raise InputError(f"{path}: is no JSON ({error}); give a groups.json of `clora plan-groups`") from error
-    if not effects:
-        files = ", ".join(group.collection for group in groups.groups)
-        raise InputError(f"{path}: holds several collections; name an effect, or give one of {files}")
-    table = {name: group.collection for group in groups.groups for name in group.effects}
-    for name in effects:
-        if name not in table:
-            raise InputError(f"effect {name!r} is in no group of {path}; {did_you_mean(name, table)}")
-    found = list(dict.fromkeys(table[name] for name in effects))
-    if len(found) > 1:
-        raise InputError(f"effects {', '.join(effects)} are in different collections of {path}; apply them in turn")
-    return path.parent / found[0]
-
-
 def write_collection(
     path: str | Path,
     modules: Mapping[str, LoraModule],
@@ -168,7 +122,7 @@ def read_catalogue(path: str | Path) -> Catalogue:
     try:
         return Catalogue.model_validate(raw)
     except ValidationError as error:
-        raise InputErrors([f"{path}: catalogue {_fault(item)}" for item in error.errors()]) from error
+        raise InputErrors([f"{path}: catalogue {field_fault(item)}" for item in error.errors()]) from error
 
 
 def describe_file(path: str | Path) -> dict[str, Any]:
@@ -189,7 +143,8 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     return {"lora": lora}
 
 
-def _fault(item: Any) -> str:
+def field_fault(item: Any) -> str:
+    """One of pydantic's errors as a sentence: the field and what is wrong with it."""
     place = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else str(message)

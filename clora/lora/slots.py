@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clora.lora.frozen_linear import float_weight, frozen_linear
+from clora.lora.module import LoraModule
 
 # What one sample goes through: the base, one slot, or the sum of several.
 Slot = str | tuple[str, ...] | None
@@ -38,7 +39,7 @@ class KernelArgs:
     """The same choice as `clora.kernels.lora_linear` takes it: matrices, and one place among them per sample.
 
     Where every sample uses at most one slot and all are of one stack, that stack's own matrices serve. Else each
-    distinct sum of slots becomes one adapter (`SlotLinear.matrices`).
+    distinct sum of slots becomes one adapter, made by `SlotLinear.lanes`.
     """
 
     stack: str | None  # the one stack; None where `sums` serve
@@ -135,9 +136,10 @@ class SlotLinear(nn.Linear):
         rank = self.ranks[stack][slot]
         return self.alphas[stack][slot] / rank if rank else 0.0
 
-    def add_stack(self, stack: str, A_SrK: nn.Parameter, B_SNr: nn.Parameter) -> None:
-        """Take a stack's parameters; its slots do nothing until `set_slot`."""
-        self.A[stack], self.B[stack] = A_SrK, B_SNr
+    def add_stack(self, stack: str, A_SrK: Tensor, B_SNr: Tensor, trainable: bool) -> None:
+        """Make these a stack's parameters; its slots do nothing until `set_slot`."""
+        self.A[stack] = nn.Parameter(A_SrK, requires_grad=trainable)
+        self.B[stack] = nn.Parameter(B_SNr, requires_grad=trainable)
         self.ranks[stack], self.alphas[stack] = [0] * len(A_SrK), [0.0] * len(A_SrK)
         # The scales once more on the device, for terms of several slots.
         scale_S = torch.zeros(len(A_SrK), dtype=torch.float32, device=A_SrK.device)
@@ -151,6 +153,43 @@ class SlotLinear(nn.Linear):
         """State the true rank (0: does nothing) and alpha of what a slot's parameters hold."""
         self.ranks[stack][slot], self.alphas[stack][slot] = rank, alpha
         self.get_buffer(f"scale_{stack}")[slot] = self.scale(stack, slot)
+
+    def load(self, stack: str, slot: int, module: LoraModule | None) -> None:
+        """Make a slot exactly this update, None for none: what is left of the stack's rank is zero."""
+        A_rK, B_Nr = self.A[stack][slot], self.B[stack][slot]
+        rank = 0 if module is None else module.rank
+        if module is not None:
+            # Waits for the copies only where the modules lie in memory that is not pinned.
+            A_rK[:rank].copy_(module.A, non_blocking=True)
+            B_Nr[:, :rank].copy_(module.B, non_blocking=True)
+        A_rK[rank:].zero_()
+        B_Nr[:, rank:].zero_()
+        self.set_slot(stack, slot, rank, 0.0 if module is None else module.alpha)
+
+    def start_from(self, stack: str, slot: int, A_rK: Tensor, module: LoraModule | None, alpha: float) -> None:
+        """Make a slot this update at the full rank of `A_rK` (r, K) and at `alpha`; the rows of A beyond the update's
+        rank are those of `A_rK`, with zeros in B."""
+        rank = len(A_rK)
+        self.A[stack][slot].copy_(A_rK)
+        self.B[stack][slot].zero_()
+        self.set_slot(stack, slot, rank, alpha)
+        if module is not None:
+            self.A[stack][slot, : module.rank].copy_(module.A)
+            self.B[stack][slot, :, : module.rank].copy_(module.B.double() * (module.scale / (alpha / rank)))
+
+    def module(self, stack: str, slot: int) -> LoraModule | None:
+        """A copy of what a slot holds at its true rank, None where it does nothing."""
+        rank = self.ranks[stack][slot]
+        if not rank:
+            return None
+        A_rK, B_Nr = self.A[stack][slot, :rank], self.B[stack][slot, :, :rank]
+        return LoraModule(A_rK.detach().clone(), B_Nr.detach().clone(), self.alphas[stack][slot])
+
+    def delta(self, stack: str, slot: int) -> Tensor:
+        """What a slot adds to the weight: (N, K) in fp64, zeros where it does nothing."""
+        A_rK: Tensor = self.A[stack][slot].double()
+        B_Nr: Tensor = self.B[stack][slot].double()
+        return B_Nr @ A_rK * self.scale(stack, slot)
 
     def _add_shared(self, x: Tensor, out: Tensor, term: Term) -> Tensor:
         """One slot: two matrix products, the second fused with the addition."""

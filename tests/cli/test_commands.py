@@ -314,12 +314,36 @@ def test_convert_keeps_every_update(workplace: Path, modules: dict[str, LoraModu
     source, target = workplace / "lora.safetensors", workplace / "kohya.safetensors"
     result = call("convert", source, target, "--to", "kohya", "--json")
     wanted = {"output": str(target), "from": "comfyui", "to": "kohya", "num_modules": len(modules)}
-    assert result.exit_code == 0 and json.loads(result.stdout) == wanted
+    assert result.exit_code == 0 and json.loads(result.stdout) == wanted | {"max_rank": 2, "lost": None, "notes": []}
     before, after = read_lora(source).modules, read_lora(target)
     assert after.layout == "kohya" and after.modules.keys() == before.keys()
     assert all(torch.equal(after.modules[name].delta(), before[name].delta()) for name in before)
     result = call("convert", source, workplace / "out.bin", "--to", "kohya")
     assert result.exit_code == 2 and "out.bin: name the output .safetensors" in faults(result)[0]
+
+
+def test_convert_to_a_rank_and_by_a_base(workplace: Path, random_base: Path) -> None:
+    """What is lost is printed; a note goes to stderr; DoRA needs the base and gets it by its folder."""
+    name = "transformer_blocks.0.attn.to_q"
+    factors = {"lokr_w1": torch.randn(4, 4), "lokr_w2": torch.randn(12, 12)}
+    stem, target = f"diffusion_model.{name}", workplace / "ranked.safetensors"
+    lone = {"diffusion_model.transformer_blocks.1.attn.to_q.alpha": torch.tensor(1.0)}
+    save_file({f"{stem}.{part}": tensor for part, tensor in factors.items()} | lone, workplace / "lokr.safetensors")
+    result = call("convert", workplace / "lokr.safetensors", target, "--to", "comfyui", "--rank", 3)
+    sigma = torch.linalg.svdvals(torch.kron(factors["lokr_w1"].double(), factors["lokr_w2"].double()))
+    lost = float(sigma[3:].norm() / sigma.norm())
+    assert result.exit_code == 0 and f"rank 3; lost {lost:.2%} of an update at most ({name})" in result.stdout
+    assert result.stderr.startswith("note: ") and "belongs to no matrix" in result.stderr
+    dora = {f"{stem}.lora_A.weight": torch.ones(1, 48), f"{stem}.lora_B.weight": torch.ones(48, 1)}
+    save_file(dora | {f"{stem}.dora_scale": torch.ones(48, 1)}, workplace / "dora.safetensors")
+    command = ("convert", workplace / "dora.safetensors", target, "--to", "kohya", "--rank", 2, "--json")
+    result = call(*command)
+    assert result.exit_code == 2 and "is DoRA's" in faults(result)[0] and len(faults(result)) == 1
+    result = call(*command, "--base", random_base)
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 0 and answer["max_rank"] == 2 and 0 < answer["lost"]["max"] < 1
+    result = call(*command, "--base", "Nobody/at-all")
+    assert result.exit_code == 2 and "not in the local hub cache; download it with" in faults(result)[0]
 
 
 def test_edit_writes_the_images(workplace: Path, random_base: Path) -> None:

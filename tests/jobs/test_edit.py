@@ -25,7 +25,8 @@ from clora.inference.sampling import default_sampling
 from clora.jobs import edit
 from clora.jobs.edit import EditRequest, edit_files, result_paths, with_collection
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
-from clora.lora.files import convert_lora, write_lora
+from clora.lora.convert import convert_lora
+from clora.lora.files import write_lora
 from clora.lora.module import LoraModule
 from tests.support.random_base import AREA
 

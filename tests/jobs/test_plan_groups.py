@@ -20,8 +20,9 @@ from clora.config import Config, build_config, load_config
 from clora.errors import InputError
 from clora.jobs.edit import EditRequest, with_collection
 from clora.jobs.plan_groups import NUM_LAYERS, plan_groups, spread, teacher_similarity, text_similarity, write_groups
-from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, find_collection, write_collection
+from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.lora.files import write_lora
+from clora.lora.groups import find_collection
 from clora.lora.module import LoraModule
 from clora.method.prompts import effect_prompts
 from clora.tiny.effects import EFFECTS

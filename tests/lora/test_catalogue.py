@@ -15,10 +15,11 @@ from safetensors import safe_open
 
 from clora.errors import InputError, InputErrors
 from clora.lora.catalogue import Catalogue, CatalogueEntry, describe_file, read_catalogue, write_collection
-from clora.lora.files import convert_lora, read_lora, write_lora
+from clora.lora.convert import convert_lora
+from clora.lora.files import read_lora, write_lora
 from clora.lora.module import LoraModule
 
-MODULES = {"transformer_blocks.0.attn.to_q": LoraModule(torch.ones(2, 3), torch.ones(4, 2), 1.0)}
+MODULES = {"transformer_blocks.0.attn.to_q": LoraModule(torch.ones(2, 3), torch.ones(3, 2), 1.0)}
 
 
 def catalogue(**changes: Any) -> Catalogue:

@@ -13,50 +13,18 @@ from diffusers import QwenImageEditPlusPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clora.errors import InputError, InputErrors
 from clora.io.safetensors import map_tensors, read_header, read_tensors, write_tensors
-from clora.lora.files import check_lora, convert_lora, inspect_lora, map_lora, read_lora, write_lora
-from clora.lora.keys import flat_name, flat_resolver
+from clora.lora.convert import convert_lora
+from clora.lora.files import map_lora, read_lora, write_lora
+from clora.lora.keys import flat_name, name_resolver
 from clora.lora.layers import BLOCK_LINEARS, TOP_LINEARS
 from clora.lora.module import LoraModule, join_modules
+from tests.support.lora_files import LAYOUTS, MLP, TO_Q, faults_of, module, pair, save
 from tests.support.random_base import random_transformer
-
-TO_Q = "transformer_blocks.0.attn.to_q"
-MLP = "transformer_blocks.11.img_mlp.net.0.proj"
-
-
-def module(seed: int, rank: int = 2, alpha: float = 3.0, dtype: torch.dtype = torch.float32) -> LoraModule:
-    rng = torch.Generator().manual_seed(seed)
-    A = torch.randn(rank, 6, generator=rng).to(dtype)
-    return LoraModule(A, torch.randn(5, rank, generator=rng).to(dtype), alpha)
-
-
-def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    save_file(tensors, path, metadata)
-    return path
-
-
-def pair(stem: str, seed: int = 0, names: tuple[str, str] = ("lora_A", "lora_B"), rank: int = 2) -> dict[str, Tensor]:
-    one = module(seed, rank)
-    return {f"{stem}.{names[0]}.weight": one.A, f"{stem}.{names[1]}.weight": one.B}
-
-
-def faults_of(path: Path, names: Any = None) -> list[str]:
-    with pytest.raises(InputErrors) as caught:
-        read_lora(path, names)
-    return caught.value.faults
-
-
-LAYOUTS = {
-    "comfyui": (f"diffusion_model.{TO_Q}", ("lora_A", "lora_B")),
-    "diffusers": (f"transformer.{TO_Q}", ("lora_A", "lora_B")),
-    "peft": (f"base_model.model.{TO_Q}", ("lora_A", "lora_B")),
-    "bare": (TO_Q, ("lora_A.default", "lora_B.default")),
-    "kohya": (f"lora_unet_{flat_name(TO_Q)}", ("lora_down", "lora_up")),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,18 +53,19 @@ def test_read_lora_peft_inside_another_prefix(tmp_path: Path) -> None:
     assert list(read_lora(save(tmp_path / "a.safetensors", tensors)).modules) == [TO_Q]
 
 
-def test_flat_resolver_every_known_name() -> None:
+def test_name_resolver_every_known_name() -> None:
     names = [f"transformer_blocks.{block}.{linear}" for block in (0, 59) for linear in BLOCK_LINEARS]
     names += TOP_LINEARS
     model = random_transformer()
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for known, expected in ((None, names), (linears, linears)):
-        resolve = flat_resolver(known)
-        assert [resolve(flat_name(name)) for name in expected] == expected
+        resolve = name_resolver(known)
+        for stem in ("lora_unet_{flat}", "lycoris_{flat}", "lora_transformer_{flat}", "transformer.{name}", "{name}"):
+            assert [resolve(stem.format(name=name, flat=flat_name(name))) for name in expected] == expected
     # Without a model the table knows every linear layer of the real class.
-    assert [flat_resolver(None)(flat_name(name)) for name in linears] == linears
-    assert flat_resolver(None)("transformer_blocks_0_attn_to_z") is None
-    assert flat_resolver(["a.b_c", "a_b.c"])("a_b_c") is None  # ambiguous
+    assert [name_resolver(None)(f"lora_unet_{flat_name(name)}") for name in linears] == linears
+    assert name_resolver(None)("lora_unet_transformer_blocks_0_attn_to_z") is None
+    assert name_resolver(["a.b_c", "a_b.c"])("lora_unet_a_b_c") is None  # ambiguous
 
 
 modules_strategy = st.dictionaries(
@@ -297,59 +266,7 @@ def test_read_lora_kohya_alpha_in_the_header(tmp_path: Path) -> None:
     torch.testing.assert_close(converted.modules[TO_Q].delta(), read_lora(path).modules[TO_Q].delta(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("to", ["comfyui", "diffusers", "kohya"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_convert_lora_keeps_the_update(tmp_path: Path, layout: str, to: Any) -> None:
-    stem, names = LAYOUTS[layout]
-    tensors = pair(stem, 3, names) | {f"{stem}.alpha": torch.tensor(8.0)}
-    src = save(tmp_path / "a.safetensors", {k: t.bfloat16() for k, t in tensors.items()}, {"author": "me"})
-    convert_lora(src, tmp_path / "b.safetensors", to)
-    before, after = read_lora(src), read_lora(tmp_path / "b.safetensors")
-    assert after.layout == to and after.metadata["author"] == "me"
-    assert after.modules[TO_Q].A.dtype == torch.bfloat16
-    assert torch.equal(before.modules[TO_Q].delta(), after.modules[TO_Q].delta())
-
-
 # Faults
-
-
-def test_read_lora_lists_every_fault(tmp_path: Path) -> None:
-    good = pair(f"transformer.{TO_Q}")
-    other = "transformer_blocks.0.attn.to_k"
-    bad = {
-        "transformer.text_thing.weight": torch.zeros(2),
-        "lora_te1_text_model_layers_0.lora_down.weight": torch.zeros(2, 2),
-        f"transformer.{TO_Q}.dora_scale": torch.zeros(2),
-        f"transformer.{other}.lora_A.weight": torch.zeros(2, 6),
-        **pair("transformer.transformer_blocks.0.attn.to_v"),
-        f"diffusion_model.{TO_Q}.lora_A.weight": torch.zeros(2, 6),
-        "transformer.transformer_blocks.1.attn.to_q.lora_A.weight": torch.zeros(3, 6),
-        "transformer.transformer_blocks.1.attn.to_q.lora_B.weight": torch.zeros(5, 2),
-        "transformer.transformer_blocks.1.attn.to_v.lora_A.weight": torch.zeros(2, 6, dtype=torch.int8),
-        "transformer.transformer_blocks.1.attn.to_v.lora_B.weight": torch.zeros(5, 2, 1),
-    }
-    bad["transformer.transformer_blocks.0.attn.to_v.lora_B.weight"][0, 0] = float("nan")
-    faults = faults_of(save(tmp_path / "a.safetensors", good | bad))
-    expected = [
-        [
-            "3 tensors cannot be used",
-            "DoRA",
-            "text encoder",
-            "text_thing",
-            "lora_te1_text_model",
-            "dora_scale",
-        ],
-        ["are the same matrix of", TO_Q],
-        [other, "has no lora_B"],
-        ["transformer_blocks.1.attn.to_q has rank 3 in lora_A [3, 6] but rank 2 in lora_B [5, 2]"],
-        ["transformer_blocks.1.attn.to_v.lora_A.weight is torch.int8"],
-        ["transformer_blocks.1.attn.to_v.lora_B.weight has shape [5, 2, 1]"],
-        ["transformer_blocks.0.attn.to_v.lora_B.weight holds values that are not finite"],
-    ]
-    assert len(faults) == len(expected)
-    for words in expected:
-        assert any(all(word in fault for word in words) for fault in faults), words
-    assert all(str(tmp_path / "a.safetensors") in fault for fault in faults)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -360,25 +277,6 @@ def test_read_lora_finds_a_single_value_that_is_not_finite(tmp_path: Path, dtype
     tensors[f"{TO_Q}.lora_B.weight"][3, 33] = value
     (fault,) = faults_of(save(tmp_path / "a.safetensors", tensors))
     assert "lora_B.weight holds values that are not finite" in fault
-
-
-def test_read_lora_against_a_transformer(tmp_path: Path) -> None:
-    linears = random_transformer().named_modules()
-    shapes = {name: tuple(m.weight.shape) for name, m in linears if isinstance(m, nn.Linear)}
-    missing = "transformer_blocks.7.attn.to_q"
-    path = save(tmp_path / "a.safetensors", pair(f"transformer.{TO_Q}") | pair(f"transformer.{missing}"))
-    faults = faults_of(path, shapes)
-    assert len(faults) == 2
-    assert missing in faults[0] and "transformer_blocks.1.attn.to_q" in faults[0]  # the nearest name
-    assert "[5, 6], the transformer's is [48, 48]" in faults[1]
-    with pytest.raises(InputErrors) as caught:
-        check_lora(path, shapes)  # the header alone shows them
-    assert caught.value.faults == faults
-    flat = save(
-        tmp_path / "b.safetensors",
-        pair("lora_unet_transformer_blocks_7_attn_to_q", names=("lora_down", "lora_up")),
-    )
-    assert "2 tensors cannot be used" in faults_of(flat, shapes)[0]
 
 
 @pytest.mark.parametrize(
@@ -452,6 +350,16 @@ def test_read_lora_refuses_damaged_files(tmp_path: Path) -> None:
         read_lora(save(tmp_path / "b.safetensors", {}))
 
 
+def test_read_header_tells_an_unknown_dtype_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    entries = {str(i): {"dtype": "F4", "shape": [2], "data_offsets": [i, i + 1]} for i in range(50)}
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(50))
+    with pytest.raises(InputErrors, match="tensor '0' has the unknown dtype 'F4', and 49 more like it") as caught:
+        read_header(path)
+    assert len(caught.value.faults) == 1
+
+
 def test_read_header_huge_claim_allocates_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
@@ -471,34 +379,6 @@ def test_read_lora_any_damaged_byte_is_an_input_error(
         read_lora(path)  # a changed value in the data is still a file
     except InputError:
         pass
-
-
-# inspect
-
-
-def test_inspect_lora_tells_what_is_there(tmp_path: Path) -> None:
-    modules = {
-        TO_Q: module(0, 2),
-        MLP: module(1, 4, alpha=8.0),
-        "transformer_blocks.1.attn.to_q": module(2, 2),
-    }
-    path = tmp_path / "a.safetensors"
-    sha256 = write_lora(path, modules, {"clora.catalogue": '{"effects": []}'}, "kohya", torch.float16)
-    found = inspect_lora(path)
-    json.dumps(found)
-    assert found["layout"] == "kohya" and found["faults"] == [] and found["sha256"] == sha256
-    assert (found["num_tensors"], found["num_modules"], found["num_blocks"]) == (9, 3, 3)
-    assert found["num_parameters"] == sum(m.A.numel() + m.B.numel() for m in modules.values())
-    assert found["ranks"] == {"2": 2, "4": 1} and found["alphas"] == {"3": 2, "8": 1}
-    assert found["targets"] == {"attn.to_q": 2, "img_mlp.net.0.proj": 1}
-    assert found["dtypes"] == ["float16", "float32"] and found["catalogue"] == {"effects": []}
-
-
-def test_inspect_lora_lists_faults(tmp_path: Path) -> None:
-    tensors = pair(TO_Q) | {"other": torch.zeros(1)}
-    tensors[f"{TO_Q}.lora_A.weight"][0, 0] = float("nan")
-    found = inspect_lora(save(tmp_path / "a.safetensors", tensors, {"clora.catalogue": "{"}))
-    assert len(found["faults"]) == 3 and found["catalogue"] is None and found["num_modules"] == 1
 
 
 def test_join_modules_adds_up_the_updates_exactly() -> None:
