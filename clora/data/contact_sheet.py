@@ -84,8 +84,7 @@ def sheet_image(blocks: Sequence[Block], columns: int | None = None) -> Image.Im
             number += 1
             if picture is not None:
                 shown = _shown(picture, sizes, (width, height))
-                corner = (x + (width - shown.width) // 2, top + label_height + (height - shown.height) // 2)
-                canvas.paste(shown, corner)
+                canvas.paste(shown, (x + (width - shown.width) // 2, top + label_height))
         y += -(-len(block.cells) // columns) * row_height
     canvas.thumbnail((MOST_SIDE, MOST_SIDE))
     return canvas
