@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -168,7 +169,7 @@ def result_paths(request: EditRequest) -> list[Path]:
     """
     output, num_results = request.output, len(request.images) * len(request.seeds)
     formats = (*WRITABLE, ".html") if request.grid else WRITABLE
-    if output.is_dir() or not output.suffix:
+    if os.path.isdir(output) or not output.suffix:  # False, not an error, for names no file can have
         if request.grid:
             raise InputError(f"output: {output} is a folder, a grid is one file; name it, such as grid.png")
         paths = [output / f"{name}.png" for name in _result_names(request)]
