@@ -81,6 +81,14 @@ class Interrupted(Exception):
         super().__init__(f"stopped by {signal.Signals(signum).name}; saved {checkpoint}; go on with --resume latest")
 
 
+class Stopped(Exception):
+    """Ctrl-C ended a command whose results so far are on the disk: says how many, and how to get the rest."""
+
+
+class WriteError(Exception):
+    """A disk that does not take a result (it is full, or fails): says which one, and the mend."""
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient that is not finite: nothing was updated."""
 

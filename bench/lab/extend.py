@@ -11,24 +11,30 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from rich.console import Console
 
 from clora.config import Config, acceleration_of, collection_lora, load_config
-from clora.data.dataset import in_batches
 from clora.data.examples import Example
-from clora.data.image_grid import Pixels
+from clora.data.image_grid import Pixels, to_uint8
 from clora.data.pairs import Pair
 from clora.distill.run import open_bank
 from clora.distill.workspace import OpenBase, open_base
-from clora.evaluate.baselines import ACCELERATION, COLLECTION, methods
+from clora.evaluate.baselines import (
+    ACCELERATION,
+    COLLECTION,
+    Method,
+    collection_method,
+    methods,
+    sample_examples,
+)
 from clora.evaluate.exact import MethodScores, Outputs, evaluate_methods
 from clora.evaluate.statistics import bootstrap_interval
-from clora.inference.sampling import Method, sample_method
+from clora.inference.sampling import teacher_sampling
 from clora.jobs.extend import extend
 from clora.jobs.teach import teach
 from clora.lora.catalogue import Catalogue, read_catalogue
@@ -67,28 +73,27 @@ def teach_new(config: Config, run: Path, console: Console) -> None:
     teach(config.model_copy(update={"effects": effects, "output_dir": run}), resume="latest", console=console)
 
 
-def encode(workspace: OpenBase, prompts: dict[str, dict[str, str]], scenes: dict[int, Path]) -> dict[int, Any]:
-    """(effect, scene) and its example, by the example's identity."""
-    found = {}
-    for name, texts in prompts.items():
-        for scene, path in scenes.items():
-            example = workspace.encoder.encode(Pair((path,), None, None, name, str(path)), name, texts)
-            found[id(example)] = ((name, scene), example)
-    return found
+Examples = dict[tuple[str, int], Example]  # by effect and scene
 
 
-def sample(
-    workspace: OpenBase, method: Method, examples: dict[int, tuple[tuple[str, int], Example]], num_noises: int = 1
-) -> Images:
+def encode(workspace: OpenBase, prompts: dict[str, dict[str, str]], scenes: dict[int, Path]) -> Examples:
+    """Every effect on every scene, encoded."""
+    return {
+        (name, scene): workspace.encoder.encode(Pair((path,), None, None, name, str(path)), name, texts)
+        for name, texts in prompts.items()
+        for scene, path in scenes.items()
+    }
+
+
+def sample(workspace: OpenBase, method: Method, examples: Examples, num_noises: int = 1) -> Images:
     """So many uint8 images of every effect and scene; a scene has the same noises in every method."""
     images: Images = {}
+    keys, batch_size = list(examples), workspace.config.eval.batch_size
     for noise in range(num_noises):
-        for batch in in_batches([example for _, example in examples.values()], workspace.config.eval.batch_size):
-            keys = [examples[id(example)][0] for example in batch]
-            seeds = [key[1] % 100_003 + noise * 100_003 for key in keys]
-            made = sample_method(workspace.backbone, workspace.config, method, batch, seeds)
-            for key, image in zip(keys, made.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                images.setdefault(key, []).append(np.round(image * 255).astype(np.uint8))
+        seeds = [scene % 100_003 + noise * 100_003 for _, scene in examples]
+        made = sample_examples(workspace.backbone, method, list(examples.values()), seeds, batch_size)
+        for place, image in made:
+            images.setdefault(keys[place], []).append(to_uint8(image))
     return images
 
 
@@ -106,22 +111,23 @@ def sample_collections(config: Config, before: Path, after: Path, scenes: dict[i
     }
     examples = encode(workspace, prompts, scenes)
     workspace.backbone.free_encoders()
-    old = {key: item for key, item in examples.items() if item[0][0] not in new}
-    added = {key: item for key, item in examples.items() if item[0][0] in new}
+    old = {key: example for key, example in examples.items() if key[0] not in new}
+    added = {key: example for key, example in examples.items() if key[0] in new}
     few = catalogue.schedule.num_steps
     images: dict[str, Images] = {}
     for name, path in (("before", before), ("after", after)):
         console.print(f"sampling: {name}")
         modules = read_lora(path, workspace.adapters.module_shapes).modules
         workspace.adapters.add_lora(COLLECTION, modules)
-        method = Method(COLLECTION, 1, few, 1.0, True, "student", lambda effects: [COLLECTION])
+        method = collection_method(few, config.schedule.shift)
         images[name] = sample(workspace, method, old, 1)
         if name == "after":
             images[name] |= sample(workspace, method, added, NEW_NOISES)
         workspace.adapters.remove_stack(COLLECTION)
     bank = open_bank(workspace)
     assert bank is not None
-    teachers = Method("teachers", len(new), config.targets.num_steps, 1.0, False, "teacher", bank.slots_for)
+    unguided = replace(teacher_sampling(config), guidance=1.0)
+    teachers = Method("teachers", len(new), unguided, "teacher", bank.slots_for)
     images["teachers"] = sample(workspace, teachers, added, NEW_NOISES)
     fast = acceleration_of(config)
     assert fast is not None

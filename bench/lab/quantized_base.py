@@ -29,11 +29,10 @@ from clora.distill.check import check_training
 from clora.distill.run import make_distiller, open_bank
 from clora.distill.targets import targets_from_pairs
 from clora.distill.workspace import open_base, open_workspace
-from clora.evaluate.baselines import COLLECTION
-from clora.evaluate.exact import PSNR_CAP, MethodScores, evaluate_methods
-from clora.evaluate.metrics.image import as_image, psnr
+from clora.evaluate.baselines import COLLECTION, collection_method
+from clora.evaluate.exact import MethodScores, evaluate_methods
+from clora.evaluate.metrics.image import PSNR_CAP, as_image, psnr
 from clora.evaluate.statistics import bootstrap_interval
-from clora.inference.sampling import Method
 from clora.lora.catalogue import CatalogueEntry, read_catalogue
 from clora.lora.files import read_lora
 from clora.lora.frozen_linear import weight_bytes
@@ -80,7 +79,7 @@ def edit(
     workspace.backbone.free_encoders()
     modules = read_lora(collection_file(), workspace.adapters.module_shapes).modules
     workspace.adapters.add_lora(COLLECTION, modules)
-    method = Method(COLLECTION, 1, num_steps, 1.0, True, "student", lambda effects: [COLLECTION])
+    method = collection_method(num_steps, config.schedule.shift)
     started = time.process_time()
     images = sample(workspace, method, examples)
     return images, num_bytes, (time.process_time() - started) / len(images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import numpy as np
 from rich.console import Console
 
 from clora.config import load_config
-from clora.data.dataset import in_batches
-from clora.data.image_grid import Pixels, grid_image
+from clora.data.image_grid import Pixels, grid_image, to_uint8
 from clora.distill.run import open_bank
 from clora.distill.workspace import open_base
+from clora.evaluate.baselines import Method, sample_examples
 from clora.evaluate.exact import MethodScores, Pair, evaluate_methods
-from clora.inference.sampling import Method, sample_method
+from clora.inference.sampling import teacher_sampling
 from clora.jobs.demo import encode_held_out
 from clora.tiny.dataset import EVAL_SCENES
 from clora.tiny.effects import EFFECTS, apply_effect
@@ -40,17 +41,17 @@ def sample(run: Path, num_scenes: int) -> dict[int, Images]:
     assert bank is not None
     scenes = {EVAL_SCENES + i: run / "data" / "held_out" / f"{i:03d}.png" for i in range(num_scenes)}
     examples = encode_held_out(workspace, scenes)
-    keys = {id(example): key for key, example in examples.items()}
+    keys = list(examples)
     found: dict[int, Images] = {}
     for steps in STEPS:
         console.print(f"{steps} steps")
-        method = Method(f"{steps} steps", 1, steps, 1.0, False, "teacher", bank.slots_for)
+        sampling = replace(teacher_sampling(config), num_steps=steps, guidance=1.0)
+        method = Method(f"{steps} steps", 1, sampling, "teacher", bank.slots_for)
         images = found.setdefault(steps, {})
-        for batch in in_batches(list(examples.values()), config.eval.batch_size):
-            for seed in SEEDS:
-                made = sample_method(workspace.backbone, config, method, batch, [seed] * len(batch))
-                for example, image in zip(batch, made.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                    images.setdefault(keys[id(example)], []).append(np.round(image * 255).astype(np.uint8))
+        for seed in SEEDS:
+            seeds, size = [seed] * len(examples), config.eval.batch_size
+            for place, image in sample_examples(workspace.backbone, method, list(examples.values()), seeds, size):
+                images.setdefault(keys[place], []).append(to_uint8(image))
     return found
 
 

@@ -18,9 +18,8 @@ from bench.lab.extend import Images, encode, sample
 from bench.lab.quantized_base import psnr_to, quality
 from clora.config import Config, load_config
 from clora.distill.workspace import open_base
-from clora.evaluate.baselines import COLLECTION
+from clora.evaluate.baselines import COLLECTION, collection_method
 from clora.evaluate.exact import evaluate_methods
-from clora.inference.sampling import Method
 from clora.jobs.demo import SCALES, write_dataset
 from clora.jobs.teach import teach
 from clora.jobs.train import train
@@ -67,7 +66,7 @@ def sample_all(config: Config, collections: dict[str, Path], scenes: dict[int, P
     workspace = open_base(config, Console(stderr=True))
     examples = {name: encode(workspace, prompts_of(path), scenes) for name, path in collections.items()}
     workspace.backbone.free_encoders()
-    method = Method(COLLECTION, 1, config.schedule.num_steps, 1.0, True, "student", lambda effects: [COLLECTION])
+    method = collection_method(config.schedule.num_steps, config.schedule.shift)
     images = {}
     for name, path in collections.items():
         modules = read_lora(path, workspace.adapters.module_shapes).modules

@@ -135,16 +135,17 @@ def random_examples(size: Size) -> tuple[dict[str, list[Example]], list[Example]
     rng = torch.Generator().manual_seed(1)
     tokens = size.grid[0] * size.grid[1]
 
-    def example(effect: str | None) -> Example:
+    def example(effect: str | None, number: int) -> Example:
         texts = {
             role: torch.randn(size.text_tokens, size.text_width, generator=rng).to(size.dtype)
             for role in ("student", "teacher", "negative")
         }
         reference, y = (torch.randn(tokens, CHANNELS, generator=rng).to(size.dtype) for _ in range(2))
         targets = () if effect is None else (y,)
-        return Example(effect, (Path("random.png"),), size.grid, (reference,), (size.grid,), texts, y=targets)
+        key = (effect, str(number))
+        return Example(effect, (Path("random.png"),), size.grid, (reference,), (size.grid,), texts, y=targets, key=key)
 
-    return {name: [example(name), example(name)] for name in EFFECTS}, [example(None), example(None)]
+    return {name: [example(name, 0), example(name, 1)] for name in EFFECTS}, [example(None, 0), example(None, 1)]
 
 
 @dataclass

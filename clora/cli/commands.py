@@ -267,6 +267,14 @@ def extend(
 def edit(
     image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],
     output: Annotated[Path, typer.Option(help="File to write, or a folder for several results.")],
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Picture shown before every image, as the first pictures of a pair in training; may be repeated."
+            " The image comes last and gives the result its shape.",
+        ),
+    ] = None,
     lora: Annotated[
         Path | None,
         typer.Option(help="Collection, groups.json, or any LoRA file; default: the base's own collection."),
@@ -286,7 +294,12 @@ def edit(
     guidance: Annotated[
         float | None, typer.Option(min=1, help="Guidance scale; 1, the default of a collection, is none.")
     ] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="One picture: a row per image, a column per effect.")] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="One contact sheet of every effect, a picture or an .html page.")
+    ] = False,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Of --grid: pictures in a row; default: about square.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one.")] = None,
     dtype: Annotated[
@@ -297,14 +310,18 @@ def edit(
 ) -> None:
     """Edit images with a collection, or with any LoRA file.
 
+    Each result is written as soon as it is made; its shape is the image's, to a token of the base.
+
     \b
     Example:
       clora edit --base tiny --image in.png --effect sepia --output out.png
       clora edit --lora collection.safetensors --image a.png --image b.png \\
           --effect NAME --effect SECOND --output results/
-      clora edit --lora collection.safetensors --image in.png --grid --output grid.png
+      clora edit --lora collection.safetensors --image room.png --reference chair.png --effect NAME --output out.png
+      clora edit --lora collection.safetensors --image in.png --grid --columns 8 --output grid.html
     """
-    from clora.jobs.edit import EditRequest, edit_files
+    from clora.inference.edit_plan import EditRequest
+    from clora.jobs.edit import edit_files
 
     request = EditRequest(
         images=tuple(image),
@@ -313,10 +330,12 @@ def edit(
         lora=lora,
         effects=tuple(effect or ()),
         prompt=prompt,
+        references=tuple(reference or ()),
         seeds=tuple(seed or (0,)),
         steps=steps,
         guidance=guidance,
         grid=grid,
+        columns=columns,
         batch_size=batch_size,
         device=device,
         dtype=dtype,

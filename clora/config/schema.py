@@ -1,7 +1,6 @@
 """The schema of a configuration file: one pydantic model per section. `clora.config.load` loads files into it.
 
-The defaults are those of the preset `clora` (`clora/presets/clora.yaml` explains them); a test holds the two
-together.
+The defaults are those of the preset `clora`, whose file explains them; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -154,6 +153,8 @@ class TargetsConfig(Section):
     source: Annotated[TargetSource, doc("'teachers' make them; 'pairs': the pairs' own target images.")] = "teachers"
     num_steps: Annotated[Count, doc("Euler steps of the teacher.")] = 40
     guidance: Annotated[Guidance, doc("Classifier-free guidance scale; 1 = none.")] = 4.0
+    guidance_rescale: Annotated[Rescale, doc("'norm': as the base's own pipeline rescales it; 'none'.")] = "norm"
+    shift: Annotated[Positive | None, doc("Shift of its noise levels; null: the base's own scheduler's.")] = None
     per_source: Annotated[Count, doc("Target images per source image, each from its own noise.")] = 1
     max_sources: Annotated[
         Count | None, doc("Pairs per effect that `clora train` takes; null: all. `teach` takes all.")

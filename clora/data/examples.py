@@ -8,7 +8,7 @@ Shape legend: B batch, T tokens, C latent channels per token, L text tokens, D t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from clora.data.cache import TensorCache, cache_key
 from clora.data.images import aspect_buckets, choose_bucket, cover_crop, load_image
 from clora.data.pairs import Pair
 
-ENCODING_VERSION = "examples/1"
+ENCODING_VERSION = "examples/2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,8 @@ class Example:
     """One source (one or more reference images) of one effect; `effect` None belongs to the general stream.
 
     refs: packed latents (Tr, C) per reference. texts: role -> (L, D), roles "student", "teacher", "negative".
-    x0: latents (T, C) of the pair's own target. y: the teacher's images of it, (T, C) each.
+    x0: latents (T, C) of the pair's own target. y: the teacher's images of it, (T, C) each. key: tells the examples of
+    a run apart, and is the same in each of its processes and when it goes on: the effect, and where its pair stands.
     """
 
     effect: str | None
@@ -41,6 +42,7 @@ class Example:
     texts: dict[str, Tensor]
     x0: Tensor | None = None
     y: tuple[Tensor, ...] = ()
+    key: tuple[str | None, str] = field(kw_only=True)
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +86,7 @@ class ExampleEncoder:
             ref_grids=tuple(grid for _, grid in references),
             texts=texts,
             x0=target,
+            key=(effect, f"{pair.place} {pair.sources[-1]}"),
         )
 
     def _key(self, paths: Sequence[Path], prompt: str | None, what: str) -> str:

@@ -39,13 +39,18 @@ class Grid:
                 )
 
 
+def to_uint8(image: Pixels) -> NDArray[np.uint8]:
+    """An image of either kind as uint8, rounded to the nearest."""
+    if image.dtype == np.uint8:
+        return image
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
 def _to_pil(image: Pixels, scale: int) -> Image.Image:
     """A picture enlarged `scale` times without smoothing."""
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image must be (H, W, 3), got {image.shape}")
-    if image.dtype != np.uint8:
-        image = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture = Image.fromarray(np.ascontiguousarray(to_uint8(image)))
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
@@ -56,7 +61,7 @@ def png_data_uri(image: Pixels, scale: int = 2) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _fitted(text: str, font: Any, width: float) -> str:
+def fitted(text: str, font: Any, width: float) -> str:
     """The text, its end cut to an ellipsis where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -74,13 +79,14 @@ def grid_image(
 ) -> Image.Image:
     """One RGB picture of a grid with labels over the columns and, if given, before the rows.
 
-    All images have the size of the first; None leaves a cell empty. Raises ValueError for unequal rows.
+    Cells have the size of the largest image, smaller ones stand in their middle; None leaves a cell empty. Raises
+    ValueError for unequal rows.
     """
     grid = Grid("picture", columns, row_labels or [""] * len(rows), rows)
-    first = next((image for row in rows for image in row if image is not None), None)
-    if first is None:
+    sizes = [image.shape[:2] for row in rows for image in row if image is not None]
+    if not sizes:
         raise ValueError("a grid picture needs at least one image")
-    height, width = first.shape[0] * scale, first.shape[1] * scale
+    height, width = (max(sides) * scale for sides in zip(*sizes, strict=True))
     font = ImageFont.load_default(font_size)
     gap = max(4, width // 24)
     left = math.ceil(max(font.getlength(label) for label in grid.row_labels)) + 2 * gap if row_labels else gap
@@ -90,11 +96,13 @@ def grid_image(
     draw = ImageDraw.Draw(canvas)
     for i, label in enumerate(columns):
         centre = left + i * (width + gap) + width / 2
-        draw.text((centre, top - gap), _fitted(label, font, width + gap), "#333333", font=font, anchor="ms")
+        draw.text((centre, top - gap), fitted(label, font, width + gap), "#333333", font=font, anchor="ms")
     for j, (label, row) in enumerate(zip(grid.row_labels, rows, strict=True)):
         y = top + j * (height + gap)
         draw.text((left - gap, y + height / 2), label, "#333333", font=font, anchor="rm")
         for i, image in enumerate(row):
             if image is not None:
-                canvas.paste(_to_pil(image, scale), (left + i * (width + gap), y))
+                picture = _to_pil(image, scale)
+                x = left + i * (width + gap)
+                canvas.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
     return canvas

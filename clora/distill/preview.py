@@ -9,8 +9,7 @@ from clora.data.examples import collate
 from clora.data.image_grid import grid_image
 from clora.distill.step import Distiller
 from clora.distill.workspace import Workspace
-from clora.method.flow import few_step_sigmas
-from clora.method.samplers import few_step_sample
+from clora.inference.sampling import few_step_sampling, follow
 from clora.training import distributed
 from clora.training.optimizer import averaged_weights
 
@@ -24,19 +23,10 @@ def sample_grid(workspace: Workspace, distiller: Distiller, step: int, most: int
     config, backbone = workspace.config, workspace.backbone
     pools = list(workspace.effects.values()) or [workspace.general]
     picked = [pool[0] for pool in pools[:most] if pool[0].sizes == pools[0][0].sizes]
-    sigmas = few_step_sigmas(config.schedule.num_steps, config.schedule.shift)
-    nets = distiller.networks(step - 1)
-    shape = (picked[0].num_tokens, backbone.token_channels)
-    role = "student" if config.objective.aop else "teacher"
+    sampling = few_step_sampling(config.schedule.num_steps, config.schedule.shift)
+    cond = collate(picked, "student" if config.objective.aop else "teacher", backbone.device)
     with averaged_weights(distiller.student):
-        x0 = few_step_sample(
-            nets.student,
-            collate(picked, role, backbone.device),
-            shape,
-            sigmas,
-            [0] * len(picked),
-            backbone.device,
-        )
+        x0 = follow(backbone, distiller.networks(step - 1).student, cond, sampling, [0] * len(picked))
     if not distributed.is_main():
         return None
     columns = ["source", "teacher", "student"] if picked[0].y else ["source", "student"]

@@ -17,14 +17,14 @@ from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
 from clora.distill.workspace import Workspace
 from clora.errors import raise_faults
-from clora.inference.sampling import Slots, guided_teacher_velocity
+from clora.inference.sampling import SlotsFor, sample, teacher_sampling
 from clora.lora.catalogue import Catalogue
 from clora.method.flow import few_step_sigmas
 from clora.method.routing import step_generator
-from clora.method.samplers import few_step_sample, ode_sample
+from clora.method.samplers import few_step_sample
 from clora.training import distributed
 
-TARGETS_VERSION = "targets/1"
+TARGETS_VERSION = "targets/2"
 REHEARSAL_VERSION = "rehearsal/1"
 TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images
 
@@ -44,54 +44,41 @@ def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Exam
 
 @torch.no_grad()
 def make_targets(
-    workspace: Workspace, slots_for: Slots, teacher_hashes: dict[str, str], console: Console, batch_size: int
+    workspace: Workspace, slots_for: SlotsFor, teacher_hashes: dict[str, str], console: Console, batch_size: int
 ) -> dict[str, list[Example]]:
     """The effects' examples with `y` filled in: `targets.per_source` images each, one noise per image.
 
     Interrupted, it goes on where it was: every image is an entry of the cache, under a hash of the teacher's file, its
     prompt, the source and the settings. Several processes share the work.
     """
-    config, settings = workspace.config, workspace.config.targets
+    config, settings, backbone = workspace.config, workspace.config.targets, workspace.backbone
     todo = [e for examples in workspace.effects.values() for e in examples]
-    keys = {id(e): _keys(workspace, e, teacher_hashes) for e in todo}
-    missing = [e for e in todo if any(workspace.cache.read(key) is None for key in keys[id(e)])]
+    keys = {e.key: _keys(workspace, e, teacher_hashes) for e in todo}
+    missing = [e for e in todo if any(workspace.cache.read(key) is None for key in keys[e.key])]
     distributed.barrier()  # before any process writes, so that all see the same missing
-    velocity = guided_teacher_velocity(
-        workspace.backbone, slots_for, settings.guidance, config.objective.guidance_rescale
-    )
+    sampling = teacher_sampling(config)
     with Progress(console=console, transient=True) as progress:
         batches = _own_batches(list(in_batches(missing, batch_size)), equally_many=config.train.shard_base)
         task = progress.add_task("targets", total=sum(map(len, batches)) * settings.per_source)
         for batch in batches:
-            conds = (
-                collate(batch, "teacher", workspace.backbone.device),
-                collate(batch, "negative", workspace.backbone.device),
-            )
-            shape = (batch[0].num_tokens, workspace.backbone.token_channels)
+            cond = collate(batch, "teacher", backbone.device)
+            uncond = collate(batch, "negative", backbone.device) if sampling.is_guided else None
             for draw in range(settings.per_source):
-                seeds = [_seed(keys[id(e)][draw]) for e in batch]
-                y = ode_sample(
-                    velocity,
-                    conds,
-                    shape,
-                    settings.num_steps,
-                    config.schedule.shift,
-                    seeds,
-                    workspace.backbone.device,
-                )
+                seeds = [_seed(keys[e.key][draw]) for e in batch]
+                y = sample(backbone, cond, slots_for(cond.effects), sampling, seeds, uncond)
                 for example, latents in zip(batch, y.cpu(), strict=True):
-                    workspace.cache.write(keys[id(example)][draw], {"latents": latents.contiguous()})
+                    workspace.cache.write(keys[example.key][draw], {"latents": latents.contiguous()})
                 progress.advance(task, len(batch))
     distributed.barrier()
     filled = {}
     for name, examples in workspace.effects.items():
-        filled[name] = [replace(e, y=tuple(_read(workspace, key) for key in keys[id(e)])) for e in examples]
+        filled[name] = [replace(e, y=tuple(_read(workspace, key) for key in keys[e.key])) for e in examples]
     return filled
 
 
 @torch.no_grad()
 def rehearsal_targets(
-    workspace: Workspace, slots_for: Slots, catalogue: Catalogue, collection_hash: str, console: Console
+    workspace: Workspace, slots_for: SlotsFor, catalogue: Catalogue, collection_hash: str, console: Console
 ) -> dict[str, list[Example]]:
     """The old effects' y for `clora extend`: what their collection makes of each source in its own few steps.
 
@@ -147,10 +134,10 @@ def _read(workspace: Workspace, key: str) -> Tensor:
 def _keys(workspace: Workspace, example: Example, teacher_hashes: dict[str, str]) -> list[str]:
     settings = workspace.config.targets
     effect = example.effect or ""
+    sampling = teacher_sampling(workspace.config)
     how = (
-        f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{settings.num_steps}/{settings.guidance}/"
-        f"{workspace.config.objective.guidance_rescale}/{workspace.config.objective.negative_prompt!r}/"
-        f"{workspace.config.schedule.shift}/{example.grid}{_quantized(workspace)}"
+        f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{sampling.num_steps}/{sampling.shift}/{sampling.guidance}/"
+        f"{sampling.rescale}/{sampling.negative_prompt!r}/{example.grid}{_quantized(workspace)}"
     )
     prompt = next(e.prompt for e in workspace.config.effects if e.name == effect)
     return [

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clora.evaluate.metrics.image import as_image, hf_ratio, l1, psnr, ssim
+from clora.evaluate.metrics.image import PSNR_CAP, as_image, hf_ratio, l1, psnr, ssim
 from clora.evaluate.statistics import bootstrap_interval
 from clora.evaluate.truths import Truths, ambiguous, bad_case, subject_structure
 
 Pair = tuple[str, int]  # effect, source seed
 Outputs = Mapping[Pair, Sequence[NDArray[Any]]]
-PSNR_CAP = 60.0  # dB: what an exact copy counts in a mean
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""How images are sampled: settings, guidance, and one way to do it."""
+"""How images are sampled: the settings, and the one way to do it that editing, targets, previews and evaluation share.
+
+Shape legend: B batch, T tokens, C latent channels per token.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,97 +16,122 @@ from torch import Tensor
 from clora.backbones.cond import Cond, cat_conds
 from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import Config, build_config
-from clora.data.examples import Example, collate
 from clora.lora.catalogue import Catalogue
+from clora.lora.slots import Slot
 from clora.method.flow import Velocity, few_step_sigmas
-from clora.method.losses import guided_velocity
+from clora.method.losses import GuidanceRescale, guided_velocity
 from clora.method.samplers import few_step_sample, ode_sample
 
-Slots = Callable[[Sequence[str | None]], Sequence[Any]]
-
-
-def guided_teacher_velocity(backbone: QwenImageBackbone, slots_for: Slots, guidance: float, rescale: str) -> Velocity:
-    """A velocity over conds `(cond, uncond)`: each sample's teacher, guided, both branches in one forward."""
-
-    def velocity(x_BTC: Tensor, sigma_B: Tensor, conds: tuple[Cond, Cond]) -> Tensor:
-        cond, uncond = conds
-        if guidance == 1.0:
-            return backbone.velocity(x_BTC, sigma_B, cond, slots_for(cond.effects))
-        both = cat_conds([cond, uncond])
-        v = backbone.velocity(x_BTC.repeat(2, 1, 1), sigma_B.repeat(2), both, slots_for(both.effects))
-        v_cond, v_uncond = v.chunk(2)
-        return guided_velocity(v_cond, v_uncond, guidance, "norm" if rescale == "norm" else "none")
-
-    return velocity
+SlotsFor = Callable[[Sequence[str | None]], Sequence[Slot]]
+"""The slots of a batch's effects: one per sample, or a single one for all."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are sampled. consistency: noise afresh to every next sigma; euler: follow the velocity.
 
-    guidance 1 is none; above, the stock pipeline's (unconditional branch of `negative_prompt`, each token
-    rescaled to the norm of the conditional branch).
+    shift: of `few_step_sigmas`; None takes the noise levels of the base's own pipeline, which may depend on the size of
+    the image. guidance 1 is none; above, `negative_prompt` is the unconditional branch, and with rescale "norm" each
+    token gets the norm of the conditional branch, as in the stock pipeline.
     """
 
     sampler: Literal["consistency", "euler"]
     num_steps: int
-    shift: float
+    shift: float | None
     guidance: float = 1.0
+    rescale: GuidanceRescale = "norm"
     negative_prompt: str = " "
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance != 1.0
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of the transformer per image."""
+        return self.num_steps * (2 if self.is_guided else 1)
+
+
+def few_step_sampling(num_steps: int, shift: float) -> Sampling:
+    """How a distilled LoRA is sampled: its own schedule, noise afresh, no guidance."""
+    return Sampling("consistency", num_steps, shift)
+
+
+def teacher_sampling(config: Config) -> Sampling:
+    """How a teacher is sampled: what `targets` says, by default as the base's own pipeline does it."""
+    targets = config.targets
+    return Sampling(
+        "euler",
+        targets.num_steps,
+        targets.shift,
+        targets.guidance,
+        targets.guidance_rescale,
+        config.objective.negative_prompt,
+    )
 
 
 def default_sampling(base: str, catalogue: Catalogue | None) -> Sampling:
-    """The catalogue's schedule; without a catalogue what the base's preset says of making targets."""
+    """The catalogue's schedule; without a catalogue a teacher's, by the base's preset."""
     if catalogue is not None:
-        return Sampling(catalogue.sampler, catalogue.schedule.num_steps, catalogue.schedule.shift)
-    preset = build_config({"base": base, "output_dir": "."})
-    targets, negative = preset.targets, preset.objective.negative_prompt
-    return Sampling("euler", targets.num_steps, preset.schedule.shift, targets.guidance, negative)
+        schedule = catalogue.schedule
+        return Sampling(catalogue.sampler, schedule.num_steps, schedule.shift)
+    return teacher_sampling(build_config({"base": base, "output_dir": "."}))
 
 
-SlotsFor = Callable[[Sequence[str | None]], Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How one method samples. `num_loras` is what must be kept ready to serve all effects."""
-
-    name: str
-    num_loras: int
-    num_steps: int
-    guidance: float  # 1: one forward a step
-    consistency: bool
-    role: str  # which prompt it reads
-    slots_for: SlotsFor
-
-    @property
-    def nfe(self) -> int:
-        """Forwards of the transformer per image."""
-        return self.num_steps * (1 if self.guidance == 1.0 else 2)
+def sampling_sigmas(backbone: QwenImageBackbone, sampling: Sampling, num_tokens: int) -> Tensor:
+    """The noise levels of one sampling, fp32 (num_steps,), without the final 0."""
+    if sampling.shift is None:
+        return backbone.own_sigmas(sampling.num_steps, num_tokens)
+    return few_step_sigmas(sampling.num_steps, sampling.shift)
 
 
 @torch.no_grad()
-def sample_method(
+def sample(
     backbone: QwenImageBackbone,
-    config: Config,
-    method: Method,
-    batch: Sequence[Example],
+    cond: Cond,
+    slots: Sequence[Slot],
+    sampling: Sampling,
     seeds: Sequence[int],
+    uncond: Cond | None = None,
+    *,
+    pipeline_noise: bool = False,
 ) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] of one batch of examples (equal sizes), one seed per sample."""
-    shape = (batch[0].num_tokens, backbone.token_channels)
-    cond = collate(batch, method.role, backbone.device)
-    if method.consistency:
-        sigmas = few_step_sigmas(method.num_steps, config.schedule.shift)
-        slots = method.slots_for(cond.effects)
+    """Latents x0 (B, T, C), fp32, of one batch: `cond` holds its prompts, references and the size of the result.
 
-        def velocity(x_BTC: Tensor, sigma_B: Tensor, given: Cond) -> Tensor:
-            return backbone.velocity(x_BTC, sigma_B, given, slots)
+    slots: one per sample or a single one, as in `Adapters.use`. seeds: one per sample, which alone decides its noise.
+    uncond: the same with the negative prompt, needed where `sampling` is guided; both branches go through the model in
+    one forward. pipeline_noise: the initial noise in the stock pipeline's order, so that a seed means one image here
+    and there.
 
-        x0 = few_step_sample(velocity, cond, shape, sigmas, seeds, backbone.device)
-    else:
-        guided = guided_teacher_velocity(backbone, method.slots_for, method.guidance, config.objective.guidance_rescale)
-        both = (cond, collate(batch, "negative", backbone.device))
-        shift = config.schedule.shift
-        x0 = ode_sample(guided, both, shape, method.num_steps, shift, seeds, backbone.device)
-    return backbone.decode(x0, batch[0].grid)
+    Raises ValueError for guidance without `uncond`, FloatingPointError where the model's output is not finite.
+    """
+    if not sampling.is_guided:
+        return follow(backbone, partial(backbone.velocity, slots=slots), cond, sampling, seeds, pipeline_noise)
+    if uncond is None:
+        raise ValueError(f"guidance {sampling.guidance} needs the condition of the negative prompt")
+    both, both_slots = cat_conds([cond, uncond]), list(slots) if len(slots) == 1 else [*slots, *slots]
+
+    def guided(x_BTC: Tensor, sigma_B: Tensor, _: Cond) -> Tensor:
+        v = backbone.velocity(x_BTC.repeat(2, 1, 1), sigma_B.repeat(2), both, both_slots)
+        v_cond, v_uncond = v.chunk(2)
+        return guided_velocity(v_cond, v_uncond, sampling.guidance, sampling.rescale)
+
+    return follow(backbone, guided, cond, sampling, seeds, pipeline_noise)
+
+
+@torch.no_grad()
+def follow(
+    backbone: QwenImageBackbone,
+    velocity: Velocity,
+    cond: Cond,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    pipeline_noise: bool = False,
+) -> Tensor:
+    """`sample` for a velocity that is at hand, guided already where guidance is wanted."""
+    height, width = cond.grid
+    shape_TC = (height * width, backbone.token_channels)
+    sigmas = sampling_sigmas(backbone, sampling, height * width)
+    sampler = few_step_sample if sampling.sampler == "consistency" else ode_sample
+    grid = cond.grid if pipeline_noise else None
+    return sampler(velocity, cond, shape_TC, sigmas, seeds, backbone.device, grid=grid)

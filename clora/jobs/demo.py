@@ -22,18 +22,16 @@ from rich.console import Console
 
 from clora import __version__
 from clora.config import Config, acceleration_lora, load_config
-from clora.data.dataset import in_batches
 from clora.data.examples import Example
-from clora.data.image_grid import Grid, Pixels, grid_image
+from clora.data.image_grid import Grid, Pixels, grid_image, to_uint8
 from clora.data.pairs import Pair
 from clora.distill.check import check_teaching
 from clora.distill.run import open_bank
 from clora.distill.workspace import OpenBase, open_base, open_workspace
 from clora.errors import InputErrors
-from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, methods
+from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, Method, methods, sample_examples
 from clora.evaluate.exact import Outputs, evaluate_methods
 from clora.evaluate.report import Curve, MethodRow, PhaseRow, Report, write_report
-from clora.inference.sampling import Method, sample_method
 from clora.jobs.teach import JOINT as JOINT_FOLDER
 from clora.jobs.teach import teach, teach_joint
 from clora.jobs.train import train
@@ -239,16 +237,11 @@ def sample_held_out(
     workspace: OpenBase, method: Method, examples: dict[tuple[str, int], Example]
 ) -> tuple[Images, float]:
     """uint8 images by (effect, scene), and seconds per image; the same seed for a scene in every method."""
-    keys = {id(example): key for key, example in examples.items()}
-    images: Images = {}
+    keys, seeds = list(examples), [scene % 100_003 for _, scene in examples]
+    batch_size = workspace.config.eval.batch_size
     started = time.perf_counter()
-    for batch in in_batches(list(examples.values()), workspace.config.eval.batch_size):
-        seeds = [keys[id(e)][1] % 100_003 for e in batch]
-        for example, image in zip(
-            batch, sample_method(workspace.backbone, workspace.config, method, batch, seeds), strict=True
-        ):
-            pixels = image.permute(1, 2, 0).cpu().numpy()
-            images[keys[id(example)]] = np.round(pixels * 255).astype(np.uint8)
+    made = sample_examples(workspace.backbone, method, list(examples.values()), seeds, batch_size)
+    images = {keys[place]: to_uint8(image) for place, image in made}
     return images, (time.perf_counter() - started) / len(images)
 
 

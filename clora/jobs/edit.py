@@ -1,156 +1,151 @@
-"""`clora edit`: files in, files out.
+"""`clora edit`: files in, files out, each as soon as it is made.
 
-Everything that can be wrong with a request is found before a model is loaded.
+Everything that can be wrong with a request is found before a model is loaded (`inference.edit_plan`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import count
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Protocol
 
 import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
-from clora.config import collection_lora
+from clora.data.contact_sheet import MOST_CELL, Block, sheet_html, sheet_image
 from clora.data.images import load_image
-from clora.errors import InputError, raise_faults
-from clora.inference.editor import edit_prompt, find_catalogue, grid_columns, load_editor
-from clora.lora.groups import find_collection
+from clora.errors import Stopped, WriteError
+from clora.inference.edit_plan import EditPlan, EditRequest, plan_edit, size_notes
+from clora.inference.editor import Editor, load_editor
+from clora.io.output import prepare_folder, write_output
 
-Given = TypeVar("Given")
-Found = TypeVar("Found")
-
-WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
+CHUNK = 16  # images in memory at once
 
 
-@dataclass(frozen=True)
-class EditRequest:
-    """What `clora edit` is asked for. base None: the catalogue's. device, dtype None: GPU and bfloat16 where
-    there is a GPU, else CPU and float32."""
-
-    images: tuple[Path, ...]
-    output: Path
-    base: str | None = None
-    lora: Path | None = None
-    effects: tuple[str, ...] = ()
-    prompt: str | None = None
-    seeds: tuple[int, ...] = (0,)
-    steps: int | None = None
-    guidance: float | None = None
-    grid: bool = False
-    batch_size: int = 1
-    device: str | None = None
-    dtype: Literal["bfloat16", "float32"] | None = None
-
-
-def edit_files(request: EditRequest) -> list[Path]:
+def edit_files(request: EditRequest, console: Console | None = None) -> list[Path]:
     """Do what `request` says; returns the files written: the grid, or one per image and seed.
 
-    Everything that can be wrong with it is found, and listed in `InputErrors`, before a model is loaded.
+    Everything that can be wrong with it is found, and listed in `InputErrors`, before a model is loaded. Ctrl-C raises
+    `Stopped`, a disk that does not take a result `WriteError`; what was made until then is written.
     """
-    faults: list[str] = []
-    request = _attempt(faults, with_collection, request) or request
-    images = [image for path in request.images if (image := _attempt(faults, load_image, path)) is not None]
-    paths = _attempt(faults, result_paths, request)
-    base = _attempt(faults, _base_of, request)
-    device = _attempt(faults, _device, request.device)
-    raise_faults(faults)
-    assert paths is not None and base is not None and device is not None
-
-    dtype_name = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    editor = load_editor(base, request.lora, device, getattr(torch, dtype_name))
-    results = editor.edit(
-        images,
-        request.effects,
-        request.prompt,
-        seeds=request.seeds,
-        steps=request.steps,
-        guidance=request.guidance,
-        grid=request.grid,
-        batch_size=request.batch_size,
-    )
-    for path, picture in zip(paths, results, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=95)
-    return paths
-
-
-def with_collection(request: EditRequest) -> EditRequest:
-    """The request with its collection: the one a groups file has for its effects, or, where it names effects but no
-    LoRA, the one that its base brings along."""
-    if request.lora is not None and request.lora.suffix == ".json":
-        return replace(request, lora=find_collection(request.lora, request.effects))
-    asks_for_effects = bool(request.effects) or (request.grid and request.prompt is None)
-    if request.lora is not None or request.base is None or not asks_for_effects:
-        return request
-    return replace(request, lora=collection_lora(request.base))
-
-
-def _attempt(faults: list[str], check: Callable[[Given], Found], given: Given) -> Found | None:
-    """`check(given)`, or None with its faults noted."""
+    console = console or Console(stderr=True)
+    plan = plan_edit(request)
+    for folder in dict.fromkeys(path.parent for path in plan.paths):
+        prepare_folder(folder)
+    for line in size_notes(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    place: Place = Sheet(plan) if request.grid else Files(plan)
+    total = len(plan.jobs)
     try:
-        return check(given)
-    except InputError as error:
-        faults += error.faults
-    return None
+        dtype = request.dtype or ("float32" if plan.device.type == "cpu" else "bfloat16")
+        editor = load_editor(plan.base, plan.request.lora, plan.device, getattr(torch, dtype))
+        for index, picture in track(run(editor, plan), "editing", total, console=console, transient=True):
+            place.add(index, picture)
+        place.close()
+    except WriteError as error:
+        raise WriteError(f"{error} ({place.num_written} of {total} images are written)") from error
+    except KeyboardInterrupt:
+        place.close()
+        rest = "the same command makes them anew" if request.grid else "give the other images or seeds to make the rest"
+        raise Stopped(f"stopped: {place.num_written} of {total} images written to {request.output}; {rest}") from None
+    return list(plan.paths)
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(f"device: {name!r} is no device; give cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs); give cpu")
-    return device
+def run(editor: Editor, plan: EditPlan) -> Iterator[tuple[int, Image.Image]]:
+    """The place of each job and its result as they are made, some of the images in memory at a time."""
+    request, jobs = plan.request, plan.jobs
+    references = [load_image(path) for path in request.references]
+    sampling = editor.sampling_with(request.steps, request.guidance)
+    chunk = max(CHUNK, request.batch_size)
+    per_image = len(jobs) // len(request.images)
+    for start in range(0, len(request.images), chunk):
+        images = [load_image(path) for path in request.images[start : start + chunk]]
+        own = jobs[start * per_image : (start + len(images)) * per_image]
+        shifted = [job._replace(image=job.image - start) for job in own]
+        made = editor.run(images, shifted, references=references, sampling=sampling, batch_size=request.batch_size)
+        for place, picture in made:
+            yield start * per_image + place, picture
 
 
-def _base_of(request: EditRequest) -> str:
-    """The base to edit with, once what is asked for is known to be there."""
-    catalogue = find_catalogue(request.lora)
-    if request.grid:
-        grid_columns(catalogue, request.effects, request.prompt)
-    else:
-        edit_prompt(catalogue, request.effects, request.prompt)
-    if request.base is not None:
-        return request.base
-    if catalogue is None:
-        raise InputError("base: is not given, and no catalogue names one; give --base, such as tiny")
-    return catalogue.base
+class Place(Protocol):
+    """Where results go."""
+
+    num_written: int
+
+    def add(self, index: int, picture: Image.Image) -> None:
+        """Take the result of job `index`."""
+
+    def close(self) -> None:
+        """Write what is not written yet."""
 
 
-def result_paths(request: EditRequest) -> list[Path]:
-    """Where the results go: the file named, or files in the folder named (STEM.png, STEM-seedN.png).
+@dataclass
+class Files:
+    """A file for each result, written at once."""
 
-    Raises `InputError` when one file is named for several results, for a format that cannot be written, and
-    where a result would overwrite an input.
-    """
-    output, num_results = request.output, len(request.images) * len(request.seeds)
-    if output.is_dir() or not output.suffix:
-        if request.grid:
-            raise InputError(f"output: {output} is a folder, a grid is one file; name it, such as grid.png")
-        paths = [output / f"{name}.png" for name in _result_names(request)]
-    elif output.suffix.lower() not in WRITABLE:
-        raise InputError(f"output: {output} has no known image format; name it {', '.join(WRITABLE)}")
-    elif num_results > 1 and not request.grid:
-        raise InputError(f"output: {num_results} images do not fit into {output}; name a folder, or ask for a grid")
-    else:
-        paths = [output]
-    inputs = {path.resolve() for path in request.images}
-    for path in paths:
-        if path.resolve() in inputs:
-            raise InputError(f"output: {path} would overwrite an input; choose another name or folder")
-    return paths
+    plan: EditPlan
+    num_written: int = 0
+
+    def add(self, index: int, picture: Image.Image) -> None:
+        path = self.plan.paths[index]
+        write_output(path, encoded(picture, path))
+        self.num_written += 1
+
+    def close(self) -> None:
+        """All of them are written."""
 
 
-def _result_names(request: EditRequest) -> list[str]:
-    names: list[str] = []
-    for path in request.images:
-        for seed in request.seeds:
-            plain = path.stem if len(request.seeds) == 1 else f"{path.stem}-seed{seed}"
-            # Inputs of different folders may have equal names.
-            numbered = (f"{plain}-{number}" for number in count(2))
-            names.append(plain if plain not in names else next(n for n in numbered if n not in names))
-    return names
+@dataclass
+class Sheet:
+    """One contact sheet, written at the end: a block for each image and seed, the source and its results."""
+
+    plan: EditPlan
+    num_written: int = 0
+    _made: dict[int, Image.Image] = field(default_factory=dict)
+
+    def add(self, index: int, picture: Image.Image) -> None:
+        self._made[index] = _small(picture)
+
+    def close(self) -> None:
+        if not self._made:
+            return
+        (path,), request = self.plan.paths, self.plan.request
+        blocks = self._blocks()
+        if path.suffix.lower() == ".html":
+            title = f"clora edit: {request.lora.name if request.lora else self.plan.base}"
+            content = sheet_html(title, blocks, request.columns).encode()
+        else:
+            content = encoded(sheet_image(blocks, request.columns), path)
+        write_output(path, content)
+        self.num_written = len(self._made)
+
+    def _blocks(self) -> list[Block]:
+        plan, blocks = self.plan, []
+        seeds, labels = plan.request.seeds, [label for label, _ in plan.prompts]
+        for number, path in enumerate(plan.request.images):
+            source = _small(load_image(path).resize(plan.made_sizes[number], Image.Resampling.LANCZOS))
+            for place, seed in enumerate(seeds):
+                first = (number * len(seeds) + place) * len(labels)
+                made = [(label, self._made.get(first + i)) for i, label in enumerate(labels)]
+                named = [path.name] if len(plan.request.images) > 1 else []
+                heading = ", ".join([*named, *([f"seed {seed}"] if len(seeds) > 1 else [])])
+                blocks.append(Block(heading, [("source", source), *made]))
+        return blocks
+
+
+def encoded(picture: Image.Image, path: Path) -> bytes:
+    """A picture in the format that the name of `path` asks for."""
+    buffer = io.BytesIO()
+    picture.save(buffer, Image.registered_extensions()[path.suffix.lower()], quality=95)
+    return buffer.getvalue()
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    """The picture no larger than a sheet shows it."""
+    small = picture.copy()
+    small.thumbnail((MOST_CELL, MOST_CELL), Image.Resampling.LANCZOS)
+    return small

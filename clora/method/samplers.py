@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clora import _C
-from clora.method.flow import Velocity, consistency_step, euler_step, few_step_sigmas, x0_from_velocity
+from clora.method.flow import Velocity, consistency_step, euler_step, x0_from_velocity
 
 OnStep = Callable[[int, float, Tensor], None]
 """on_step(step, sigma, x0_BTC), called at each step with the data predicted there; raising ends the loop."""
@@ -125,17 +125,16 @@ def ode_sample(
     velocity: Velocity,
     cond: Any,
     shape_TC: tuple[int, int],
-    num_steps: int,
-    shift: float,
+    sigmas: Tensor | Sequence[float],
     seeds: Sequence[int],
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
     *,
     grid: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The ordinary sampler of an undistilled model: num_steps Euler steps of dx/dsigma = velocity, 1 to 0.
+    """The ordinary sampler of an undistilled model: len(sigmas) Euler steps of dx/dsigma = velocity, down to 0.
 
-    velocity is already guided where guidance is wanted. Levels are `few_step_sigmas(num_steps, shift)`, as in
+    velocity is already guided where guidance is wanted. `few_step_sigmas(num_steps, shift)` are the levels of
     diffusers' FlowMatchEulerDiscreteScheduler(shift=shift) given sigmas 1, (n-1)/n, ..., 1/n by a pipeline.
     Noise is drawn once per sample, as `few_step_sample` draws its first. Returns x0 (B, T, C) fp32 on
     `device`. Raises as `few_step_sample` does.
@@ -143,7 +142,7 @@ def ode_sample(
     if not seeds:
         raise ValueError("seeds is empty; give one seed per sample")
     x = _initial_noise(noise_generators(seeds), shape_TC, grid).to(device)
-    for step, sigma, sigma_next in _steps(few_step_sigmas(num_steps, shift), x):
+    for step, sigma, sigma_next in _steps(torch.as_tensor(sigmas, dtype=torch.float32), x):
         v = _checked_velocity(velocity(x, sigma, cond), x, step, sigma)
         if on_step is not None:
             on_step(step, sigma[0].item(), x0_from_velocity(x, v, sigma))

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from clora.backbones.qwen_image.pipeline import linear_shapes
 from clora.cli import commands as cli
 from clora.config import Config, load_config
-from clora.errors import InputError, InputErrors, Interrupted, NonFiniteError, ProcessLost
+from clora.errors import InputError, InputErrors, Interrupted, NonFiniteError, ProcessLost, Stopped, WriteError
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.lora.files import read_lora, write_lora
 from clora.lora.module import LoraModule
@@ -145,6 +145,8 @@ def raising(error: BaseException) -> Any:
             "stopped by SIGTERM; saved out/step-7; go on with --resume latest"
         ]),
         (KeyboardInterrupt(), 130, []),
+        (Stopped("stopped: 3 of 9 images written to out"), 130, ["stopped: 3 of 9 images written to out"]),
+        (WriteError("output: a.png could not be written"), 1, ["output: a.png could not be written"]),
     ],
 )  # fmt: skip
 def test_errors_become_lines_and_exit_codes(

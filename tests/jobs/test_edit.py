@@ -3,7 +3,11 @@ weights."""
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,14 @@ from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from clora.backbones.qwen_image.pipeline import StillImageProcessor, linear_shapes, pass_token_types
-from clora.errors import InputError, InputErrors
-from clora.inference.editor import Editor, edit_prompt, load_editor
+from clora.data.images import load_image
+from clora.errors import InputError, InputErrors, Stopped, WriteError
+from clora.inference.edit_plan import EditRequest, plan_edit, result_paths, size_notes, with_collection
+from clora.inference.edit_prompts import Job, edit_prompt
+from clora.inference.editor import Editor, load_editor
 from clora.inference.sampling import default_sampling
 from clora.jobs import edit
-from clora.jobs.edit import EditRequest, edit_files, result_paths, with_collection
+from clora.jobs.edit import edit_files
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
 from clora.lora.convert import convert_lora
 from clora.lora.files import write_lora
@@ -42,7 +49,7 @@ CATALOGUE = Catalogue(
 )
 
 
-def picture(seed: int, width: int = 80, height: int = 60) -> Image.Image:
+def picture(seed: int, width: int = 80, height: int = 80) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (4, 5, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -78,14 +85,15 @@ def stock_image(
     base: Path,
     lora: Path | None,
     monkeypatch: pytest.MonkeyPatch,
-    image: Image.Image,
+    images: list[Image.Image],
     prompt: str,
     seed: int,
     num_steps: int,
-    stochastic: bool,
+    few_steps: bool,
     **kwargs: Any,
 ) -> NDArray[np.uint8]:
-    """What diffusers itself makes: its loader of pipelines, LoRAs, its scheduler, its loop."""
+    """What diffusers itself makes: its loader of pipelines, LoRAs, its scheduler, its loop. Of few steps it is told the
+    collection's schedule, else it takes the base's own."""
     monkeypatch.setattr(stock, "VAE_IMAGE_SIZE", AREA)
     monkeypatch.setattr(stock, "CONDITION_IMAGE_SIZE", AREA)
     loaded = Qwen2VLImageProcessorPil.from_pretrained(base / "processor")
@@ -96,17 +104,16 @@ def stock_image(
     pass_token_types(pipeline.text_encoder)
     if lora is not None:
         pipeline.load_lora_weights(str(lora))
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(
-        stochastic_sampling=stochastic, shift=3.0, use_dynamic_shifting=False
-    )
+    if few_steps:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0)
     pipeline.set_progress_bar_config(disable=True)
     # The pipeline leaves the fresh noise of each step to torch's global generator; the scheduler can do
     # better.
     generator = torch.Generator().manual_seed(seed)
     pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, generator=generator)
-    width, height = stock.calculate_dimensions(AREA, image.width / image.height)
+    width, height = stock.calculate_dimensions(AREA, images[-1].width / images[-1].height)
     made = pipeline(
-        image=[image],
+        image=images,
         prompt=prompt,
         width=width,
         height=height,
@@ -134,7 +141,7 @@ def test_edit_collection_is_the_stock_pipelines_image(
     image.save(source)
     request = EditRequest((source,), output, str(random_base), collection, ("first",), seeds=(7,), dtype="float32")
     assert edit_files(request) == [output]
-    args = (image, "<a_1>paint it", 7, 8, True)
+    args = ([image], "<a_1>paint it", 7, 8, True)
     wanted = stock_image(random_base, collection, monkeypatch, *args, true_cfg_scale=1.0)
     made = Image.open(output)
     assert difference(made, wanted) <= 2
@@ -151,7 +158,7 @@ def test_edit_collection_is_the_stock_pipelines_image(
 def test_edit_plain_lora_is_the_stock_pipelines_image(
     random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lora, image = tmp_path / "lora.safetensors", picture(1, 50, 70)
+    lora, image = tmp_path / "lora.safetensors", picture(1, 50, 150)
     # Not all of it within the default targets.
     write_lora(
         lora,
@@ -161,7 +168,7 @@ def test_edit_plain_lora_is_the_stock_pipelines_image(
     editor = load_editor(str(random_base), lora, "cpu", torch.float32)
     made = editor.edit([image], prompt=PROMPT, seeds=[3], steps=5, guidance=3.0)[0]
     guided = {"true_cfg_scale": 3.0, "negative_prompt": " "}
-    assert difference(made, stock_image(random_base, lora, monkeypatch, image, PROMPT, 3, 5, False, **guided)) <= 2
+    assert difference(made, stock_image(random_base, lora, monkeypatch, [image], PROMPT, 3, 5, False, **guided)) <= 2
     assert difference(made, editor.edit([image], prompt=PROMPT, seeds=[3], steps=5, guidance=1.0)[0]) > 4
     without = replace(editor, has_lora=False).edit([image], prompt=PROMPT, seeds=[3], steps=5, guidance=3.0)[0]
     assert difference(made, without) > 20
@@ -208,7 +215,7 @@ def test_edit_prompt_refuses(effects: list[str], prompt: str | None, message: st
 
 
 def test_edit_result_depends_on_image_prompt_and_seed_alone(editor: Editor) -> None:
-    images = [picture(0), picture(1, 50, 70), picture(2)]
+    images = [picture(0), picture(1, 50, 70), picture(2, 641, 479)]
     together = editor.edit(images, ["first"], seeds=[0, 5], steps=2, batch_size=4)
     assert len(together) == 6
     for index, image in enumerate(images):
@@ -227,20 +234,98 @@ def test_edit_refuses_images_that_are_not_rgb(editor: Editor) -> None:
     assert len(caught.value.faults) == 2 and "image 1 has mode RGBA; make it RGB" in caught.value.faults[0]
 
 
-def test_edit_grid_shows_source_and_every_effect(editor: Editor) -> None:
+def test_run_yields_results_as_they_are_made(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [picture(0), picture(1, 50, 70), picture(2)]
+    calls: list[int] = []
+    sampled = Editor._sample
+
+    def counted(self: Editor, jobs: Any, *args: Any) -> list[Image.Image]:
+        calls.append(len(jobs))
+        return sampled(self, jobs, *args)
+
+    monkeypatch.setattr(Editor, "_sample", counted)
+    jobs = [Job(index, PROMPT, seed) for index in range(3) for seed in (0, 1)]
+    sampling = replace(editor.sampling, num_steps=1)
+    made = editor.run(images, jobs, sampling=sampling, batch_size=3)
+    first = next(made)
+    assert first[0] == 0 and calls == [3]  # the first image's two, and the first of equal size after them
+    assert [place for place, _ in made] == [1, 4, 2, 3, 5] and calls == [3, 2, 1]
+
+
+def test_edit_keeps_the_shape_of_every_image(editor: Editor) -> None:
+    for width, height in ((641, 479), (333, 777), (1000, 240), (64, 64), (900, 500)):
+        (made,) = editor.edit([picture(0, width, height)], ["first"], steps=1)
+        assert abs(np.log(made.width / made.height / (width / height))) < 0.05
+
+
+# Several references
+
+
+def test_edit_with_references_is_the_stock_pipelines_image(
+    random_base: Path, collection: Path, editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image is the last picture, whose shape the result has; the references are the first, as in training."""
+    images = [picture(0, 96, 32), picture(1, 50, 150), picture(2)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    edit_files(
+        request(
+            tmp_path, ("2.png",), "out.png", base=str(random_base), lora=collection, effects=("first",), seeds=(7,),
+            references=(tmp_path / "0.png", tmp_path / "1.png"), dtype="float32",
+        )
+    )  # fmt: skip
+    made = load_image(tmp_path / "out.png")
+    wanted = stock_image(random_base, collection, monkeypatch, images, "<a_1>paint it", 7, 8, True, true_cfg_scale=1.0)
+    assert made.size == (64, 64) and difference(made, wanted) <= 2
+    swapped = editor.edit([images[2]], ["first"], references=images[1::-1], seeds=[7])[0]
+    without = editor.edit([images[2]], ["first"], seeds=[7])[0]
+    assert difference(made, swapped) > 2 and difference(made, without) > 2
+    # One call for several images gives each what it gets alone.
+    two = editor.edit([images[2], picture(4)], ["first"], references=images[:2], seeds=[7], batch_size=2)
+    assert difference(two[0], made) <= 1 and difference(two[1], two[0]) > 2
+
+
+def test_editor_refuses_references_that_are_not_rgb(editor: Editor) -> None:
+    with pytest.raises(InputErrors, match="reference 0 has mode L; make it RGB"):
+        editor.edit([picture(0)], ["first"], references=[picture(0).convert("L")])
+
+
+# Grids
+
+
+def edit_grid(folder: Path, base: Path, collection: Path, names: tuple[str, ...], output: str, **changes: Any) -> Path:
+    asked = request(
+        folder, names, output, base=str(base), lora=collection, steps=1, grid=True, dtype="float32", **changes
+    )
+    (path,) = edit_files(asked)
+    return path
+
+
+def test_edit_files_grid_shows_source_and_every_effect(
+    random_base: Path, collection: Path, editor: Editor, tmp_path: Path
+) -> None:
     images = [picture(0), picture(2)]
-    (grid,) = editor.edit(images, seeds=[4], steps=1, grid=True)
-    height, width = editor.backbone.output_size(images[0])
-    scale = 3  # 64 pixels to 192
-    pixels = np.asarray(grid)
-    # Cells are found by what they must hold; the enlargement keeps a pixel's colour at its centre.
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    path = edit_grid(tmp_path, random_base, collection, ("0.png", "1.png"), "grid.png", seeds=(4,))
+    pixels = np.asarray(Image.open(path))
+    # Cells are found by what they must hold; the enlargement keeps a pixel's colour.
     for row, image in enumerate(images):
-        expected = [image.resize((width, height), Image.Resampling.LANCZOS)]
+        expected = [image.resize((64, 64), Image.Resampling.LANCZOS)]
         expected += [editor.edit([image], [name], seeds=[4], steps=1)[0] for name in ("first", "second", "plain")]
-        places = [find(pixels, np.asarray(cell.resize((width * scale, height * scale), 0))) for cell in expected[1:]]
-        assert [top for top, _ in places] == [places[0][0]] * 3
+        places = [find(pixels, np.asarray(cell.resize((192, 192), 0))) for cell in expected]
+        assert [top for top, _ in places] == [places[0][0]] * 4
         assert sorted(left for _, left in places) == [left for _, left in places]
-        assert places[0][0] // (height * scale) == row and places[0][1] >= width * scale
+        assert places[0][0] // 192 == row
+
+
+def test_edit_files_grid_takes_columns_and_makes_a_page(random_base: Path, collection: Path, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    wide = edit_grid(tmp_path, random_base, collection, ("a.png",), "wide.png")
+    narrow = edit_grid(tmp_path, random_base, collection, ("a.png",), "narrow.png", columns=2)
+    assert Image.open(wide).width > 1.8 * Image.open(narrow).width
+    page = edit_grid(tmp_path, random_base, collection, ("a.png",), "page.html", effects=("second",)).read_text()
+    assert page.count("<img") == 2 and "second" in page and "collection.safetensors" in page
 
 
 def find(picture: NDArray[np.uint8], cell: NDArray[np.uint8]) -> tuple[int, int]:
@@ -255,9 +340,10 @@ def find(picture: NDArray[np.uint8], cell: NDArray[np.uint8]) -> tuple[int, int]
 def test_default_sampling_is_the_catalogues_or_the_presets() -> None:
     catalogue = CATALOGUE.model_copy(update={"schedule": CatalogueSchedule(num_steps=4, shift=5.0)})
     found = default_sampling("tiny", catalogue)
-    assert (found.sampler, found.num_steps, found.shift, found.guidance) == ("consistency", 4, 5.0, 1.0)
+    assert (found.sampler, found.num_steps, found.shift, found.is_guided) == ("consistency", 4, 5.0, False)
     plain = default_sampling("Qwen/Qwen-Image-Edit-2509", None)
     assert (plain.sampler, plain.num_steps, plain.guidance, plain.negative_prompt) == ("euler", 40, 4.0, " ")
+    assert plain.shift is None  # the base's own noise levels
 
 
 # Files
@@ -280,12 +366,14 @@ def test_result_paths_names(tmp_path: Path) -> None:
         "out/a-seed1.png", "out/a-seed2.png", "out/b-seed1.png", "out/b-seed2.png"
     ]  # fmt: skip
     assert names(("a.png", "b.png"), "grid.webp", grid=True) == ["grid.webp"]
+    assert names(("a.png",), "grid.html", grid=True) == ["grid.html"]
 
 
 @pytest.mark.parametrize(
     ("names", "output", "grid", "message"),
     [
         (("a.png",), "b.tif", False, "has no known image format; name it .png"),
+        (("a.png",), "b.html", False, "has no known image format; name it .png"),
         (("a.png", "b.png"), "c.png", False, "2 images do not fit into"),
         (("a.png",), "out", True, "a grid is one file; name it"),
         (("a.png",), "a.png", False, "would overwrite an input"),
@@ -351,3 +439,136 @@ def test_load_editor_of_a_base_that_is_nowhere_is_one_clear_error(tmp_path: Path
     )
     with pytest.raises(InputError, match="base owner/nowhere: cannot be loaded (?s:.*); check the name"):
         load_editor("owner/nowhere", tmp_path / "a.safetensors")
+
+
+# Results are written as they are made
+
+
+@pytest.fixture
+def three(tmp_path: Path, random_base: Path, collection: Path) -> EditRequest:
+    """Three images, one effect, two seeds."""
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+    asked = request(tmp_path, ("0.png", "1.png", "2.png"), "out", base=str(random_base), lora=collection)
+    return replace(asked, effects=("first",), seeds=(0, 1), steps=1, dtype="float32")
+
+
+def after(results: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the sampling end in `error` once so many results are there."""
+    run = Editor.run
+
+    def cut(self: Editor, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Image.Image]]:
+        made = run(self, *args, **kwargs)
+        for _ in range(results):
+            yield next(made)
+        raise error
+
+    monkeypatch.setattr(Editor, "run", cut)
+
+
+def test_edit_files_interrupted_keeps_what_is_made(three: EditRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        after(4, KeyboardInterrupt(), patched)
+        with pytest.raises(Stopped, match=r"stopped: 4 of 6 images written to .*out; give the other images or seeds"):
+            edit_files(three)
+    made = {path.name: Image.open(path).size for path in three.output.iterdir()}
+    assert made == {f"{number}-seed{seed}.png": (64, 64) for number in (0, 1) for seed in (0, 1)}
+    before = {path: path.read_bytes() for path in three.output.iterdir()}
+    assert len(edit_files(three)) == 6
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_edit_files_interrupted_grid_is_written_with_what_is_made(
+    three: EditRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(three, grid=True, effects=(), seeds=(0,), output=three.output.with_name("grid.html"))
+    after(5, KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(Stopped, match=r"5 of 9 images written to .*grid.html; the same command makes them anew"):
+        edit_files(asked)
+    page = asked.output.read_text()
+    assert page.count("<img") == 3 + 5 and page.count('class="missing"') == 4
+
+
+def test_edit_files_says_when_the_disk_is_full_and_keeps_the_rest(
+    three: EditRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    replace_by = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(Path(target))
+        return replace_by(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(WriteError) as caught:
+        edit_files(three)
+    assert "1-seed0.png could not be written, the disk is full; make room, or write elsewhere" in str(caught.value)
+    assert "(2 of 6 images are written)" in str(caught.value)
+    assert sorted(three.output.iterdir()) == sorted(written)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("0.png/x.png", "0.png is no folder; choose another place"),
+        ("0.png/below", "0.png is no folder"),
+        (f"{'n' * 300}.png", "its name is longer than 255 bytes"),
+        ("out", "out/1.png is a folder, where a file is to be written"),
+    ],
+)
+def test_edit_files_checks_the_place_before_loading(
+    three: EditRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, message: str
+) -> None:
+    monkeypatch.setattr(edit, "load_editor", lambda *_: pytest.fail("the base was loaded"))
+    (tmp_path / "out" / "1.png").mkdir(parents=True)
+    with pytest.raises(InputErrors, match=message):
+        edit_files(replace(three, images=three.images[1:2], seeds=(0,), output=tmp_path / output))
+
+
+def test_edit_files_names_images_of_an_impossible_shape_before_loading(
+    three: EditRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edit, "load_editor", lambda *_: pytest.fail("the base was loaded"))
+    picture(0, 4000, 12).save(tmp_path / "flat.png")
+    picture(0, 3, 2000).save(tmp_path / "narrow.png")
+    given = (*three.images, tmp_path / "flat.png")
+    with pytest.raises(InputErrors) as caught:
+        edit_files(replace(three, images=given, references=(tmp_path / "narrow.png",)))
+    flat, narrow = caught.value.faults
+    assert "flat.png: an image of 4000x12 pixels is too flat for this base; crop it" in flat
+    assert "narrow.png: an image of 3x2000 pixels is too narrow" in narrow
+
+
+def test_size_notes_say_what_is_made_of_other_shapes(three: EditRequest, tmp_path: Path) -> None:
+    picture(0, 641, 479).save(tmp_path / "a.png")
+    picture(1, 641, 479).save(tmp_path / "b.png")
+    picture(2, 640, 480).save(tmp_path / "c.png")
+    named = tuple(tmp_path / name for name in ("a.png", "0.png", "b.png", "c.png"))
+    assert size_notes(plan_edit(replace(three, images=named))) == [
+        "a.png and 1 more: 641x479 pixels, made as 64x48, aspect ratio 0.4% off"
+    ]
+
+
+def test_edit_files_takes_many_images_a_few_at_a_time(
+    three: EditRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    run = Editor.run
+
+    def watched(self: Editor, images: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Image.Image]]:
+        at_once.append(len(images))
+        return run(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(Editor, "run", watched)
+    whole = [path.read_bytes() for path in edit_files(three)]
+    shutil.rmtree(three.output)
+    monkeypatch.setattr(edit, "CHUNK", 2)
+    assert [path.read_bytes() for path in edit_files(three)] == whole
+    assert at_once == [3, 2, 1]
+
+
+def test_plan_edit_refuses_columns_without_a_grid(three: EditRequest) -> None:
+    with pytest.raises(InputErrors, match="columns: are of a grid; add --grid"):
+        plan_edit(replace(three, columns=3))

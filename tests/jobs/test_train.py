@@ -231,7 +231,7 @@ def test_make_caches_encodes_nothing_twice(
 
     monkeypatch.setattr("clora.backbones.qwen_image.backbone.QwenImageBackbone.encode_prompts", refuse)
     monkeypatch.setattr("clora.backbones.qwen_image.backbone.QwenImageBackbone.encode_images", refuse)
-    monkeypatch.setattr("clora.distill.targets.ode_sample", refuse)
+    monkeypatch.setattr("clora.distill.targets.sample", refuse)
     make_caches(config)
 
 
@@ -247,7 +247,7 @@ def test_max_sources_limits_training_and_not_teaching(
 def test_targets_from_pairs_are_the_pairs_own_targets(
     random_base: Path, dataset: Path, taught: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clora.distill.targets.ode_sample", None)  # no teacher is asked
+    monkeypatch.setattr("clora.distill.targets.sample", None)  # no teacher is asked
     assert make_caches(make_config(random_base, dataset, taught, "targets.source=pairs"))["warm"] == 3
     config = make_config(random_base, dataset, taught)
     workspace = open_workspace(check_teaching(config, config.effects), Console(stderr=True))

@@ -90,7 +90,7 @@ def test_few_step_sample_equals_the_stock_scheduler(grid: tuple[int, int] | None
 
 
 def test_ode_sample_equals_the_stock_scheduler() -> None:
-    got = ode_sample(velocity, 0.1, SHAPE, 40, 3.0, SEEDS)
+    got = ode_sample(velocity, 0.1, SHAPE, few_step_sigmas(40, 3.0), SEEDS)
     torch.testing.assert_close(got, stock(40, 3.0, stochastic=False, seeds=SEEDS), rtol=0, atol=5e-6)
 
 
@@ -115,7 +115,10 @@ def test_ode_sample_follows_a_gaussian_to_its_closed_form() -> None:
         return ((x.double() - x0) / s).float()
 
     eps = next(iter(sample_noise(SEEDS, 1, SHAPE)))
-    errors = [(ode_sample(exact, None, SHAPE, n, 1.0, SEEDS) - (mu + sd * eps)).abs().max().item() for n in (25, 100)]
+    errors = [
+        (ode_sample(exact, None, SHAPE, few_step_sigmas(n, 1.0), SEEDS) - (mu + sd * eps)).abs().max().item()
+        for n in (25, 100)
+    ]
     assert errors[1] < 0.05 and 3 < errors[0] / errors[1] < 5  # Euler: first order
 
 
@@ -291,7 +294,7 @@ def test_compiled_loop_checks_its_noise_and_generators() -> None:
     with pytest.raises(ValueError, match="seeds is empty"):
         few_step_sample(velocity, 0.1, SHAPE, sigmas, [])
     with pytest.raises(ValueError, match="seeds is empty"):
-        ode_sample(velocity, 0.1, SHAPE, 2, 3.0, [])
+        ode_sample(velocity, 0.1, SHAPE, few_step_sigmas(2), [])
 
 
 def test_compiled_loop_leaves_its_inputs_alone() -> None:

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
+from clora.backbones.base_schedule import base_sigmas
 from clora.backbones.cond import Cond, Grid, make_cond
 from clora.backbones.qwen_image.block import fastest_attention, fuse_blocks
 from clora.backbones.qwen_image.pipeline import COMPONENTS, load_pipeline
+from clora.backbones.qwen_image.sizes import Size, condition_size, image_size
 from clora.config import BaseSidecar, Quantize, read_sidecar, resolve_base
 from clora.errors import InputError
 from clora.kernels.qk_norm_rope import rotary_tables
@@ -35,7 +36,6 @@ from clora.lora.frozen_linear import check_torchao, quantize_linears
 from clora.lora.recompute import checkpoint_fn
 from clora.lora.slots import Slot
 
-Size = tuple[int, int]  # height and width in pixels
 Kernels = Literal["auto", "reference", "fused"]
 
 # What a recomputed block does not compute again: attention, by whichever of torch's kernels.
@@ -141,14 +141,12 @@ class QwenImageBackbone:
         return 2 * int(self.pipeline.vae_scale_factor)
 
     def output_size(self, image: Image.Image | None = None) -> Size:
-        """The stock pipeline's size for a result: the base's area at the aspect ratio of the (last) image."""
-        if image is None:
-            return self.sizes.default_size
-        return self._scaled(image, self.sizes.vae_image_area)
+        """The size of a result: the base's area at the shape of the (last) image, see `sizes.image_size`."""
+        return self.sizes.default_size if image is None else self.reference_size(image)
 
     def reference_size(self, image: Image.Image) -> Size:
-        """The size at which the stock pipeline shows a reference image to the VAE."""
-        return self._scaled(image, self.sizes.vae_image_area)
+        """The size at which a reference image is shown to the VAE."""
+        return image_size(image.size, self.sizes, self.pixels_per_token)
 
     def grid(self, size: Size) -> Grid:
         """Tokens of an image of (height, width) pixels; both must be multiples of `pixels_per_token`."""
@@ -156,13 +154,6 @@ class QwenImageBackbone:
         if size[0] % unit or size[1] % unit or min(size) < unit:
             raise InputError(f"size {size[0]}x{size[1]} (height x width): both must be multiples of {unit}")
         return size[0] // unit, size[1] // unit
-
-    def _scaled(self, image: Image.Image, area: int) -> Size:
-        width, height = _dimensions(area, image.width / image.height)
-        unit = self.pixels_per_token
-        if min(width, height) < unit:
-            raise InputError(f"an image of {image.width}x{image.height} pixels is too narrow; crop it")
-        return height // unit * unit, width // unit * unit
 
     # Text
 
@@ -198,8 +189,7 @@ class QwenImageBackbone:
         return embeddings
 
     def _condition_image(self, image: Image.Image) -> Image.Image:
-        width, height = _dimensions(self.sizes.condition_image_area, image.width / image.height)
-        small: Image.Image = self.pipeline.image_processor.resize(image, height, width)
+        small: Image.Image = self.pipeline.image_processor.resize(image, *condition_size(image.size, self.sizes))
         return small
 
     # Images
@@ -256,6 +246,10 @@ class QwenImageBackbone:
     def token_channels(self) -> int:
         """C, the latent channels of one token."""
         return int(self.transformer.config.in_channels)
+
+    def own_sigmas(self, num_steps: int, num_tokens: int) -> Tensor:
+        """The noise levels at which the base's own pipeline samples a result of so many tokens, see `base_sigmas`."""
+        return base_sigmas(self.pipeline.scheduler.config, num_steps, num_tokens)
 
     def velocity(self, x_BTC: Tensor, sigma_B: Tensor, cond: Cond, slots: Sequence[Slot] | None = None) -> Tensor:
         """eps - x0 as the model predicts it at noise level sigma (1 = noise), (B, T, C) in x's dtype.
@@ -337,10 +331,3 @@ def load_backbone(
         elsewhere = transformer_device is not None and name == "transformer"
         getattr(pipeline, name).to(transformer_device if elsewhere else device)
     return QwenImageBackbone(str(base), pipeline, read_sidecar(path), device, dtype)
-
-
-def _dimensions(area: int, ratio: float) -> tuple[int, int]:
-    """The stock pipeline's width and height for an area and an aspect ratio: multiples of 32."""
-    calculate: Any = stock.calculate_dimensions
-    width, height = calculate(area, ratio)
-    return width, height

@@ -25,6 +25,7 @@ def f32(values: Any) -> Array:
 LUMA = f32((0.299, 0.587, 0.114))
 NUM_PROJECTIONS, NUM_QUANTILES, NUM_COLOR_DIRECTIONS = 24, 32, 8
 COLOR_WEIGHT, PLACE_WEIGHT = 1.5, 0.7
+PSNR_CAP = 60.0  # dB: what an exact copy counts in a mean
 FLAT_ENERGY = 1e-6  # mean squared high frequencies of a grey level or so: below it a picture counts as flat
 
 
