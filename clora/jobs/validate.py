@@ -20,7 +20,7 @@ from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
 from clora.backbones.qwen_image.pipeline import linear_shapes
 from clora.config import Config, EffectConfig, acceleration_of, general_data, load_config, resolve_base
 from clora.data.images import Size, aspect_buckets, load_image
-from clora.data.pairs import Pair, read_pairs
+from clora.data.pairs import Pair, read_dataset
 from clora.errors import InputError
 from clora.lora.files import check_lora
 from clora.method.prompts import effect_prompts
@@ -175,9 +175,15 @@ def _check_pairs(config: Config, report: Report) -> dict[str, list[Pair]]:
         if not os.path.exists(path):
             continue
         try:
-            found[key] = read_pairs(path, config.data_roots, require_target=require_target, effect=name)
+            dataset = read_dataset(path, config.data_roots, require_target=require_target, effect=name)
         except InputError as error:
             report.faults += [f"{key}: {fault}" for fault in error.faults]
+            continue
+        found[key] = dataset.pairs
+        report.warnings += [f"{key}: {sentence}" for sentence in dataset.left_out]
+        if name is not None and require_target and (own := sum(pair.prompt is not None for pair in dataset.pairs)):
+            captions = f"the captions of {_counted(own, 'pair')}"
+            report.warnings.append(f"{key}: {captions} are read by `clora teach` in place of the effect's prompt")
     for pair in found.get("general.pairs", []):
         if pair.prompt is None:
             report.faults.append(f"general.pairs: {pair.place} has no instruction; add it")
