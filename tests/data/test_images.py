@@ -278,9 +278,12 @@ def test_heic_gives_its_primary_image_turned_once(tmp_path: Path) -> None:
     wide = Image.new("RGB", (96, 64), "red")
     wide.paste("blue", (0, 0, 32, 64))
     exif = wide.getexif()
-    exif[0x0112] = 6  # to be turned right by a quarter: what was left is on top
+    exif[0x0112] = (
+        6  # to be turned right by a quarter, as phones write it and HEIC's own `irot`: what was left is on top
+    )
+    wide.info["exif"] = exif.tobytes()
     assert images.reads_heif()
-    wide.save(tmp_path / "phone.heic", quality=-1, exif=exif)
+    wide.save(tmp_path / "phone.heic", quality=-1)
     turned = pixels(load_image(tmp_path / "phone.heic"))
     assert turned.shape == (96, 64, 3)
     assert turned[5, 32].argmax() == 2 and turned[90, 32].argmax() == 0
