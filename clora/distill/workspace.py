@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,9 +54,10 @@ def open_workspace(
     general: bool = True,
     keep_encoders: bool = False,
     max_pairs: int | None = None,
+    captions: bool = False,
 ) -> Workspace:
     """Load the base, read and encode the effects' pairs (the first `max_pairs` of each) and, with `general`, the
-    general stream's.
+    general stream's. With `captions` those of the pairs are encoded, and counted among the data, as well.
 
     With `keep_encoders` the text encoder stays, to encode more; call `backbone.free_encoders()` afterwards.
 
@@ -81,7 +82,7 @@ def open_workspace(
     cache = TensorCache(config.output_dir / "cache")
     encoder = ExampleEncoder(backbone, cache, identity, config.train.buckets)
     prompts = {prompt.name: prompt for prompt in effect_prompts(config)} if config.effects else {}
-    jobs = _effect_jobs(config, prompts, max_pairs)
+    jobs = _effect_jobs(config, prompts, max_pairs, captions)
     if general:
         jobs += _general_jobs(config)
     if distributed.is_main():
@@ -121,7 +122,7 @@ def open_workspace(
 Job = tuple[Pair, str | None, dict[str, str]]
 
 
-def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt], max_pairs: int | None) -> list[Job]:
+def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt], max_pairs: int | None, captions: bool) -> list[Job]:
     jobs: list[Job] = []
     faults: list[str] = []
     for effect in config.effects:
@@ -135,7 +136,9 @@ def _effect_jobs(config: Config, prompts: dict[str, EffectPrompt], max_pairs: in
             "teacher": effect.prompt,
             "negative": config.objective.negative_prompt,
         }
-        jobs += [(pair, effect.name, texts) for pair in pairs]
+        for pair in pairs:
+            own = captions and pair.prompt and pair.prompt != effect.prompt
+            jobs.append((pair, effect.name, texts | {"caption": pair.prompt} if own and pair.prompt else texts))
     raise_faults(faults)
     return jobs
 
@@ -172,8 +175,10 @@ def _check_shared(cache: Path, seconds: float = 60.0) -> None:
 
 def _data_hashes(jobs: Sequence[Job]) -> dict[str, str]:
     pairs: dict[str, list[Pair]] = {}
-    for pair, effect, _ in jobs:
-        pairs.setdefault("general data" if effect is None else f"pairs of {effect}", []).append(pair)
+    for pair, effect, texts in jobs:
+        # Of an effect's pairs a caption counts where it is learned from, and only there.
+        used = pair if effect is None else replace(pair, prompt=texts.get("caption"))
+        pairs.setdefault("general data" if effect is None else f"pairs of {effect}", []).append(used)
     return {name: hash_pairs(found) for name, found in pairs.items()}
 
 
