@@ -233,4 +233,5 @@ def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> Loo
         resume=resume,
         identity=workspace.hashes,
         record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
+        settings=config.deciding_values(job, distributed.world_size()),
     )

@@ -220,6 +220,14 @@ def test_collate_refuses_examples_of_different_sizes(random_base: Path, data: Pa
         collate([shortened, fewer[1]], "teacher", torch.device("cpu"))
 
 
+def test_resume_with_another_setting_names_key_old_and_new_value(random_base: Path, data: Path, tmp_path: Path) -> None:
+    one = "teach.max_train_steps=1"
+    teach(configure(random_base, data, tmp_path / "run", ["square"], one))
+    other = configure(random_base, data, tmp_path / "run", ["square"], one, "teach.learning_rate=0.5")
+    with pytest.raises(InputError, match=r"teach\.learning_rate was 0\.008, is 0\.5; put back what it was, or take"):
+        teach(other, resume="latest")
+
+
 # ---- captions ----
 
 
