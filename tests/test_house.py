@@ -30,6 +30,7 @@ MOST_ROOMS, MOST_FLOORS, MOST_MODULE_LINES, MOST_CLASS_LINES, MOST_README_LINES 
 DISTRIBUTION_OF = {
     "yaml": "pyyaml",
     "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
     "prometheus_client": "prometheus-client",
 }

@@ -348,30 +348,31 @@ class Config(Section):
         return effect.lora or self.output_dir / "teachers" / f"{effect.name}.safetensors"
 
     def fingerprint(self, job: Job = "train", processes: int = 1) -> str:
-        """SHA-256 (hex) of what decides the numbers of a job's step, to compare a checkpoint with a run.
+        """SHA-256 (hex) of `deciding_values`, to compare a checkpoint with a run."""
+        values = self.deciding_values(job, processes)
+        canonical = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
-        The batch sizes that the job reads count over all `processes`: two with half the batch each are one with the
-        whole. `train` does not depend on how its teachers were taught; their files are compared instead.
-        Left out: what only decides where results go, how often they are written or when to stop
+    def deciding_values(self, job: Job = "train", processes: int = 1) -> dict[str, Any]:
+        """What decides the numbers of a job's step, as plain values by section.
+
+        The job's batch sizes count over all `processes`. `train` does not depend on how its teachers were taught: their
+        files are compared. Left out is what only decides where results go, how often they are written or when to stop
         (`max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
         """
-        values = self.model_dump(mode="json", exclude={"preset", "output_dir", "data_roots", "eval", "prompts"})
+        unfelt = dict.fromkeys(("preset", "output_dir", "data_roots", "eval", "prompts"), True)
+        values = self.model_dump(mode="json", exclude={**unfelt, "train": {*_UNFELT_TRAIN_KEYS}})
         values["trigger_scheme"] = self.prompts.trigger_scheme
-        for key in _UNFELT_TRAIN_KEYS:
-            del values["train"][key]
         for section, key in (("train", "batch_size"), ("train", "anchor_batch_size"), ("teach", "batch_size")):
             size = values[section].pop(key)
             if (section == "teach") == (job == "teach"):
                 values[section][key] = size and size * processes
-        if job in ("train", "extend"):
-            del values["teach"]
-        if job != "extend":
-            del values["extend"]
+        for section, read in (("teach", job not in ("train", "extend")), ("extend", job == "extend")):
+            if not read:
+                del values[section]
         if self.train.lr_scheduler == "constant":
             del values["train"]["max_train_steps"]
-        relative = _map_strings(values, lambda text: _relative_to(text, self.folder))
-        canonical = json.dumps(relative, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return dict(_map_strings(values, lambda text: _relative_to(text, self.folder)))
 
 
 _UNFELT_TRAIN_KEYS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from clora.config import Config, EffectConfig, general_data
-from clora.data.pairs import Pair, read_pairs
+from clora.data.pairs import Pair, read_dataset
 from clora.errors import InputError, missing_files, raise_faults
 from clora.io.digest import file_digest
 
@@ -21,11 +21,16 @@ def effect_key(config: Config, name: str, field: str | None = None) -> str:
 
 
 def read_effects(
-    config: Config, effects: Sequence[EffectConfig], with_targets: Collection[str], faults: list[str]
+    config: Config,
+    effects: Sequence[EffectConfig],
+    with_targets: Collection[str],
+    faults: list[str],
+    warnings: list[str],
 ) -> dict[str, list[Pair]]:
     """The pairs of these effects of `config` by name; those named in `with_targets` must have target images.
 
-    What is wrong is added to `faults`, each under its configuration key; an effect with faults is left out.
+    What is wrong is added to `faults`, what of a dataset was left out to `warnings`, each under its configuration key;
+    an effect with faults is left out.
     """
     named: list[EffectConfig] = []
     for effect in effects:
@@ -46,21 +51,24 @@ def read_effects(
         if (key, path) in absent:
             continue
         try:
-            found[name] = read_pairs(path, config.data_roots, require_target=name in with_targets, effect=name)
+            dataset = read_dataset(path, config.data_roots, require_target=name in with_targets, effect=name)
         except InputError as error:
             faults += [f"{key}: {fault}" for fault in error.faults]
+            continue
+        found[name] = dataset.pairs
+        warnings += [f"{key}: {sentence}" for sentence in dataset.left_out]
     return found
 
 
 def effect_pairs(config: Config, effect: EffectConfig, *, require_target: bool = True) -> list[Pair]:
     """The pairs of one effect of `config`. Raises `InputErrors` as `read_effects` lists them."""
     faults: list[str] = []
-    found = read_effects(config, [effect], [effect.name] if require_target else [], faults)
+    found = read_effects(config, [effect], [effect.name] if require_target else [], faults, [])
     raise_faults(faults)
     return found[effect.name]
 
 
-def read_general(config: Config, faults: list[str]) -> list[Pair]:
+def read_general(config: Config, faults: list[str], warnings: list[str]) -> list[Pair]:
     """The pairs of the general stream, the configuration's or those that the base brings along.
 
     Without effects there is no other stream; with them it is needed unless `objective.p_switch` is 1. What is wrong
@@ -80,10 +88,12 @@ def read_general(config: Config, faults: list[str]) -> list[Pair]:
             return []
         key, path = f"general data of base {config.base.model}", brought
     try:
-        pairs = read_pairs(path, config.data_roots, require_target=False)
+        dataset = read_dataset(path, config.data_roots, require_target=False)
     except InputError as error:
         faults += [f"{key}: {fault}" for fault in error.faults]
         return []
+    pairs = dataset.pairs
+    warnings += [f"{key}: {sentence}" for sentence in dataset.left_out]
     silent = [pair.place for pair in pairs if not pair.prompt]
     if len(silent) == 1:
         faults.append(f"{key}: {silent[0]} has no instruction; add it")

@@ -29,9 +29,10 @@ ENCODING_VERSION = "examples/2"
 class Example:
     """One source (one or more reference images) of one effect; `effect` None belongs to the general stream.
 
-    refs: packed latents (Tr, C) per reference. texts: role -> (L, D), roles "student", "teacher", "negative".
-    x0: latents (T, C) of the pair's own target. y: the teacher's images of it, (T, C) each. key: tells the examples of
-    a run apart, and is the same in each of its processes and when it goes on: the effect, and where its pair stands.
+    refs: packed latents (Tr, C) per reference. texts: role -> (L, D), roles "student", "teacher", "negative" and, where
+    the pair has one that counts, "caption". x0: latents (T, C) of the pair's own target. y: the teacher's images of it,
+    (T, C) each. key: tells the examples of a run apart, and is the same in each of its processes and when it goes on:
+    the effect, and where its pair stands.
     """
 
     effect: str | None
@@ -121,9 +122,23 @@ class ExampleEncoder:
         return self._cache.get_or_make(self._key(paths, prompt, f"text/{size}"), make)["text"]
 
 
+def group_by_size(examples: Sequence[Example]) -> list[list[int]]:
+    """The positions of examples that can share a batch, in order; groups in order of their first."""
+    groups: dict[object, list[int]] = {}
+    for position, example in enumerate(examples):
+        groups.setdefault(example.sizes, []).append(position)
+    return list(groups.values())
+
+
 def collate(examples: Sequence[Example], role: str | Sequence[str], device: torch.device) -> Cond:
-    """The examples' conditions with the prompts of `role` (one, or one per example); their sizes must be equal."""
+    """The examples' conditions with the prompts of `role` (one, or one per example).
+
+    Raises `ValueError` where they differ in size or in number of references; `group_by_size` parts them.
+    """
     first, roles = examples[0], [role] * len(examples) if isinstance(role, str) else role
+    if other := next((e for e in examples if e.sizes != first.sizes), None):
+        what = " and ".join(f"{e.effect} on {e.sources[-1].name} {e.sizes}" for e in (first, other))
+        raise ValueError(f"examples of different sizes cannot share a batch: {what}; group them by size")
     refs = [(torch.stack([e.refs[i] for e in examples]), grid) for i, grid in enumerate(first.ref_grids)]
     texts = [e.texts[r] for e, r in zip(examples, roles, strict=True)]
     return make_cond(texts, refs, first.grid, [e.effect for e in examples]).to(device)

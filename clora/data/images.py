@@ -1,7 +1,7 @@
 """Image files to RGB, safely and the same everywhere: loading, confinement of paths, buckets.
 
 What a file holds is decided here once, so that training, evaluation and serving see the same pixels:
-- rotation in EXIF is applied; of an animation the first frame counts;
+- rotation in EXIF is applied; of an animation the first frame counts, of a HEIC the primary image;
 - transparency is composited on white;
 - CMYK goes to sRGB through the embedded profile where there is one, else by Pillow's plain formula;
 - 16-bit grey is scaled to 8 bits (65535 -> 255);
@@ -24,8 +24,15 @@ from clora.errors import InputError
 
 DEFAULT_MAX_PIXELS = 1 << 26  # 8192 x 8192: 192 MiB as RGB
 # Formats whose decoders only decode (Pillow hands PostScript, for one, to an interpreter).
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "JPEG2000", "PPM")
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm"))
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "JPEG2000", "PPM", "QOI")
+SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+     ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi")
+)  # fmt: skip
+HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))  # of phones; pillow-heif decodes them
+TGA_SUFFIX = ".tga"  # nothing in such a file says what it is, so that only its name can
+NO_HEIF = "HEIC needs pillow-heif: pip install 'clora[heif]', or save it as PNG or JPEG"
+UNKNOWN_FORMAT = "not a format that is read; save it as PNG, JPEG or WebP"
 WHITE = (255, 255, 255, 255)
 
 Size = tuple[int, int]
@@ -43,7 +50,7 @@ def load_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ima
         what = "is a folder, not an image" if os.path.isdir(path) else "does not exist"
         raise InputError(f"{path} {what}; correct the path")
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(path, formats=_formats(path)) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise InputError(_too_large(path, f"{width} x {height} pixels", max_pixels))
@@ -53,17 +60,48 @@ def load_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ima
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(path, "declares too many pixels", max_pixels)) from error
     except UnidentifiedImageError as error:
+        if _is_heif(path):
+            what = "is damaged or cut off; replace the file" if reads_heif() else f"cannot be read: {NO_HEIF}"
+            raise InputError(f"{path} {what}") from error
         raise InputError(f"{path} is not an image of a known format; save it as PNG, JPEG or WebP") from error
     except Exception as error:
         # Whatever a decoder raises on damaged bytes (it may be any type) means one thing to the user.
         raise InputError(f"{path} is damaged or cut off ({error}); replace the file") from error
 
 
+def why_unread(path: Path) -> str | None:
+    """Why a file is not read as an image, judged by its name, with the mend; None where it is."""
+    suffix = path.suffix.lower()
+    if suffix in HEIF_SUFFIXES:
+        return None if reads_heif() else NO_HEIF
+    return None if suffix in SUFFIXES or suffix == TGA_SUFFIX else UNKNOWN_FORMAT
+
+
 @cache
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with (it stumbles over names it does not know)."""
+def reads_heif() -> bool:
+    """Whether pillow-heif is installed; Pillow can read HEIC from then on."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _formats(path: Path) -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with (it stumbles over names it does not know), and what this
+    file may be besides."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    tga = ("TGA",) if path.suffix.lower() == TGA_SUFFIX else ()
+    heif = ("HEIF",) if _is_heif(path) and reads_heif() else ()
+    return tuple(name for name in (*FORMATS, *tga, *heif) if name in Image.OPEN)
+
+
+def _is_heif(path: Path) -> bool:
+    """Whether a file says that it is HEIC, whatever its name; phones' pictures are often renamed to .jpg."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 def _too_large(path: Path, what: str, max_pixels: int) -> str:
@@ -71,7 +109,8 @@ def _too_large(path: Path, what: str, max_pixels: int) -> str:
 
 
 def _first_frame(image: Image.Image) -> Image.Image:
-    image.seek(0)
+    if image.format != "HEIF":  # which opens at its primary image, be it the first or not
+        image.seek(0)
     image.load()
     return image
 

@@ -40,6 +40,7 @@ class CheckedRun:
     general: list[Pair]
     prompts: dict[str, EffectPrompt]
     warnings: tuple[str, ...] = ()
+    captions: bool = False  # whether pairs' own captions are learned from: teachers do, in place of the effect's prompt
 
     def first_pairs(self, count: int | None) -> CheckedRun:
         """The same run on the first `count` pairs of each effect; None: all."""
@@ -63,8 +64,8 @@ def check_training(config: Config) -> CheckedRun:
     found.warnings += training_warnings(config)
     _check_loras(config, shapes, found)
     found.faults += _missing_teachers(config)
-    effects = read_effects(config, config.effects, _names(_with_targets(config)), found.faults)
-    general = read_general(config, found.faults)
+    effects = read_effects(config, config.effects, _names(_with_targets(config)), found.faults, found.warnings)
+    general = read_general(config, found.faults, found.warnings)
     _check_files(config, effects, general, found)
     prompts = _check_prompts(config, config.effects, backbone, general, found)
     raise_faults(found.faults)
@@ -80,11 +81,13 @@ def check_teaching(config: Config, effects: Sequence[EffectConfig]) -> CheckedRu
     backbone, _ = _check_base(config, found)
     _check_folders(config, found)
     found.warnings += teaching_warnings(config)
-    pairs = read_effects(config, effects, _names(effects), found.faults)
+    pairs = read_effects(config, effects, _names(effects), found.faults, found.warnings)
     _check_files(config, pairs, [], found)
     prompts = _check_prompts(config, effects, backbone, [], found)
     raise_faults(found.faults)
-    return CheckedRun(config.model_copy(update={"effects": list(effects)}), pairs, [], prompts, tuple(found.warnings))
+    found.warnings += _caption_notes(config, pairs)
+    config = config.model_copy(update={"effects": list(effects)})
+    return CheckedRun(config, pairs, [], prompts, tuple(found.warnings), captions=True)
 
 
 def check_whole(config: Config, found: Findings) -> CheckedRun:
@@ -101,8 +104,9 @@ def check_whole(config: Config, found: Findings) -> CheckedRun:
         found.warnings.append(f"{count}, first: {untaught[0].name}; run `clora teach` before `clora train`")
     # Only teaching needs targets: a teacher makes its own.
     with_targets = _names([*untaught, *_with_targets(config)])
-    effects = read_effects(config, config.effects, with_targets, found.faults)
-    general = read_general(config, found.faults)
+    effects = read_effects(config, config.effects, with_targets, found.faults, found.warnings)
+    found.warnings += _caption_notes(config, {name: effects.get(name, []) for name in _names(untaught)})
+    general = read_general(config, found.faults, found.warnings)
     prompts = _check_prompts(config, config.effects, backbone, general, found)
     return CheckedRun(config, effects, general, prompts)
 
@@ -112,6 +116,18 @@ def teacher_files(config: Config) -> dict[str, Path]:
     absent = missing_files("LoRA file", _absent(_given_loras(config)), config.folder)
     raise_faults([*absent, *_missing_teachers(config)])
     return {effect.name: config.teacher_path(effect) for effect in config.effects}
+
+
+def _caption_notes(config: Config, effects: Mapping[str, Sequence[Pair]]) -> list[str]:
+    """Which captions teaching reads, a sentence for each effect that has some."""
+    notes = []
+    for name, pairs in effects.items():
+        if count := sum(pair.prompt is not None for pair in pairs):
+            what = f"the captions of {count} pair{'' if count == 1 else 's'}"
+            notes.append(
+                f"{effect_key(config, name, 'pairs')}: {what} are read by `clora teach` in place of its prompt"
+            )
+    return notes
 
 
 def _names(effects: Iterable[EffectConfig]) -> set[str]:

@@ -92,6 +92,7 @@ def run_distillation(
         resume=resume,
         identity=identity,
         record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
+        settings=config.deciding_values(job, distributed.world_size()),
     )
     try:
         run_loop(loop, groups, distiller.step, on_step, console)

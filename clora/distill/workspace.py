@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -109,11 +109,18 @@ def encode_requests(run: CheckedRun) -> list[EncodeRequest]:
     for name, pairs in run.effects.items():
         prompt = run.prompts[name]
         texts = {"student": prompt.student_prompt, "teacher": prompt.teacher_prompt, "negative": negative}
-        requests += [(pair, name, texts) for pair in pairs]
+        for pair in pairs:
+            caption = _caption(run, pair, prompt.teacher_prompt)
+            requests.append((pair, name, texts if caption is None else texts | {"caption": caption}))
     for pair in run.general:
         instruction = pair.prompt or ""
         requests.append((pair, None, {"student": instruction, "teacher": instruction, "negative": negative}))
     return requests
+
+
+def _caption(run: CheckedRun, pair: Pair, prompt: str) -> str | None:
+    """The pair's own caption where it is learned from and says something else than the effect's prompt."""
+    return pair.prompt if run.captions and pair.prompt and pair.prompt != prompt else None
 
 
 def _splits_base(config: Config) -> bool:
@@ -177,7 +184,12 @@ def _check_shared(cache: Path, seconds: float = 60.0) -> None:
 
 
 def _data_hashes(run: CheckedRun) -> dict[str, str]:
-    hashes = {f"pairs of {name}": hash_pairs(pairs) for name, pairs in run.effects.items() if pairs}
+    hashes: dict[str, str] = {}
+    for name, pairs in run.effects.items():
+        # A caption counts where it is learned from, and only there.
+        prompt = run.prompts[name].teacher_prompt
+        used = [replace(pair, prompt=_caption(run, pair, prompt)) for pair in pairs]
+        hashes |= {f"pairs of {name}": hash_pairs(used)} if used else {}
     return hashes | ({"general data": hash_pairs(run.general)} if run.general else {})
 
 

@@ -85,7 +85,7 @@ def _read_all(config: Config, lora: Path, known: Collection[str]) -> dict[str, l
         if effect.name not in known:
             faults.append(f"effect {effect.name}: is not in {lora}; {did_you_mean(effect.name, known)}")
     held = [effect for effect in config.effects if effect.name in known]
-    pairs = read_effects(config, held, {effect.name for effect in held}, faults)
+    pairs = read_effects(config, held, {effect.name for effect in held}, faults, [])
     raise_faults(faults)
     return {name: found[: config.eval.num_samples] for name, found in pairs.items()}
 

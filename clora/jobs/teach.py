@@ -1,11 +1,13 @@
 """`clora teach`: single-effect LoRAs by flow matching (Eq. 2), all effects side by side in one batched forward.
 
-Each effect has its own slot in one stack of adapters, so that a step is one forward and one backward of the base
-whatever the number of effects. `joint` trains ONE adapter on all pairs instead: the paper's "N-in-1 FM" baseline.
+Each effect has its own slot in one stack of adapters, so that a step is one forward and one backward of the base for
+each size of its samples, whatever the number of effects. `joint` trains ONE adapter on all pairs instead: the paper's
+"N-in-1 FM" baseline. A pair that has a caption is learned from with that, the others with their effect's prompt.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from clora.config import Config, Job
-from clora.data.examples import Example, collate
+from clora.data.examples import Example, collate, group_by_size
 from clora.distill.check import check_teaching
 from clora.distill.workspace import Workspace, open_workspace, trainable_group
 from clora.errors import InputError
@@ -66,19 +68,18 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
     group = trainable_group(workspace.adapters, ["teach"], config, settings.learning_rate)
     group.per_slot = True
     # Each process takes its own samples of every effect.
-    size, rank, world = settings.batch_size, distributed.rank(), distributed.world_size()
+    size, world = settings.batch_size, distributed.world_size()
     rows = [slot for slot in slots for _ in range(size)]
-    own = [(i * world + rank) * size + k for i in range(len(names)) for k in range(size)]
+    own = [[(i * world + rank) * size + k for i in range(len(names)) for k in range(size)] for rank in range(world)]
 
     def one_step(step: int) -> dict[str, Tensor]:
         rng = step_generator(config.seed, step, "teach/examples", "cpu")
-        batch = [e for name in names for e in _draw(workspace.effects[name], size * world, rng)]
-        loss, per_sample = _flow_step(workspace, batch, own, rows, step)
+        examples = [e for name in names for e in _draw(workspace.effects[name], size * world, rng)]
+        batch = draw_batch(workspace, examples, step)
         # A sum over effects: every teacher learns as it would alone.
-        where = f"teach step {step} ({_worst(batch, own, per_sample)})"
-        _update(group, loss * len(names) / world, step, settings.max_train_steps, config, where)
+        loss, per_sample = _learn(workspace, group, batch, own, rows, len(names) / world, "teach", step)
         per_effect = per_sample.view(len(names), -1).mean(1)
-        figures = {"loss": loss.detach()} | {f"loss/{n}": v for n, v in zip(names, per_effect, strict=True)}
+        figures = {"loss": loss} | {f"loss/{n}": v for n, v in zip(names, per_effect, strict=True)}
         return distributed.sum_figures({name: value / world for name, value in figures.items()})
 
     run_loop(_loop(workspace, "teach", settings.max_train_steps, resume), {"teach": group}, one_step, console=console)
@@ -100,7 +101,8 @@ def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> d
     """One adapter of the student's shape on all pairs, effects balanced, teacher prompts: "N-in-1 (FM)"."""
     config, settings = workspace.config, workspace.config.teach
     names = list(workspace.effects)
-    size = distributed.world_size() * (config.train.anchor_batch_size or config.train.batch_size)
+    world = distributed.world_size()
+    size = world * (config.train.anchor_batch_size or config.train.batch_size)
     generator = torch.Generator().manual_seed(config.seed)
     student = config.student
     workspace.adapters.add_stack(
@@ -111,14 +113,13 @@ def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> d
     def one_step(step: int) -> dict[str, Tensor]:
         rng = step_generator(config.seed, step, "joint/examples", "cpu")
         drawn = draw_effects(config.seed, step, len(names), size, 1.0)
-        batch = [e for i in drawn for e in _draw(workspace.effects[names[i]], 1, rng)]
-        batch = [e for e in batch if e.sizes == batch[0].sizes]
-        rows = split_rows(len(batch), distributed.rank(), distributed.world_size())
-        own = list(range(rows.start, rows.stop))
-        loss, per_sample = _flow_step(workspace, batch, own, [JOINT], step)
-        where = f"joint step {step} ({_worst(batch, own, per_sample)})"
-        _update(group, loss * rows.share, step, settings.max_train_steps, config, where)
-        return distributed.sum_figures({"loss": loss.detach() * rows.share})
+        batch = draw_batch(workspace, [e for i in drawn for e in _draw(workspace.effects[names[i]], 1, rng)], step)
+        shares = [split_rows(size, rank, world) for rank in range(world)]
+        own = [list(range(rows.start, rows.stop)) for rows in shares]
+        share = shares[distributed.rank()].share
+        slots = [JOINT] * len(own[distributed.rank()])
+        loss, _ = _learn(workspace, group, batch, own, slots, share, JOINT, step)
+        return distributed.sum_figures({"loss": loss * share})
 
     run_loop(_loop(workspace, JOINT, settings.max_train_steps, resume), {JOINT: group}, one_step, console=console)
     path = config.output_dir / "joint.safetensors"
@@ -133,39 +134,89 @@ def _draw(examples: list[Example], count: int, rng: torch.Generator) -> list[Exa
     return [examples[int(torch.randint(len(examples), (), generator=rng))] for _ in range(count)]
 
 
-def _flow_step(
-    workspace: Workspace, batch: list[Example], own: list[int], slots: list[str], step: int
-) -> tuple[Tensor, Tensor]:
-    """Eq. 2 on the samples `own` of a batch of pairs, with the teacher prompts; a share of them has none.
+@dataclass(frozen=True)
+class Batch:
+    """The N samples of a step, of all processes and of any sizes, with the random numbers of each."""
 
-    Everything random is drawn for the whole batch. Returns the mean over `own` and the loss of each of them.
+    examples: list[Example]
+    dropped: list[bool]  # taught with the negative prompt
+    sigma: Tensor  # (N,)
+    eps: list[Tensor]  # (T, C) each
+
+
+def draw_batch(workspace: Workspace, examples: list[Example], step: int) -> Batch:
+    """Everything random of a step, drawn for the samples of all processes."""
+    settings, backbone = workspace.config.teach, workspace.backbone
+    rng = step_generator(workspace.config.seed, step, "teach/noise", backbone.device)
+    dropped = torch.rand(len(examples), generator=rng, device=rng.device) < settings.caption_dropout
+    sigma = shift_sigma(torch.rand(len(examples), generator=rng, device=rng.device), settings.sigma_shift)
+    eps: dict[int, Tensor] = {}
+    for group in group_by_size(examples):
+        shape = (len(group), examples[group[0]].num_tokens, backbone.token_channels)
+        eps |= zip(group, torch.randn(shape, generator=rng, device=rng.device), strict=True)
+    return Batch(examples, dropped.tolist(), sigma, [eps[i] for i in range(len(examples))])
+
+
+def _learn(
+    workspace: Workspace,
+    group: Group,
+    batch: Batch,
+    own: list[list[int]],
+    slots: list[str],
+    weight: float,
+    job: str,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """One update from `weight` times the mean loss of this process's samples, a forward and a backward for each size.
+
+    Args:
+        own: for each process its samples of the batch. Processes that share the base must run equally many forwards:
+            one that has fewer sizes runs some sample once more, for nothing.
+        slots: of each of this process's samples.
+
+    Returns:
+        The mean loss of this process's samples, and that of each (n,), detached.
     """
-    config, settings, backbone = workspace.config, workspace.config.teach, workspace.backbone
-    rng = step_generator(config.seed, step, "teach/noise", backbone.device)
-    dropped = torch.rand(len(batch), generator=rng, device=rng.device) < settings.caption_dropout
-    roles = ["negative" if dropped[i] else "teacher" for i in own]
-    mine = [batch[i] for i in own]
+    settings, mine, title = workspace.config.teach, own[distributed.rank()], f"{job} step {step}"
+    rounds = [group_by_size([batch.examples[i] for i in rows]) for rows in own]
+    groups = rounds[distributed.rank()]
+    mean, per_sample = torch.zeros((), device=group.device), torch.zeros(len(mine), device=group.device)
+    for k in range(max(map(len, rounds))):
+        some, share = (groups[k], len(groups[k]) / len(mine)) if k < len(groups) else (groups[0][:1], 0.0)
+        loss, each = _flow_step(workspace, batch, [mine[i] for i in some], [slots[i] for i in some])
+        check_finite(loss * share * weight, f"{title} ({_worst(batch, [mine[i] for i in some], each)})").backward()
+        if share:
+            mean = mean + loss.detach() * share
+            per_sample[some] = each
+    factor = lr_multiplier(step, settings.max_train_steps, settings.lr_warmup_steps, settings.lr_scheduler)
+    apply_gradients(group, factor, f"{title} ({_worst(batch, mine, per_sample)})")
+    return mean, per_sample
+
+
+def _flow_step(workspace: Workspace, batch: Batch, own: list[int], slots: list[str]) -> tuple[Tensor, Tensor]:
+    """Eq. 2 on the samples `own` of a batch, which are of one size, with their captions or else the teacher prompts; a
+    share of them has neither. Returns their mean and the loss of each of them."""
+    backbone = workspace.backbone
+    mine = [batch.examples[i] for i in own]
+    roles = ["negative" if batch.dropped[i] else _role(batch.examples[i]) for i in own]
     cond = collate(mine, roles, backbone.device)
     x0 = torch.stack([e.x0 for e in mine if e.x0 is not None]).to(backbone.device, torch.float32)
-    uniform = torch.rand(len(batch), generator=rng, device=rng.device)
-    sigma = shift_sigma(uniform[own], settings.sigma_shift)
-    eps = torch.randn(len(batch), *x0.shape[1:], generator=rng, device=rng.device)[own]
+    sigma, eps = batch.sigma[own], torch.stack([batch.eps[i] for i in own])
     velocity = backbone.velocity(add_noise(x0, eps, sigma), sigma, cond, slots)
     loss, figures = flow_matching_loss(velocity, x0, eps)
     return loss, figures["per_sample"]
 
 
-def _worst(batch: list[Example], own: list[int], per_sample: Tensor) -> str:
+def _role(example: Example) -> str:
+    return "caption" if "caption" in example.texts else "teacher"
+
+
+def _worst(batch: Batch, own: list[int], per_sample: Tensor) -> str:
     """The samples whose loss is not finite, or all where each one is, for a message."""
     sound = per_sample.isfinite().tolist()
-    bad = [batch[i] for i, fine in zip(own, sound, strict=True) if not fine] or [batch[i] for i in own]
-    return ", ".join(dict.fromkeys(f"{e.effect} on {e.sources[-1].name}" for e in bad))
-
-
-def _update(group: Group, loss: Tensor, step: int, total: int, config: Config, where: str) -> None:
-    check_finite(loss, where).backward()
-    settings = config.teach
-    apply_gradients(group, lr_multiplier(step, total, settings.lr_warmup_steps, settings.lr_scheduler), where)
+    chosen = [i for i, fine in zip(own, sound, strict=True) if not fine] or own
+    examples = [batch.examples[i] for i in chosen]
+    return ", ".join(dict.fromkeys(f"{e.effect} on {e.sources[-1].name}" for e in examples))
 
 
 def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> LoopConfig:
@@ -182,4 +233,5 @@ def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> Loo
         resume=resume,
         identity=workspace.hashes,
         record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
+        settings=config.deciding_values(job, distributed.world_size()),
     )

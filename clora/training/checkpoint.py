@@ -31,6 +31,7 @@ from clora.io.safetensors import sync_folder, write_tensors, write_text
 from clora.training import distributed
 
 FORMAT_VERSION = 2
+_MOST_CHANGES, _MOST_SHOWN = 4, 60  # keys, and characters of a value, in a message
 _MANIFEST, _PREFIX, _POINTER, _WRITING = "manifest.json", "checkpoint-", "latest", ".writing-"
 _saves = itertools.count()  # equal on all processes, and never the same twice in one store
 
@@ -234,6 +235,33 @@ def open_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except InputError as error:
             faults.append(str(error))
     return None, faults
+
+
+def other_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str:
+    """Why a run with these settings (plain values by section) cannot go on from a checkpoint of other ones: each key
+    that differs, with the old and the new value."""
+    saved, now = _flat(checkpoint.state.get("settings", {})), _flat(settings)
+    keys = [key for key in saved | now if saved.get(key) != now.get(key)] if saved else []
+    changes = [f"{key} was {_shown(saved, key)}, is {_shown(now, key)}" for key in keys[:_MOST_CHANGES]]
+    more = [f"and {len(keys) - _MOST_CHANGES} more"] if len(keys) > _MOST_CHANGES else []
+    what = f": {'; '.join([*changes, *more])}" if changes else ""  # a checkpoint of before has no settings
+    mend = "put back what it was, or take another output_dir (batch sizes count over all processes)"
+    return f"{checkpoint.path}: was made by another configuration{what}; {mend}"
+
+
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    """`{"train": {"betas": [1, 2]}}` as `{"train.betas.0": 1, "train.betas.1": 2}`."""
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
+    if items is None:
+        return {key: values}
+    return {name: leaf for k, value in items for name, leaf in _flat(value, f"{key}.{k}" if key else str(k)).items()}
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return "not there"
+    text = json.dumps(values[key], ensure_ascii=False)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -30,7 +30,14 @@ from rich.progress import (
 
 from clora.errors import InputError, Interrupted, NonFiniteError, ProcessLost
 from clora.training import distributed
-from clora.training.checkpoint import Checkpoint, CheckpointWriter, GroupPart, open_checkpoint, open_latest
+from clora.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    GroupPart,
+    open_checkpoint,
+    open_latest,
+    other_settings,
+)
 from clora.training.optimizer import Group
 from clora.training.tracker import Figures, Tracker
 
@@ -108,6 +115,7 @@ class LoopConfig:
     resume: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)  # hashes of what a checkpoint belongs to: base, teachers
     record: Mapping[str, Any] = field(default_factory=dict)  # kept in each checkpoint, for people
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what `fingerprint` is the hash of, to say what differs
 
 
 class _Saver:
@@ -138,6 +146,7 @@ class _Saver:
             "sums": dict(sums),
             "identity": dict(self._config.identity),
             "record": dict(self._config.record),
+            "settings": dict(self._config.settings),
         }
         self._writer.save(step, parts, state)
         self._pending = step
@@ -242,10 +251,7 @@ def _resume(
 
 def _check_belongs(config: LoopConfig, checkpoint: Checkpoint) -> None:
     if checkpoint.state["fingerprint"] != config.fingerprint:
-        raise InputError(
-            f"{checkpoint.path}: was made by another configuration; take that one, or another output_dir"
-            " (batch sizes count over all processes)"
-        )
+        raise InputError(other_settings(checkpoint, config.settings))
     saved, now = checkpoint.state["identity"], dict(config.identity)
     if differ := [key for key in saved | now if saved.get(key) != now.get(key)]:
         raise InputError(

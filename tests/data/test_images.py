@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+import clora.data.images as images
 from clora.data.images import (
     aspect_buckets,
     choose_bucket,
     cover_crop,
     load_image,
     resolve_inside,
+    why_unread,
 )
 from clora.errors import InputError
 
@@ -208,6 +210,96 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
     assert pixels(load_image(path))[3, 3].tolist() == [255, 0, 0]
 
 
+# ---- formats ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.jfif", "JPEG"),
+        ("a.jpe", "JPEG"),
+        ("a.pgm", "PPM"),
+        ("a.j2k", "JPEG2000"),
+        ("a.qoi", "QOI"),
+        ("a.dib", "BMP"),
+    ],
+)
+def test_load_image_reads_a_format_by_its_other_names(tmp_path: Path, name: str, kind: str) -> None:
+    image = Image.fromarray(np.full((16, 16, 3), (90, 90, 90), dtype=np.uint8))
+    image = image.convert("L") if kind == "PPM" else image
+    path = saved(tmp_path, image, name, format=kind)
+    assert why_unread(path) is None
+    assert np.abs(pixels(load_image(path)) - 90).max() <= 2
+
+
+@pytest.mark.parametrize("compression", [None, "tga_rle"])
+def test_load_image_reads_tga_by_its_name_alone(tmp_path: Path, compression: str | None) -> None:
+    path = saved(tmp_path, Image.fromarray(RAMP), "a.tga", compression=compression)
+    assert why_unread(path) is None and np.array_equal(pixels(load_image(path)), RAMP)
+    # Nothing in it says that it is one: under another name damaged bytes must not become a picture.
+    path.rename(tmp_path / "a.png")
+    with pytest.raises(InputError, match="not an image of a known format"):
+        load_image(tmp_path / "a.png")
+
+
+def test_tga_size_is_checked_before_decoding(tmp_path: Path) -> None:
+    header = struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 65535, 65535, 24, 0)
+    path = tmp_path / "bomb.tga"
+    path.write_bytes(header + b"\xff\0\0\0" * 9)
+    with pytest.raises(InputError, match=r"bomb\.tga.*pixels.*make the image smaller"):
+        load_image(path)
+
+
+def heic(path: Path, image: Image.Image, **options: object) -> Path:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(image).save(path, quality=-1, **options)  # lossless
+    return path
+
+
+def test_load_image_reads_heic_also_under_another_name(tmp_path: Path) -> None:
+    ramp = np.tile(RAMP, (16, 11, 1))
+    for name in ("a.heic", "renamed.jpg"):
+        path = heic(tmp_path / name, Image.fromarray(ramp), chroma=444, matrix_coefficients=0)
+        assert np.array_equal(pixels(load_image(path)), ramp)
+        with pytest.raises(InputError, match=rf"{name}: 66 x 64 pixels, more than the 4223 allowed"):
+            load_image(path, max_pixels=4223)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(InputError, match=r"renamed\.jpg is damaged or cut off"):
+        load_image(path)
+
+
+def test_heic_gives_its_primary_image_turned_once(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file = pillow_heif.HeifFile()
+    for colour in ("red", "lime", "blue"):
+        file.add_from_pillow(Image.new("RGB", (64, 64), colour))
+    file.save(tmp_path / "burst.heic", quality=-1, primary_index=1)
+    assert pixels(load_image(tmp_path / "burst.heic"))[3, 3].argmax() == 1
+    wide = Image.new("RGB", (96, 64), "red")
+    wide.paste("blue", (0, 0, 32, 64))
+    exif = wide.getexif()
+    exif[0x0112] = (
+        6  # to be turned right by a quarter, as phones write it and HEIC's own `irot`: what was left is on top
+    )
+    wide.info["exif"] = exif.tobytes()
+    assert images.reads_heif()
+    wide.save(tmp_path / "phone.heic", quality=-1)
+    turned = pixels(load_image(tmp_path / "phone.heic"))
+    assert turned.shape == (96, 64, 3)
+    assert turned[5, 32].argmax() == 2 and turned[90, 32].argmax() == 0
+
+
+def test_heic_without_pillow_heif_names_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    monkeypatch.setattr(images, "reads_heif", lambda: False)
+    assert why_unread(path) == images.NO_HEIF and "clora[heif]" in images.NO_HEIF
+    with pytest.raises(
+        InputError, match=r"a\.heic cannot be read: HEIC needs pillow-heif: pip install 'clora\[heif\]'"
+    ):
+        load_image(path)
+
+
 # ---- hostile and damaged files ----
 
 
@@ -223,7 +315,7 @@ def test_declared_size_is_checked_before_decoding(tmp_path: Path) -> None:
         load_image(small, max_pixels=99)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tif", "a.gif", "a.ppm"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tif", "a.gif", "a.ppm", "a.tga", "a.qoi"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_a_file_cut_off_is_refused_by_name(tmp_path: Path, name: str, share: float) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -265,7 +357,7 @@ def test_missing_files_folders_and_impossible_names(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF"]), st.data())
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "TGA"]), st.data())
 def test_damaged_bytes_give_an_image_or_an_input_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
 ) -> None:
@@ -274,7 +366,7 @@ def test_damaged_bytes_give_an_image_or_an_input_error(
     raw = bytearray(buffer.getvalue())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.getbasetemp() / "damaged"
+    path = tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}"
     path.write_bytes(raw)
     try:
         assert load_image(path, max_pixels=1 << 20).mode == "RGB"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import clora.data.images as images
 from clora.config import EffectConfig, build_config
-from clora.data.pairs import Pair, read_pairs
+from clora.data.pairs import Pair, read_dataset, read_pairs
 from clora.errors import InputError, InputErrors
 from clora.jobs.prompts import example_pairs
 
@@ -281,6 +282,162 @@ def test_faults_of_a_file_that_names_folders(tmp_path: Path) -> None:
     assert "has no folder_path" in faults_of(path)[0]
     path.write_text("a: [\n")
     assert "not valid YAML" in faults_of(path)[0]
+
+
+# ---- subfolders, numbered files, and what is left out ----
+
+
+def both(root: Path, *names: str) -> Path:
+    """An image of each of these names on both sides."""
+    for name in names:
+        image(root / "target" / name, BLUE)
+        image(root / "source" / name)
+    return root
+
+
+def keys(pairs: list[Pair]) -> list[str]:
+    return [pair.place.removeprefix("target/") for pair in pairs]
+
+
+def test_images_in_subfolders_are_pairs_by_their_path(tmp_path: Path) -> None:
+    both(tmp_path, "a.png", "portraits/a.png", "portraits/dogs/b.png")
+    (tmp_path / "target" / "portraits" / "a.txt").write_text("in a portrait")
+    found = read_dataset(tmp_path)
+    assert keys(found.pairs) == ["a", "portraits/a", "portraits/dogs/b"] and not found.left_out
+    assert [pair.prompt for pair in found.pairs] == [None, "in a portrait", None]
+    assert found.pairs[1].source == tmp_path / "source" / "portraits" / "a.png"
+    (tmp_path / "source" / "portraits" / "a.png").unlink()
+    both(tmp_path, "portraits/c.png")
+    assert faults_of(tmp_path) == [
+        f"{tmp_path}: image 'portraits/a' has no partner in source/; add it or remove the others"
+    ]
+
+
+def test_a_subfolder_of_one_side_is_left_out_and_told(tmp_path: Path) -> None:
+    both(tmp_path, "a.png")
+    for i in range(5):
+        image(tmp_path / "target" / "rejected" / f"{i}.png")
+    image(tmp_path / "source" / "_controls" / "a.png")
+    found = read_dataset(tmp_path)
+    assert keys(found.pairs) == ["a"]
+    rejected = f"{tmp_path}/target/rejected: 5 files left out: 0.png, 1.png, 2.png and 2 more"
+    assert sorted(found.left_out) == [
+        f"{tmp_path}/source: 1 file left out: _controls (other tools keep their caches in folders with a leading _;"
+        " rename it)",
+        f"{rejected} (there is no rejected/ with images in source/)",
+    ]
+
+
+def test_a_side_inside_the_other_is_no_subfolder_of_it(tmp_path: Path) -> None:
+    image(tmp_path / "data" / "a.png", BLUE)
+    image(tmp_path / "data" / "control" / "a.png")
+    path = tmp_path / "set.yaml"
+    path.write_text("{folder_path: data, control_path: data/control}")
+    found = read_dataset(path)
+    assert [pair.sources for pair in found.pairs] == [(tmp_path / "data" / "control" / "a.png",)] and not found.left_out
+
+
+def test_links_that_lead_back_or_outside_are_not_walked(tmp_path: Path) -> None:
+    both(tmp_path / "set", "a.png")
+    (tmp_path / "set" / "source" / "again").symlink_to(tmp_path / "set" / "source")
+    assert keys(read_dataset(tmp_path / "set").pairs) == ["a"]
+    (tmp_path / "set" / "target" / "all").symlink_to("/")
+    (fault,) = faults_of(tmp_path / "set")
+    assert "/target/all leads outside" in fault
+
+
+def test_numbered_control_images_are_references_in_order(tmp_path: Path) -> None:
+    """musubi-tuner's layout: any number of digits, from 0 or 1; a target of that very name has its own."""
+    for name in ("a", "b", "b_1", "c"):
+        image(tmp_path / "target" / f"{name}.png", BLUE)
+    for name in ("a_1", "a_0", "a_2", "b", "b_1", "c_0001", "c_0002"):
+        image(tmp_path / "control" / f"{name}.png")
+    pairs = read_pairs(tmp_path)
+    assert [[source.stem for source in pair.sources] for pair in pairs] == [
+        ["a_0", "a_1", "a_2"], ["b"], ["b_1"], ["c_0001", "c_0002"],
+    ]  # fmt: skip
+    for number in range(9, 12):  # by their numbers, not by their letters
+        image(tmp_path / "control" / f"a_{number}.png")
+    for number in range(3, 9):
+        image(tmp_path / "control" / f"a_{number}.png")
+    assert [source.stem for source in read_pairs(tmp_path)[0].sources] == [f"a_{number}" for number in range(12)]
+
+
+def test_numbered_files_with_a_gap_or_beside_a_partner_are_faults(tmp_path: Path) -> None:
+    both(tmp_path, "a.png", "b.png")
+    image(tmp_path / "source" / "a_1.png")  # the target a_1 was lost: no second reference of a
+    assert faults_of(tmp_path) == [f"{tmp_path}: image 'a_1' has no partner in target/; add it or remove the others"]
+    (tmp_path / "source" / "a.png").unlink()
+    image(tmp_path / "source" / "a_3.png")
+    assert len(faults_of(tmp_path)) == 3
+
+
+def test_files_of_unread_formats_are_told_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both(tmp_path, "a.png")
+    for name in ("b.psd", "b.mp4", ".hidden.psd", "Thumbs.db", "a.safetensors"):
+        (tmp_path / "target" / name).write_bytes(b"x")
+    (tmp_path / "source" / "IMG_1.HEIC").write_bytes(b"x")
+    (tmp_path / "source" / "a.heic").write_bytes(b"x")
+    monkeypatch.setattr(images, "reads_heif", lambda: False)
+    assert read_dataset(tmp_path).left_out == [
+        f"{tmp_path}/target: 2 files left out: b.mp4, b.psd ({images.UNKNOWN_FORMAT})",
+        f"{tmp_path}/source: 2 files left out: IMG_1.HEIC, a.heic ({images.NO_HEIF})",
+    ]
+    image(tmp_path / "target" / "IMG_1.png")
+    (fault,) = faults_of(tmp_path)
+    assert "image 'IMG_1' has no partner in source/ but IMG_1.HEIC, which is left out (HEIC needs" in fault
+    (tmp_path / "target" / "IMG_1.png").unlink()
+    (tmp_path / "source" / "a.png").unlink()
+    (tmp_path / "target" / "a.png").unlink()
+    faults = faults_of(tmp_path)
+    assert "holds no pairs" in faults[0] and any("clora[heif]" in fault for fault in faults[1:])
+
+
+def test_a_heic_beside_its_jpeg_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "reads_heif", lambda: True)
+    both(tmp_path, "IMG_1.jpg")
+    (tmp_path / "source" / "IMG_1.HEIC").write_bytes(b"x")
+    found = read_dataset(tmp_path)
+    assert found.pairs[0].source.name == "IMG_1.jpg"
+    assert found.left_out == [f"{tmp_path}/source: 1 file left out: IMG_1.HEIC (IMG_1.jpg has its name)"]
+
+
+def test_captions_that_nothing_reads_are_told(tmp_path: Path) -> None:
+    both(tmp_path, "a.png", "b.png", "c.png")
+    for place in ("target/a", "source/a", "source/b", "target/d"):  # a copy of a caption that is read is none
+        (tmp_path / f"{place}.txt").write_text("words")
+    found = read_dataset(tmp_path)
+    assert [pair.prompt for pair in found.pairs] == ["words", None, None]
+    why = "a caption is read beside the target image, under its name"
+    assert found.left_out == [
+        f"{tmp_path}/target: 1 file left out: d.txt ({why})",
+        f"{tmp_path}/source: 1 file left out: b.txt ({why})",
+    ]
+
+
+def test_a_flat_folder_is_read_with_its_subfolders_unless_they_are_two_sides(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
+    image(tmp_path / "dogs" / "b.png")
+    image(tmp_path / "cats" / "c.png")
+    (tmp_path / "cats" / "c.txt").write_text("do it")
+    found = read_dataset(tmp_path, require_target=False)
+    assert [(pair.source.name, pair.prompt) for pair in found.pairs] == [
+        ("a.png", None),
+        ("c.png", "do it"),
+        ("b.png", None),
+    ]
+    image(tmp_path / "dogs" / "c.png")
+    found = read_dataset(tmp_path, require_target=False)
+    assert [pair.source.name for pair in found.pairs] == ["a.png"]
+    assert len(found.left_out) == 2 and all("call the two sides source and target" in line for line in found.left_out)
+
+
+def test_read_pairs_warns_of_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    both(tmp_path, "a.png")
+    (tmp_path / "source" / "b.psd").write_bytes(b"x")
+    assert len(read_pairs(tmp_path)) == 1
+    assert [record.message for record in caplog.records] == read_dataset(tmp_path).left_out
+    assert "b.psd" in caplog.records[0].message
 
 
 # ---- what is no dataset ----

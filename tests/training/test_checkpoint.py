@@ -13,7 +13,14 @@ import torch
 
 import clora.training.checkpoint as checkpoint
 from clora.errors import InputError
-from clora.training.checkpoint import CheckpointWriter, GroupPart, list_checkpoints, open_checkpoint, open_latest
+from clora.training.checkpoint import (
+    CheckpointWriter,
+    GroupPart,
+    list_checkpoints,
+    open_checkpoint,
+    open_latest,
+    other_settings,
+)
 
 
 def part(value: float, length: int = 6) -> dict[str, GroupPart]:
@@ -197,3 +204,24 @@ def test_save_on_a_disk_that_is_really_full(tmp_path: Path) -> None:
         assert torch.equal(found.read("g", "param", 0, 6000), torch.arange(6000.0))
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_other_settings_names_key_old_and_new_value(tmp_path: Path) -> None:
+    settings = {
+        "seed": 1,
+        "train": {"lr": 1e-4, "ratios": [[1, 1], [3, 4]]},
+        "effects": [{"name": "a", "prompt": "p" * 99}],
+    }
+    save(tmp_path, 1, state={"settings": settings})
+    saved = open_latest(tmp_path)[0]
+    assert saved is not None
+    text = other_settings(saved, {**settings, "train": {"lr": 1e-3, "ratios": [[1, 1], [4, 3]]}})
+    assert "train.lr was 0.0001, is 0.001; train.ratios.1.0 was 3, is 4; train.ratios.1.1 was 4, is 3; put" in text
+    text = other_settings(saved, {**settings, "effects": [{"name": "a"}, {"name": "b"}]})
+    shown = '"' + "p" * 59 + "..."
+    assert f'effects.0.prompt was {shown}, is not there; effects.1.name was not there, is "b"; put' in text
+    many = other_settings(saved, {str(i): i for i in range(9)})
+    assert many.count(" was ") == 5 and "and 13 more; put" in many  # "was made by another configuration" is the fifth
+    save(tmp_path / "old", 1)  # of a version that kept no settings
+    old = open_latest(tmp_path / "old")[0]
+    assert old is not None and "by another configuration; put back" in other_settings(old, settings)
