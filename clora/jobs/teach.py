@@ -27,7 +27,7 @@ from clora.training import distributed
 from clora.training.device import DTYPES, determinism, quiet_console
 from clora.training.loop import LoopConfig, run_loop
 from clora.training.lr_schedule import lr_multiplier
-from clora.training.optimizer import Group, apply_gradients, averaged_weights, check_finite
+from clora.training.optimizer import AdamW, apply_gradients, averaged_weights, check_finite
 from clora.training.run_record import git_revision, write_run
 
 JOINT: Final = "joint"
@@ -63,8 +63,7 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
     workspace.adapters.add_stack(
         "teach", slots, settings.rank, settings.alpha, trainable=True, init="lora", generator=generator
     )
-    group = trainable_group(workspace.adapters, ["teach"], config, settings.learning_rate)
-    group.per_slot = True
+    group = trainable_group(workspace.adapters, ["teach"], config, settings.learning_rate, per_slot=True)
     # Each process takes its own samples of every effect.
     size, rank, world = settings.batch_size, distributed.rank(), distributed.world_size()
     rows = [slot for slot in slots for _ in range(size)]
@@ -162,7 +161,7 @@ def _worst(batch: list[Example], own: list[int], per_sample: Tensor) -> str:
     return ", ".join(dict.fromkeys(f"{e.effect} on {e.sources[-1].name}" for e in bad))
 
 
-def _update(group: Group, loss: Tensor, step: int, total: int, config: Config, where: str) -> None:
+def _update(group: AdamW, loss: Tensor, step: int, total: int, config: Config, where: str) -> None:
     check_finite(loss, where).backward()
     settings = config.teach
     apply_gradients(group, lr_multiplier(step, total, settings.lr_warmup_steps, settings.lr_scheduler), where)
