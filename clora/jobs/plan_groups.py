@@ -26,7 +26,7 @@ from torch import Tensor
 
 from clora.config import Config
 from clora.errors import InputError
-from clora.io.text import write_text
+from clora.io.atomic import write_text
 from clora.lora.catalogue import Group, Groups
 from clora.lora.files import check_lora
 from clora.method.prompts import effect_prompts

@@ -24,7 +24,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from clora.config import PromptsConfig
 from clora.errors import InputError
-from clora.io.text import parse_json, write_text
+from clora.io.atomic import write_text
+from clora.io.text import parse_json
 
 log = logging.getLogger(__name__)
 

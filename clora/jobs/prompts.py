@@ -17,7 +17,7 @@ from clora.config import Config, EffectConfig
 from clora.data.images import load_image
 from clora.data.pairs import read_pairs
 from clora.errors import InputError, raise_faults
-from clora.io.text import write_text
+from clora.io.atomic import write_text
 from clora.jobs.prompt_rewriting import rewrite_prompt
 from clora.method.prompts import EffectPrompt, make_triggers, offline_prompt
 

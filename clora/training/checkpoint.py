@@ -27,7 +27,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from clora.errors import InputError
-from clora.io.safetensors import sync_folder, write_tensors, write_text
+from clora.io.atomic import sync_folder, write_text
+from clora.io.safetensors import write_tensors
 from clora.training import distributed
 
 FORMAT_VERSION = 2
