@@ -12,14 +12,13 @@ adds nothing: its down is zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from clora.kernels.shared import FLOATS, rows
+from clora.kernels.shared import FLOATS, rows, three
 
 MAX_RANK = 256
 MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
@@ -205,8 +204,3 @@ def check_for_kernel(x: Tensor, A: Tensor) -> None:
         raise ValueError(
             f"x is {x.dtype} and the stacks' rank {A.shape[1]}; fp32, bf16 or fp16 and at most {MAX_RANK} are needed"
         )
-
-
-def three(items: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """1 or 3 arguments in the places of three, of which a kernel of one part takes the first alone."""
-    return (items[0], None, None) if len(items) == 1 else (items[0], items[1], items[2])

@@ -1,6 +1,9 @@
-"""What several ops ask of their tensors."""
+"""What several ops ask of their tensors and arguments."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,3 +19,8 @@ def rows(x: Tensor) -> Tensor:
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in fp32, or as it is in fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def three(items: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """1 or 3 arguments in the places of three, of which a kernel of one part takes the first alone."""
+    return (items[0], None, None) if len(items) == 1 else (items[0], items[1], items[2])

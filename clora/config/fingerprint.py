@@ -1,4 +1,4 @@
-"""The hash of what a configuration decides: fields marked `numerics=False` left out, paths relative to its folder."""
+"""What of a configuration decides numbers: its values without the fields marked `numerics=False`, and their hash."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ def felt_values(section: BaseModel) -> dict[str, Any]:
     return values
 
 
-def fingerprint_of(values: dict[str, Any], folder: Path) -> str:
-    """SHA-256 (hex) of JSON values; absolute paths count from `folder`, so that it may move."""
-    relative = _map_strings(values, lambda text: os.path.relpath(text, folder) if os.path.isabs(text) else text)
-    canonical = json.dumps(relative, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def relative_values(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """JSON values whose absolute paths count from `folder`, so that it may move."""
+    return dict(_map_strings(values, lambda text: os.path.relpath(text, folder) if os.path.isabs(text) else text))
+
+
+def digest_of(values: dict[str, Any]) -> str:
+    """SHA-256 (hex) of JSON values, whatever the order of their keys."""
+    canonical = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from pydantic import field_validator as field_check
 from pydantic import model_validator as section_check
 
-from clora.config.fingerprint import felt_values, fingerprint_of
+from clora.config.fingerprint import digest_of, felt_values, relative_values
 
 PRESETS = ("clora", "paper", "authors", "tiny")
 
@@ -65,7 +65,7 @@ Preset = Literal["clora", "paper", "authors", "tiny"]
 
 def doc(description: str, *, numerics: bool = True, **limits: Any) -> Any:
     """What a field means, and limits that no type above states. `numerics` False: no number of a job depends on the
-    field, so that a checkpoint stays valid when it changes (`Config.fingerprint`)."""
+    field, so that a checkpoint stays valid when it changes (`Config.deciding_values`)."""
     return Field(description=description, json_schema_extra=None if numerics else {"numerics": False}, **limits)
 
 
@@ -364,12 +364,16 @@ class Config(Section):
         return effect.lora or self.output_dir / "teachers" / f"{effect.name}.safetensors"
 
     def fingerprint(self, job: Job = "train", processes: int = 1) -> str:
-        """SHA-256 (hex) of what decides the numbers of a job's step, to compare a checkpoint with a run.
+        """SHA-256 (hex) of `deciding_values`, to compare a checkpoint with a run."""
+        return digest_of(self.deciding_values(job, processes))
+
+    def deciding_values(self, job: Job = "train", processes: int = 1) -> dict[str, Any]:
+        """What decides the numbers of a job's step, as plain values by section.
 
         The batch sizes that the job reads count over all `processes`: two with half the batch each are one with the
-        whole. `train` does not depend on how its teachers were taught; their files are compared instead.
-        Left out: what only decides where results go, how often they are written or when to stop
-        (`max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
+        whole. `train` does not depend on how its teachers were taught; their files are compared instead. Left out are
+        the fields marked `numerics=False` (where results go, how often they are written, when to stop;
+        `max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
         """
         values = felt_values(self)
         values["trigger_scheme"] = self.prompts.trigger_scheme
@@ -383,7 +387,7 @@ class Config(Section):
             del values["extend"]
         if self.train.lr_scheduler == "constant":
             del values["train"]["max_train_steps"]
-        return fingerprint_of(values, self.folder)
+        return relative_values(values, self.folder)
 
 
 def _repeats(what: str, values: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from clora.config import Config, Job
+from clora.config import Config
 from clora.data.examples import Example, collate
 from clora.distill.workspace import Workspace, open_workspace, trainable_group
 from clora.errors import InputError
@@ -25,10 +25,10 @@ from clora.method.noise import split_rows
 from clora.method.routing import draw_effects, step_generator
 from clora.training import distributed
 from clora.training.device import DTYPES, determinism, quiet_console
-from clora.training.loop import LoopConfig, run_loop
+from clora.training.loop import loop_config, run_loop
 from clora.training.lr_schedule import lr_multiplier
 from clora.training.optimizer import AdamW, apply_gradients, averaged_weights, check_finite
-from clora.training.run_record import git_revision, write_run
+from clora.training.run_record import write_run
 
 JOINT: Final = "joint"
 
@@ -80,7 +80,8 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
         figures = {"loss": loss.detach()} | {f"loss/{n}": v for n, v in zip(names, per_effect, strict=True)}
         return distributed.sum_figures({name: value / world for name, value in figures.items()})
 
-    run_loop(_loop(workspace, "teach", settings.max_train_steps, resume), {"teach": group}, one_step, console=console)
+    loop = loop_config(config, "teach", settings.max_train_steps, workspace.hashes, resume)
+    run_loop(loop, {"teach": group}, one_step, console=console)
     files = {effect.name: config.teacher_path(effect) for effect in config.effects}
     with averaged_weights(group):
         for name, slot in zip(names, slots, strict=True) if distributed.is_main() else ():
@@ -119,7 +120,8 @@ def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> d
         _update(group, loss * rows.share, step, settings.max_train_steps, config, where)
         return distributed.sum_figures({"loss": loss.detach() * rows.share})
 
-    run_loop(_loop(workspace, JOINT, settings.max_train_steps, resume), {JOINT: group}, one_step, console=console)
+    loop = loop_config(config, JOINT, settings.max_train_steps, workspace.hashes, resume)
+    run_loop(loop, {JOINT: group}, one_step, console=console)
     path = config.output_dir / "joint.safetensors"
     with averaged_weights(group):
         if distributed.is_main():
@@ -165,20 +167,3 @@ def _update(group: AdamW, loss: Tensor, step: int, total: int, config: Config, w
     check_finite(loss, where).backward()
     settings = config.teach
     apply_gradients(group, lr_multiplier(step, total, settings.lr_warmup_steps, settings.lr_scheduler), where)
-
-
-def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> LoopConfig:
-    config = workspace.config
-    return LoopConfig(
-        title=job,
-        max_steps=steps,
-        folder=config.output_dir / job,
-        checkpointing_steps=config.train.checkpointing_steps,
-        fingerprint=config.fingerprint(job, distributed.world_size()),
-        checkpoints_total_limit=config.train.checkpoints_total_limit,
-        log_every=config.train.log_every,
-        report_to=config.train.report_to,
-        resume=resume,
-        identity=workspace.hashes,
-        record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
-    )

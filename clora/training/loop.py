@@ -28,10 +28,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from clora.config import Config, Job
 from clora.errors import InputError, Interrupted, NonFiniteError, ProcessLost
 from clora.training import distributed
 from clora.training.checkpoint import Checkpoint, CheckpointWriter, GroupPart, open_checkpoint, open_latest
 from clora.training.optimizer import AdamW
+from clora.training.run_record import git_revision
 from clora.training.tracker import Figures, Tracker
 
 
@@ -108,6 +110,32 @@ class LoopConfig:
     resume: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)  # hashes of what a checkpoint belongs to: base, teachers
     record: Mapping[str, Any] = field(default_factory=dict)  # kept in each checkpoint, for people
+
+
+def loop_config(
+    config: Config,
+    job: Job,
+    max_steps: int,
+    identity: Mapping[str, str],
+    resume: str | None = None,
+    max_seconds: float | None = None,
+) -> LoopConfig:
+    """The loop of a job that writes under `output_dir/JOB`; checkpoints and log as `train` says."""
+    train = config.train
+    return LoopConfig(
+        title=job,
+        max_steps=max_steps,
+        folder=config.output_dir / job,
+        checkpointing_steps=train.checkpointing_steps,
+        fingerprint=config.fingerprint(job, distributed.world_size()),
+        checkpoints_total_limit=train.checkpoints_total_limit,
+        max_seconds=max_seconds,
+        log_every=train.log_every,
+        report_to=train.report_to,
+        resume=resume,
+        identity=identity,
+        record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
+    )
 
 
 class _Saver:
