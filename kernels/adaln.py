@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clora.kernels.shared import FLOATS, rows
+
 EPS = 1e-6
 MAX_D = 8192
 TOKENS = 32  # summed by one program of the backward pass; fixed, so that the order of the sums is
@@ -216,9 +218,9 @@ def launch_forward(
     """(r, out) of the forward kernel; r is out where y and gate are None."""
     _check_for_kernel(x)
     B, L, D = x.shape
-    x, scale, shift = _rows(x), _rows(scale), _rows(shift)
+    x, scale, shift = rows(x), rows(scale), rows(shift)
     out = x.new_empty(B, L, D)
-    r, y, gate = (out, x, scale) if y is None or gate is None else (x.new_empty(B, L, D), _rows(y), _rows(gate))
+    r, y, gate = (out, x, scale) if y is None or gate is None else (x.new_empty(B, L, D), rows(y), rows(gate))
     block, warps = _block(D)
     with torch.cuda.device_of(x):
         adaln_forward_kernel[(B * L,)](
@@ -242,11 +244,11 @@ def launch_backward(
     _check_for_kernel(x)
     B, L, D = x.shape
     gated = grad_r is not None and y is not None and gate is not None
-    x, scale, grad_out = _rows(x), _rows(scale), grad_out.contiguous()
+    x, scale, grad_out = rows(x), rows(scale), grad_out.contiguous()
     dx = x.new_empty(B, L, D)
     dy = torch.empty_like(dx) if gated else dx
     grad_r = grad_out if grad_r is None else grad_r.contiguous()
-    y, gate = (x, scale) if y is None or gate is None else (_rows(y), _rows(gate))
+    y, gate = (x, scale) if y is None or gate is None else (rows(y), rows(gate))
     chunks = triton.cdiv(L, TOKENS)
     sums = torch.empty(3 if gated else 2, len(scale), chunks, D, dtype=torch.float32, device=x.device)
     block, warps = _block(D)
@@ -261,13 +263,8 @@ def launch_backward(
 
 
 def _check_for_kernel(x: Tensor) -> None:
-    if x.shape[2] > MAX_D or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.shape[2] > MAX_D or x.dtype not in FLOATS:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; fp32, bf16 or fp16 with D at most {MAX_D} is needed")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, copied only if its last dimension is not dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _block(D: int) -> tuple[int, int]:

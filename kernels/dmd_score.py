@@ -23,12 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clora.kernels.shared import FLOATS, at_least_fp32
+
 Figures = dict[str, Tensor]
 Rescale = Literal["none", "norm"]
 
 BLOCK = 2048  # elements of a block of tokens
 MAX_C = 4096
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FINISH_BLOCK = 1024
 LEAST_NORM = 1e-12  # a token whose guided velocity is zero stays zero
 
@@ -73,25 +74,21 @@ def dmd_score_ref(
 ) -> tuple[Tensor, Figures]:
     """`dmd_score` in plain torch."""
     with torch.no_grad():
-        x, v_cond, level = _at_least_fp32(x_sigma), _at_least_fp32(v_teacher_cond), sigma.reshape(-1, 1, 1)
+        x, v_cond, level = at_least_fp32(x_sigma), at_least_fp32(v_teacher_cond), sigma.reshape(-1, 1, 1)
         v_real = v_cond
         if v_teacher_uncond is not None:
-            v_uncond = _at_least_fp32(v_teacher_uncond)
+            v_uncond = at_least_fp32(v_teacher_uncond)
             v_real = v_uncond + guidance * (v_cond - v_uncond)
             if rescale == "norm":
                 norm_cond, norm_real = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (v_cond, v_real))
                 v_real = v_real * (norm_cond / norm_real.clamp_min(LEAST_NORM))
         x0_real = x - level * v_real
-        distance = (_at_least_fp32(x0_student) - x0_real).abs().flatten(1).mean(1)
+        distance = (at_least_fp32(x0_student) - x0_real).abs().flatten(1).mean(1)
         normaliser = torch.ones_like(distance) if floor is None else distance.clamp_min(floor)
-        grad = (x - level * _at_least_fp32(v_critic) - x0_real) / normaliser.reshape(-1, 1, 1)
-    x0 = _at_least_fp32(x0_student)
+        grad = (x - level * at_least_fp32(v_critic) - x0_real) / normaliser.reshape(-1, 1, 1)
+    x0 = at_least_fp32(x0_student)
     loss = 0.5 * (x0 - x0.detach() + grad).square().mean()
     return loss, {"grad_abs": grad.abs().mean(), "normaliser": normaliser.mean()}
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(x_sigma: Tensor, sigma: Tensor, others: tuple[Tensor | None, ...], guidance: float, rescale: str) -> None:

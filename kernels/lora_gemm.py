@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clora.kernels.lora_low_rank import three
+from clora.kernels.shared import three
 
 Way = Literal["fused", "in_place"]
 

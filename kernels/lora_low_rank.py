@@ -12,18 +12,18 @@ adds nothing: its down is zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from clora.kernels.shared import FLOATS, rows, three
+
 MAX_RANK = 256
 MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
 TOKENS = 2048  # summed by one program of the gradients' first stage; fixed, so that the order of the sums is
 SUM_BLOCK = 1024
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -204,13 +204,3 @@ def check_for_kernel(x: Tensor, A: Tensor) -> None:
         raise ValueError(
             f"x is {x.dtype} and the stacks' rank {A.shape[1]}; fp32, bf16 or fp16 and at most {MAX_RANK} are needed"
         )
-
-
-def three(items: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """1 or 3 arguments in the places of three, of which a kernel of one part takes the first alone."""
-    return (items[0], None, None) if len(items) == 1 else (items[0], items[1], items[2])
-
-
-def rows(x: Tensor) -> Tensor:
-    """x, copied only if its last dimension is not dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()

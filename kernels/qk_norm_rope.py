@@ -30,10 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clora.kernels.shared import FLOATS, at_least_fp32, rows
+
 EPS = 1e-6
 MAX_D = 256
 BLOCK = 1024  # elements of the heads that one program takes
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def qk_norm_rope(
@@ -108,7 +109,7 @@ def _heads(x: Tensor, D: int) -> Tensor:
 
 def _normed(x: Tensor, weight: Tensor) -> Tensor:
     """diffusers' RMSNorm: before the product with a weight of half precision, x is rounded to that."""
-    variance = _at_least_fp32(x).square().mean(-1, keepdim=True)
+    variance = at_least_fp32(x).square().mean(-1, keepdim=True)
     normed = x * torch.rsqrt(variance + EPS)
     if weight.dtype in (torch.bfloat16, torch.float16):
         normed = normed.to(weight.dtype)
@@ -117,13 +118,9 @@ def _normed(x: Tensor, weight: Tensor) -> Tensor:
 
 def _rotated(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair of neighbours in the last dimension of (B, L, H, D), turned by its token's angle; at least fp32."""
-    a, b = _at_least_fp32(y).unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = at_least_fp32(y).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.detach().unsqueeze(1), sin.detach().unsqueeze(1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(
@@ -299,7 +296,7 @@ def launch_forward(
     text = (q_txt, k_txt, v_txt, norm_added_q, norm_added_k, q_img.shape[1])
     with torch.cuda.device_of(q_img):
         for q, k, v, weight_q, weight_k, start in (image, text):
-            L, q, k, v = q.shape[1], _rows(q), _rows(k), _rows(v)
+            L, q, k, v = q.shape[1], rows(q), rows(k), rows(v)
             qk_norm_rope_kernel[(B * L, triton.cdiv(H, block_h))](
                 q, k, v, weight_q.contiguous(), weight_k.contiguous(), cos, sin, out_q, out_k, out_v,
                 start, L, L_joint, H, D, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
@@ -331,7 +328,7 @@ def launch_backward(
     text = (q_txt, k_txt, norm_added_q, norm_added_k, dq_txt, dk_txt, q_img.shape[1])
     with torch.cuda.device_of(q_img):
         for q, k, weight_q, weight_k, dq, dk, start in (image, text):
-            L, q, k = q.shape[1], _rows(q), _rows(k)
+            L, q, k = q.shape[1], rows(q), rows(k)
             qk_norm_rope_backward_kernel[(B * L, triton.cdiv(H, block_h))](
                 grad_q, grad_k, q, k, weight_q.contiguous(), weight_k.contiguous(), cos, sin, dq, dk,
                 start, L, L_joint, H, D, *q.stride()[:2], *k.stride()[:2],
@@ -347,11 +344,6 @@ def _joint_shape(q_img: Tensor, q_txt: Tensor, norm_q: Tensor) -> tuple[int, int
     if D > MAX_D or q_img.dtype not in FLOATS:
         raise ValueError(f"q_img is {q_img.dtype} with heads of {D}; fp32, bf16 or fp16 and at most {MAX_D} are needed")
     return B, L_img + q_txt.shape[1], width // D, D
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, copied only if its last dimension is not dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _blocks(H: int, D: int) -> tuple[int, int, int]:

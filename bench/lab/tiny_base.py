@@ -18,9 +18,9 @@ from PIL import Image
 
 from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
 from clora.method.flow import add_noise, velocity_target
+from clora.tiny.edits import EDITS
 from clora.tiny.effects import EFFECTS, apply_effect
 from clora.tiny.images import to_uint8
-from clora.tiny.instructions import EDITS
 from clora.tiny.world.scenes import render, sample_scene
 
 HELD_OUT = 50_000_000_000

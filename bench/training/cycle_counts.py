@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from bench.training.cycle_models import Size, authors_cycle, make_authors, make_data, make_ours, narrow, steps_of
 from clora.method.flow import few_step_sigmas
 from clora.method.routing import Stream
-from clora.training.optimizer import Group
+from clora.training.optimizer import AdamW
 
 CRITIC_UPDATES = 5
 REHEARSALS = 40  # cycles of each stream
@@ -32,7 +32,7 @@ class Work:
 
 
 @contextmanager
-def counted(models: Sequence[Any], optimizers: Iterable[Optimizer | Group]) -> Iterator[list[tuple[str, int]]]:
+def counted(models: Sequence[Any], optimizers: Iterable[Optimizer | AdamW]) -> Iterator[list[tuple[str, int]]]:
     """Within it the transformers' forwards and backwards are noted in order, with their samples, and all updates."""
     events: list[tuple[str, int]] = []
 
@@ -55,7 +55,7 @@ def counted(models: Sequence[Any], optimizers: Iterable[Optimizer | Group]) -> I
         for model in models:
             stack.callback(model.register_forward_hook(saw_forward).remove)
         for one in optimizers:
-            method = "update" if isinstance(one, Group) else "step"
+            method = "update" if isinstance(one, AdamW) else "step"
             stack.enter_context(patch.object(one, method, noting(getattr(one, method))))
         yield events
 

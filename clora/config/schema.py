@@ -5,17 +5,17 @@ The defaults are those of the preset `clora`, whose file explains them; a test h
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo
 from pydantic import field_validator as field_check
 from pydantic import model_validator as section_check
+
+from clora.config.fingerprint import digest_of, felt_values, relative_values
 
 PRESETS = ("clora", "paper", "authors", "tiny")
 
@@ -62,9 +62,10 @@ Job = Literal["train", "teach", "joint", "extend"]
 Preset = Literal["clora", "paper", "authors", "tiny"]
 
 
-def doc(description: str, **limits: Any) -> Any:
-    """What a field means, and limits that no type above states."""
-    return Field(description=description, **limits)
+def doc(description: str, *, numerics: bool = True, **limits: Any) -> Any:
+    """What a field means, and limits that no type above states. `numerics` False: no number of a job depends on the
+    field, so that a checkpoint stays valid when it changes (`Config.deciding_values`)."""
+    return Field(description=description, json_schema_extra=None if numerics else {"numerics": False}, **limits)
 
 
 class Section(BaseModel):
@@ -216,7 +217,9 @@ class TrainConfig(Section):
 
     max_train_steps: Annotated[Count, doc("Student updates in all, the coarse ones included.")] = 5000
     coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone, before the full objective.")] = 500
-    max_train_seconds: Annotated[Positive | None, doc("Save and stop after this; null = no limit.")] = None
+    max_train_seconds: Annotated[Positive | None, doc("Save and stop after this; null = no limit.", numerics=False)] = (
+        None
+    )
     critic_updates: Annotated[Count, doc("Critic updates per student update.")] = 5
     critic_reuse: Annotated[bool, doc("The critic's last update of a step learns from the student's samples.")] = False
     batch_size: Annotated[Count, doc("Samples per process and update.")] = 1
@@ -237,26 +240,40 @@ class TrainConfig(Section):
     lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 100
     ema_decay: Annotated[Decay, doc("Decay of the student's average, which is exported; 0 = off.")] = 0.999
     ema_start: Annotated[Natural, doc("Update at which the average starts.")] = 500
-    gradient_checkpointing: Annotated[bool, doc("Recompute the activations that memory has no room for.")] = True
+    gradient_checkpointing: Annotated[
+        bool, doc("Recompute the activations that memory has no room for.", numerics=False)
+    ] = True
     memory_budget_gb: Annotated[
-        Positive | None, doc("Memory of a process, 1e9 bytes; null: its GPU's, or what is free without one.")
+        Positive | None,
+        doc("Memory of a process, 1e9 bytes; null: its GPU's, or what is free without one.", numerics=False),
     ] = None
     kernels: Annotated[
         Kernels, doc("Transformer blocks: 'fused' on clora's ops, 'reference' as in diffusers; auto fuses on a GPU.")
     ] = "auto"
-    checkpointing_steps: Annotated[Count, doc("Updates between checkpoints.")] = 500
-    checkpoints_total_limit: Annotated[Count | None, doc("Newest checkpoints kept; null keeps all.")] = 3
-    report_to: Annotated[Tracker, doc("Where the figures go besides the log.")] = "none"
-    sample_steps: Annotated[Natural, doc("Updates between sample grids; 0 = never.")] = 500
-    log_every: Annotated[Count, doc("Updates between lines of the log.")] = 10
-    teacher_slots: Annotated[Count, doc("Teacher adapters held on the device at once.")] = 4
+    checkpointing_steps: Annotated[Count, doc("Updates between checkpoints.", numerics=False)] = 500
+    checkpoints_total_limit: Annotated[
+        Count | None, doc("Newest checkpoints kept; null keeps all.", numerics=False)
+    ] = 3
+    report_to: Annotated[Tracker, doc("Where the figures go besides the log.", numerics=False)] = "none"
+    sample_steps: Annotated[Natural, doc("Updates between sample grids; 0 = never.", numerics=False)] = 500
+    log_every: Annotated[Count, doc("Updates between lines of the log.", numerics=False)] = 10
+    teacher_slots: Annotated[Count, doc("Teacher adapters held on the device at once.", numerics=False)] = 4
     teacher_cache_gb: Annotated[
-        NonNegative | None, doc("CPU memory of a process for teachers it has read, 1e9 bytes; null: all of them.")
+        NonNegative | None,
+        doc("CPU memory of a process for teachers it has read, 1e9 bytes; null: all of them.", numerics=False),
     ] = 10.0
-    shard_base: Annotated[bool, doc("Split the base over the processes (FSDP2), for one that does not fit.")] = False
-    offload_base: Annotated[bool, doc("Keep a split base in CPU memory, on the GPU a block at a time; slower.")] = False
-    deterministic: Annotated[bool, doc("Only operations that give the same bits each time; slower.")] = False
-    timeout_seconds: Annotated[Positive, doc("Longest wait for the other processes within a step.")] = 600.0
+    shard_base: Annotated[
+        bool, doc("Split the base over the processes (FSDP2), for one that does not fit.", numerics=False)
+    ] = False
+    offload_base: Annotated[
+        bool, doc("Keep a split base in CPU memory, on the GPU a block at a time; slower.", numerics=False)
+    ] = False
+    deterministic: Annotated[
+        bool, doc("Only operations that give the same bits each time; slower.", numerics=False)
+    ] = False
+    timeout_seconds: Annotated[Positive, doc("Longest wait for the other processes within a step.", numerics=False)] = (
+        600.0
+    )
     buckets: Annotated[BucketConfig, doc("Sizes of training images.")] = BucketConfig()
 
 
@@ -302,11 +319,11 @@ class PromptsConfig(Section):
 class Config(Section):
     """Everything a run is told. `folder` is where the file lies that relative paths started from."""
 
-    preset: Annotated[Preset, doc("Left out: 'tiny' on the tiny base, otherwise 'clora'.")] = "clora"
+    preset: Annotated[Preset, doc("Left out: 'tiny' on the tiny base, otherwise 'clora'.", numerics=False)] = "clora"
     base: Annotated[BaseConfig, doc("The frozen base model.")] = BaseConfig()
-    output_dir: Annotated[UserPath, doc("Folder for checkpoints, teachers and collection.safetensors.")]
+    output_dir: Annotated[UserPath, doc("Folder for checkpoints, teachers and collection.safetensors.", numerics=False)]
     seed: Annotated[int, doc("Every random draw follows from this and the step.", ge=0, lt=2**63)] = 0
-    data_roots: Annotated[list[UserPath], doc("Folders data files may point into besides theirs.")] = []
+    data_roots: Annotated[list[UserPath], doc("Folders data files may point into besides theirs.", numerics=False)] = []
     effects: Annotated[list[EffectConfig], doc("The effects, or a YAML or JSONL file of them.")] = []
     general: Annotated[GeneralConfig | None, doc("General data; null without that stream.")] = None
     student: Annotated[LoraConfig, doc("The student's adapter.")] = LoraConfig()
@@ -316,8 +333,8 @@ class Config(Section):
     schedule: Annotated[ScheduleConfig, doc("The few-step schedule.")] = ScheduleConfig()
     train: Annotated[TrainConfig, doc("The training run.")] = TrainConfig()
     extend: Annotated[ExtendConfig, doc("Effects added to a collection.")] = ExtendConfig()
-    eval: Annotated[EvalConfig, doc("The evaluation.")] = EvalConfig()
-    prompts: Annotated[PromptsConfig, doc("Triggers and student prompts.")] = PromptsConfig()
+    eval: Annotated[EvalConfig, doc("The evaluation.", numerics=False)] = EvalConfig()
+    prompts: Annotated[PromptsConfig, doc("Triggers and student prompts.", numerics=False)] = PromptsConfig()
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 
     @field_check("base", mode="before")
@@ -349,19 +366,17 @@ class Config(Section):
 
     def fingerprint(self, job: Job = "train", processes: int = 1) -> str:
         """SHA-256 (hex) of `deciding_values`, to compare a checkpoint with a run."""
-        values = self.deciding_values(job, processes)
-        canonical = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return digest_of(self.deciding_values(job, processes))
 
     def deciding_values(self, job: Job = "train", processes: int = 1) -> dict[str, Any]:
         """What decides the numbers of a job's step, as plain values by section.
 
-        The job's batch sizes count over all `processes`. `train` does not depend on how its teachers were taught: their
-        files are compared. Left out is what only decides where results go, how often they are written or when to stop
-        (`max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
+        The batch sizes that the job reads count over all `processes`: two with half the batch each are one with the
+        whole. `train` does not depend on how its teachers were taught; their files are compared instead. Left out are
+        the fields marked `numerics=False` (where results go, how often they are written, when to stop;
+        `max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
         """
-        unfelt = dict.fromkeys(("preset", "output_dir", "data_roots", "eval", "prompts"), True)
-        values = self.model_dump(mode="json", exclude={**unfelt, "train": {*_UNFELT_TRAIN_KEYS}})
+        values = felt_values(self)
         values["trigger_scheme"] = self.prompts.trigger_scheme
         for section, key in (("train", "batch_size"), ("train", "anchor_batch_size"), ("teach", "batch_size")):
             size = values[section].pop(key)
@@ -372,14 +387,7 @@ class Config(Section):
                 del values[section]
         if self.train.lr_scheduler == "constant":
             del values["train"]["max_train_steps"]
-        return dict(_map_strings(values, lambda text: _relative_to(text, self.folder)))
-
-
-_UNFELT_TRAIN_KEYS = (
-    "max_train_seconds", "checkpointing_steps", "checkpoints_total_limit", "report_to", "sample_steps",
-    "log_every", "teacher_slots", "teacher_cache_gb", "shard_base", "offload_base", "deterministic",
-    "timeout_seconds", "gradient_checkpointing", "memory_budget_gb",
-)  # fmt: skip
+        return relative_values(values, self.folder)
 
 
 def _repeats(what: str, values: Iterable[str]) -> list[str]:
@@ -387,15 +395,3 @@ def _repeats(what: str, values: Iterable[str]) -> list[str]:
     counts = Counter(text.casefold() for text in spelled)
     repeated = sorted({text.casefold() for text in spelled if counts[text.casefold()] > 1})
     return [f"{what} '{text}' is used by {counts[text]} effects; rename all but one" for text in repeated]
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
-
-
-def _relative_to(text: str, folder: Path) -> str:
-    return os.path.relpath(text, folder) if os.path.isabs(text) else text

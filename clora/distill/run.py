@@ -26,9 +26,9 @@ from clora.lora.files import read_lora, write_lora
 from clora.lora.module import join_modules
 from clora.method.prompts import EffectPrompt
 from clora.training import distributed
-from clora.training.loop import LoopConfig, run_loop
+from clora.training.loop import loop_config, run_loop
 from clora.training.optimizer import averaged_weights
-from clora.training.run_record import git_revision, write_run
+from clora.training.run_record import write_run
 from clora.training.tracker import Tracker
 
 
@@ -79,21 +79,8 @@ def run_distillation(
     teachers = hash_files(teacher_files(config))  # as they are now: the catalogue must not depend on them at the end
     identity = workspace.hashes | {f"teacher of {name}": sha256 for name, sha256 in teachers.items()}
     write_run(config, job, identity)
-    loop = LoopConfig(
-        title=job,
-        max_steps=config.train.max_train_steps,
-        folder=config.output_dir / job,
-        checkpointing_steps=config.train.checkpointing_steps,
-        fingerprint=config.fingerprint(job, distributed.world_size()),
-        checkpoints_total_limit=config.train.checkpoints_total_limit,
-        max_seconds=config.train.max_train_seconds,
-        log_every=config.train.log_every,
-        report_to=config.train.report_to,
-        resume=resume,
-        identity=identity,
-        record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
-        settings=config.deciding_values(job, distributed.world_size()),
-    )
+    train = config.train
+    loop = loop_config(config, job, train.max_train_steps, identity, resume, train.max_train_seconds)
     try:
         run_loop(loop, groups, distiller.step, on_step, console)
     finally:

@@ -41,7 +41,7 @@ from clora.method.objective import (
 from clora.method.routing import Stream, draw_effects, draw_stream, step_generator
 from clora.training import distributed
 from clora.training.lr_schedule import lr_multiplier, student_lr_multiplier
-from clora.training.optimizer import Group, apply_gradients, check_finite
+from clora.training.optimizer import AdamW, apply_gradients, check_finite
 
 # Up to so many tokens what needs not wait for each other shares a forward, which is faster there
 # (`bench.training.joint`): a forward of few tokens mostly reads the weights.
@@ -69,8 +69,8 @@ class Distiller:
     bank: TeacherBank | None
     effects: dict[str, list[Example]]
     general: list[Example]
-    student: Group
-    critic: Group
+    student: AdamW
+    critic: AdamW
     accelerated: bool = False
     deal: Sequence[str] = ()
     rehearsed: frozenset[str] = frozenset()
@@ -345,7 +345,7 @@ class Distiller:
             value.narrow(dim, value.shape[dim] - own.shape[dim], own.shape[dim]).copy_(own)
         self.critic.assign(values)
 
-    def _update(self, group: Group, loss_of: LossOf, step: int) -> dict[str, Tensor]:
+    def _update(self, group: AdamW, loss_of: LossOf, step: int) -> dict[str, Tensor]:
         """One update of `group` over `gradient_accumulation_steps` batches; the figures are those of the last."""
         name = STUDENT if group is self.student else CRITIC
         parts = self.config.train.gradient_accumulation_steps

@@ -29,7 +29,8 @@ from clora.lora.adapters import Adapters
 from clora.method.prompts import EffectPrompt
 from clora.training import distributed
 from clora.training.device import DTYPES, base_dtype, pick_device
-from clora.training.optimizer import Group
+from clora.training.flat_parameters import FlatParameters
+from clora.training.optimizer import AdamW
 
 
 @dataclass(frozen=True)
@@ -211,15 +212,21 @@ def trainable_group(
     config: Config,
     learning_rate: float,
     ema: bool = False,
-    gradients_of: Group | None = None,
-) -> Group:
-    """The stacks' parameters, as `STACK.MODULE.A`, with AdamW as `train` says; with `ema` the average is kept too.
+    per_slot: bool = False,
+    gradients_of: AdamW | None = None,
+) -> AdamW:
+    """AdamW, as `train` says, on the stacks' parameters `STACK.MODULE.A`; with `ema` the average is kept too.
 
-    `gradients_of`: see `Group`.
+    `per_slot`: every slot is clipped by its own norm. `gradients_of`: takes turns with this one in its buffer.
     """
     train = config.train
-    return Group(
+    flat = FlatParameters(
         {f"{stack}.{name}": value for stack in stacks for name, value in adapters.named_parameters(stack).items()},
+        dtype=adapters.dtype,
+        gradients=None if gradients_of is None else gradients_of.flat.gradients,
+    )
+    return AdamW(
+        flat,
         learning_rate=learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         weight_decay=train.adam_weight_decay,
@@ -227,7 +234,6 @@ def trainable_group(
         max_grad_norm=train.max_grad_norm,
         ema_decay=train.ema_decay if ema else 0.0,
         ema_start=train.ema_start,
-        gradients_of=gradients_of,
-        dtype=adapters.dtype,
+        per_slot=per_slot,
         moments=DTYPES[train.adam_moments],
     )

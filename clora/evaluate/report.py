@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from clora.data.image_grid import Grid, Pixels, png_data_uri
 from clora.evaluate.exact import MethodScores
+from clora.io.atomic import write_text
 
 PALETTE = ("#c2410c", "#0f766e", "#1d4ed8", "#a16207", "#7e22ce", "#be123c", "#4d7c0f", "#475569")
 
@@ -279,8 +280,7 @@ def _grid_rows(grid: Grid) -> list[tuple[str, list[str | None]]]:
 
 def write_report(out_dir: Path, report: Report, images: Sequence[Grid] = ()) -> Path:
     """Write `report.json` and `report.html` into `out_dir` (made if missing); the path of the page."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_text(out_dir / "report.json", report.model_dump_json(indent=1) + "\n")
     page = out_dir / "report.html"
-    page.write_text(render_html(report, images), encoding="utf-8")
+    write_text(page, render_html(report, images))
     return page

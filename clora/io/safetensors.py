@@ -11,18 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clora.errors import InputError, raise_faults
+from clora.io.atomic import replacing
 from clora.io.text import parse_json
 
 MAX_HEADER_BYTES = 64 << 20
@@ -131,7 +130,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with _replacing(path) as file:
+    with replacing(path) as file:
         for chunk in (len(text).to_bytes(8, "little"), text):
             digest.update(chunk)
             file.write(chunk)
@@ -219,34 +218,3 @@ def _view(data: bytearray, entry: TensorEntry) -> Tensor:
         return torch.frombuffer(data[entry.start : entry.end], dtype=entry.dtype).view(entry.shape)
     count = math.prod(entry.shape)
     return torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start).view(entry.shape)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with _replacing(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is whole: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""Strict reading of the text formats that users write (YAML, JSON, JSON lines, CSV), and atomic writing.
+"""Strict reading of the text formats that users write (YAML, JSON, JSON lines, CSV).
 
 Nothing here runs code from a file, and nothing is read beyond a declared size: a file that is too large, not
 UTF-8, that repeats a key (the parsers would silently keep the last one) or grows without bound through YAML
@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -198,17 +197,3 @@ def _keep_object(row: Any, place: str, rows: Rows, faults: list[str]) -> None:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text; a reader sees the old file or the whole new one. Folders are made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -26,8 +26,8 @@ from clora.distill.stages import extend_warnings
 from clora.distill.targets import rehearsal_targets
 from clora.distill.workspace import Workspace, open_workspace
 from clora.errors import InputError, raise_faults
+from clora.io.atomic import write_text
 from clora.io.digest import hash_files
-from clora.io.text import write_text
 from clora.lora.adapters import slot_to_cpu
 from clora.lora.bank import TeacherBank
 from clora.lora.catalogue import Catalogue, CatalogueEntry, read_catalogue, write_collection

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clora.config import Config
 from clora.errors import InputError
-from clora.io.text import write_text
+from clora.io.atomic import write_text
 from clora.lora.files import map_lora
 from clora.lora.groups import Group, Groups
 from clora.lora.summary import check_lora

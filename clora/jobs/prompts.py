@@ -24,8 +24,9 @@ from clora.config import Config, EffectConfig, PromptsConfig
 from clora.data.images import load_image
 from clora.data.pairs import read_pairs
 from clora.errors import InputError, raise_faults
+from clora.io.atomic import write_text
 from clora.io.chat import Endpoint, ask, chat_request
-from clora.io.text import parse_json, write_text
+from clora.io.text import parse_json
 from clora.method.prompts import EffectPrompt, make_triggers, offline_prompt
 
 log = logging.getLogger(__name__)

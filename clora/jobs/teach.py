@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from clora.config import Config, Job
+from clora.config import Config
 from clora.data.examples import Example, collate, group_by_size
 from clora.distill.check import check_teaching
 from clora.distill.workspace import Workspace, open_workspace, trainable_group
@@ -28,10 +28,10 @@ from clora.method.noise import split_rows
 from clora.method.routing import draw_effects, step_generator
 from clora.training import distributed
 from clora.training.device import DTYPES, determinism, quiet_console
-from clora.training.loop import LoopConfig, run_loop
+from clora.training.loop import loop_config, run_loop
 from clora.training.lr_schedule import lr_multiplier
-from clora.training.optimizer import Group, apply_gradients, averaged_weights, check_finite
-from clora.training.run_record import git_revision, write_run
+from clora.training.optimizer import AdamW, apply_gradients, averaged_weights, check_finite
+from clora.training.run_record import write_run
 
 JOINT: Final = "joint"
 
@@ -65,8 +65,7 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
     workspace.adapters.add_stack(
         "teach", slots, settings.rank, settings.alpha, trainable=True, init="lora", generator=generator
     )
-    group = trainable_group(workspace.adapters, ["teach"], config, settings.learning_rate)
-    group.per_slot = True
+    group = trainable_group(workspace.adapters, ["teach"], config, settings.learning_rate, per_slot=True)
     # Each process takes its own samples of every effect.
     size, world = settings.batch_size, distributed.world_size()
     rows = [slot for slot in slots for _ in range(size)]
@@ -82,7 +81,8 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
         figures = {"loss": loss} | {f"loss/{n}": v for n, v in zip(names, per_effect, strict=True)}
         return distributed.sum_figures({name: value / world for name, value in figures.items()})
 
-    run_loop(_loop(workspace, "teach", settings.max_train_steps, resume), {"teach": group}, one_step, console=console)
+    loop = loop_config(config, "teach", settings.max_train_steps, workspace.hashes, resume)
+    run_loop(loop, {"teach": group}, one_step, console=console)
     files = {effect.name: config.teacher_path(effect) for effect in config.effects}
     with averaged_weights(group):
         for name, slot in zip(names, slots, strict=True) if distributed.is_main() else ():
@@ -121,7 +121,8 @@ def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> d
         loss, _ = _learn(workspace, group, batch, own, slots, share, JOINT, step)
         return distributed.sum_figures({"loss": loss * share})
 
-    run_loop(_loop(workspace, JOINT, settings.max_train_steps, resume), {JOINT: group}, one_step, console=console)
+    loop = loop_config(config, JOINT, settings.max_train_steps, workspace.hashes, resume)
+    run_loop(loop, {JOINT: group}, one_step, console=console)
     path = config.output_dir / "joint.safetensors"
     with averaged_weights(group):
         if distributed.is_main():
@@ -159,7 +160,7 @@ def draw_batch(workspace: Workspace, examples: list[Example], step: int) -> Batc
 
 def _learn(
     workspace: Workspace,
-    group: Group,
+    group: AdamW,
     batch: Batch,
     own: list[list[int]],
     slots: list[str],
@@ -217,21 +218,3 @@ def _worst(batch: Batch, own: list[int], per_sample: Tensor) -> str:
     chosen = [i for i, fine in zip(own, sound, strict=True) if not fine] or own
     examples = [batch.examples[i] for i in chosen]
     return ", ".join(dict.fromkeys(f"{e.effect} on {e.sources[-1].name}" for e in examples))
-
-
-def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> LoopConfig:
-    config = workspace.config
-    return LoopConfig(
-        title=job,
-        max_steps=steps,
-        folder=config.output_dir / job,
-        checkpointing_steps=config.train.checkpointing_steps,
-        fingerprint=config.fingerprint(job, distributed.world_size()),
-        checkpoints_total_limit=config.train.checkpoints_total_limit,
-        log_every=config.train.log_every,
-        report_to=config.train.report_to,
-        resume=resume,
-        identity=workspace.hashes,
-        record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
-        settings=config.deciding_values(job, distributed.world_size()),
-    )

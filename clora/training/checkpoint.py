@@ -6,7 +6,7 @@ and which part it is, and its own checksum. All of it is written under a tempora
 folder with the final name is whole whatever happened meanwhile; then the file `latest` is moved to it, and old ones are
 removed. M processes read what N wrote: a part is put together from the shards that overlap it.
 
-The state of a group of parameters is a few flat fp32 tensors of one length (`optimizer.Group.snapshot`), which the
+The state of an optimizer's parameters is a few flat fp32 tensors of one length (`optimizer.AdamW.snapshot`), which the
 processes share out in order of their ranks.
 """
 
@@ -27,7 +27,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from clora.errors import InputError
-from clora.io.safetensors import sync_folder, write_tensors, write_text
+from clora.io.atomic import sync_folder, write_text
+from clora.io.safetensors import write_tensors
 from clora.training import distributed
 
 FORMAT_VERSION = 2

@@ -1,8 +1,8 @@
 """The training loop shared by `teach` and `train`: progress, log, checkpoints, signals, resume.
 
-What is learned and how is the caller's business: it hands over named trainable groups and a function that does one
-step. A job's state is its groups and step number; all randomness is a function of (seed, step), so that a resumed run
-continues bit for bit. Under torchrun every process runs the loop; the first one writes.
+What is learned and how is the caller's business: it hands over named optimizers and a function that does one step. A
+job's state is that of its optimizers and its step number; all randomness is a function of (seed, step), so that a
+resumed run continues bit for bit. Under torchrun every process runs the loop; the first one writes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from clora.config import Config, Job
 from clora.errors import InputError, Interrupted, NonFiniteError, ProcessLost
 from clora.training import distributed
 from clora.training.checkpoint import (
@@ -38,16 +39,17 @@ from clora.training.checkpoint import (
     open_latest,
     other_settings,
 )
-from clora.training.optimizer import Group
+from clora.training.optimizer import AdamW
+from clora.training.run_record import git_revision
 from clora.training.tracker import Figures, Tracker
 
 
-def restore_job(groups: Mapping[str, Group], checkpoint: Checkpoint) -> None:
+def restore_job(optimizers: Mapping[str, AdamW], checkpoint: Checkpoint) -> None:
     """Put a checkpoint's tensors back; `InputError` when it belongs to another model or configuration."""
     faults = []
-    for name, group in groups.items():
+    for name, optimizer in optimizers.items():
         saved = {str(key): tuple(shape) for key, shape in checkpoint.state["layout"].get(name, [])}
-        wanted = {key: tuple(shape) for key, shape in group.layout()}
+        wanted = {key: tuple(shape) for key, shape in optimizer.flat.layout()}
         differ = [key for key in saved | wanted if saved.get(key) != wanted.get(key)]
         faults += [f"{name}.{key}" for key in differ or (wanted if list(saved) != list(wanted) else ())]
     if faults:
@@ -55,12 +57,12 @@ def restore_job(groups: Mapping[str, Group], checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: does not fit this configuration ({len(faults)} tensors differ, first {faults[0]}); "
             "start anew with another output_dir"
         )
-    for name, group in groups.items():
+    for name, optimizer in optimizers.items():
 
         def read(kind: str, start: int, stop: int, name: str = name) -> torch.Tensor:
             return checkpoint.read(name, kind, start, stop)
 
-        group.restore(read, checkpoint.state["steps"][name], int(checkpoint.state["updates"][name]))
+        optimizer.restore(read, checkpoint.state["steps"][name], int(checkpoint.state["updates"][name]))
 
 
 def find_checkpoint(resume: str | None, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -118,11 +120,40 @@ class LoopConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)  # what `fingerprint` is the hash of, to say what differs
 
 
+def loop_config(
+    config: Config,
+    job: Job,
+    max_steps: int,
+    identity: Mapping[str, str],
+    resume: str | None = None,
+    max_seconds: float | None = None,
+) -> LoopConfig:
+    """The loop of a job that writes under `output_dir/JOB`; checkpoints and log as `train` says."""
+    train = config.train
+    return LoopConfig(
+        title=job,
+        max_steps=max_steps,
+        folder=config.output_dir / job,
+        checkpointing_steps=train.checkpointing_steps,
+        fingerprint=config.fingerprint(job, distributed.world_size()),
+        checkpoints_total_limit=train.checkpoints_total_limit,
+        max_seconds=max_seconds,
+        log_every=train.log_every,
+        report_to=train.report_to,
+        resume=resume,
+        identity=identity,
+        record={"config": config.model_dump(mode="json"), "git_revision": git_revision()},
+        settings=config.deciding_values(job, distributed.world_size()),
+    )
+
+
 class _Saver:
     """Checkpoints of one run, and what becomes of them."""
 
-    def __init__(self, config: LoopConfig, groups: Mapping[str, Group], saved: int | None, say: Callable[[str], None]):
-        self._config, self._groups, self._say = config, groups, say
+    def __init__(
+        self, config: LoopConfig, optimizers: Mapping[str, AdamW], saved: int | None, say: Callable[[str], None]
+    ):
+        self._config, self._optimizers, self._say = config, optimizers, say
         self._writer = CheckpointWriter(config.folder, config.checkpoints_total_limit)
         self._saved, self._pending = saved, saved  # steps: of the newest checkpoint, of the one being written
         self.failures = 0
@@ -133,16 +164,16 @@ class _Saver:
         if step == self._saved:
             return
         parts = {
-            name: GroupPart(group.snapshot(), group.own.start, group.own.start + group.own_length)
-            for name, group in self._groups.items()
+            name: GroupPart(one.snapshot(), one.flat.shard.start, one.flat.shard.start + one.flat.shard_length)
+            for name, one in self._optimizers.items()
         }
         state = {
             "fingerprint": self._config.fingerprint,
             "seconds": seconds,
             "world": distributed.world_size(),
-            "updates": {name: group.updates for name, group in self._groups.items()},
-            "steps": {name: group.steps for name, group in self._groups.items()},
-            "layout": {name: group.layout() for name, group in self._groups.items()},
+            "updates": {name: one.updates for name, one in self._optimizers.items()},
+            "steps": {name: one.steps for name, one in self._optimizers.items()},
+            "layout": {name: one.flat.layout() for name, one in self._optimizers.items()},
             "sums": dict(sums),
             "identity": dict(self._config.identity),
             "record": dict(self._config.record),
@@ -179,7 +210,7 @@ class _Saver:
 
 def run_loop(
     config: LoopConfig,
-    groups: Mapping[str, Group],
+    optimizers: Mapping[str, AdamW],
     one_step: Callable[[int], Figures],
     on_step: Callable[[int, Tracker], None] | None = None,
     console: Console | None = None,
@@ -194,9 +225,9 @@ def run_loop(
     """
     console = console or Console(stderr=True, quiet=not distributed.is_main())
     with distributed.guard("the start"):
-        step, seconds, sums = _resume(config, groups, console)
-        saver = _Saver(config, groups, step or None, console.print)
-    device = next(iter(groups.values())).device
+        step, seconds, sums = _resume(config, optimizers, console)
+        saver = _Saver(config, optimizers, step or None, console.print)
+    device = next(iter(optimizers.values())).flat.device
     with _signals() as received, _tracker(config, step, sums) as tracker, _progress(console) as progress:
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
         try:
@@ -237,14 +268,14 @@ def run_loop(
 
 
 def _resume(
-    config: LoopConfig, groups: Mapping[str, Group], console: Console
+    config: LoopConfig, optimizers: Mapping[str, AdamW], console: Console
 ) -> tuple[int, float, Mapping[str, list[float]]]:
-    """Step, seconds and figures since the last line of the log, with the groups as they were then."""
+    """Step, seconds and figures since the last line of the log, with the optimizers as they were then."""
     checkpoint = find_checkpoint(config.resume, config.folder, console.print)
     if checkpoint is None:
         return 0, 0.0, {}
     _check_belongs(config, checkpoint)
-    restore_job(groups, checkpoint)
+    restore_job(optimizers, checkpoint)
     console.print(f"{config.title}: goes on after step {checkpoint.step} from {checkpoint.path}")
     return checkpoint.step, float(checkpoint.state["seconds"]), checkpoint.state["sums"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from clora.config import Config, Job
-from clora.io.safetensors import write_text
+from clora.io.atomic import write_text
 from clora.training import distributed
 
 RUN_FORMAT_VERSION = 1

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from clora.io.atomic import write_text
+
 Figures = Mapping[str, float | Tensor]
 
 
@@ -121,6 +123,4 @@ def _drop_rows_after(path: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True)
         rows = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if rows != lines:
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_text("".join(rows))
-            temporary.rename(path)
+            write_text(path, "".join(rows))

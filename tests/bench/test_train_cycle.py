@@ -24,7 +24,7 @@ from clora.distill.step import Distiller
 from clora.method.flow import few_step_sigmas, shift_sigma
 from clora.method.objective import CriticSample, DistillBatch, critic_loss, total_loss
 from clora.method.routing import Stream
-from clora.training.optimizer import Group
+from clora.training.optimizer import AdamW
 
 SMALL = replace(narrow(SIZES["tiny"]), grid=(2, 2), text_tokens=3)
 TWO_LAYERS = replace(SMALL, transformer={**SMALL.transformer, "num_layers": 2})
@@ -160,20 +160,20 @@ class Replay:
         return CriticDraws(self.rollout(), self.noise(shift_sigma(self.uniform(), 3.0)))
 
 
-def assert_same_gradients(group: Group, model: torch.nn.Module) -> None:
+def assert_same_gradients(group: AdamW, model: torch.nn.Module) -> None:
     """clora's stacked adapter of one slot against PEFT's; forgets the former."""
     largest = 0.0
     for name in group.parameters:
         module, _, part = name.split(".", 1)[1].rpartition(".")
         theirs = getattr(model.get_submodule(module), f"lora_{part}")["default"].weight.grad
-        grad = group.gradient(name)
+        grad = group.flat.gradient(name)
         assert (grad is None) == (theirs is None)
         if grad is None:  # the last block's text ends nowhere
             continue
         torch.testing.assert_close(grad[0], theirs, rtol=1e-3, atol=1e-6)
         largest = max(largest, float(grad.abs().max()))
     assert largest > 1e-4
-    group.forget_gradients()
+    group.flat.forget_gradients()
 
 
 @pytest.mark.parametrize("stream", ["effect", "general"])

@@ -16,11 +16,13 @@ from clora.config import (
     EffectConfig,
     ObjectiveConfig,
     Section,
+    TrainConfig,
     build_config,
     known_keys,
     load_config,
     load_preset,
 )
+from clora.config.fingerprint import felt_values
 from clora.errors import InputError, InputErrors
 
 SECTIONS = ("student", "teach", "targets", "objective", "schedule", "train", "extend", "eval", "prompts")
@@ -400,6 +402,45 @@ def test_fingerprint_feels_what_changes_a_step_and_nothing_else(tmp_path: Path) 
     cosine = ["train.lr_scheduler=cosine"]
     longer = load_config(path, [*cosine, "train.max_train_steps=9000"]).fingerprint()
     assert longer != load_config(path, cosine).fingerprint()
+
+
+# A value that no preset has, for each field that is marked as deciding no number.
+UNFELT = {
+    "preset": "paper", "output_dir": "elsewhere", "data_roots": ["/x"], "eval.num_samples": 77,
+    "prompts.model": "other", "train.max_train_seconds": 5.5, "train.gradient_checkpointing": True,
+    "train.memory_budget_gb": 3.5, "train.checkpointing_steps": 77, "train.checkpoints_total_limit": 77,
+    "train.report_to": "wandb", "train.sample_steps": 77, "train.log_every": 77, "train.teacher_slots": 77,
+    "train.teacher_cache_gb": 7.5, "train.shard_base": True, "train.offload_base": True, "train.deterministic": True,
+    "train.timeout_seconds": 7.5,
+}  # fmt: skip
+
+
+def marked(section: type[BaseModel], prefix: str = "") -> set[str]:
+    """The fields of the schema that decide no number, under their dotted keys."""
+    found = set()
+    for name, field in section.model_fields.items():
+        if field.json_schema_extra == {"numerics": False}:
+            found.add(prefix + name)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= marked(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def test_fingerprint_leaves_out_the_marked_fields_and_no_other() -> None:
+    """Every field is marked or felt, and felt ones are in: a new one that decides no number needs its mark alone."""
+    assert {key.replace("eval.num_samples", "eval").replace("prompts.model", "prompts") for key in UNFELT} == marked(
+        Config
+    )
+    plain = build_config({"output_dir": "o", "base": "some/base", "train": {"gradient_checkpointing": False}})
+    for key, value in UNFELT.items():
+        first, _, rest = key.partition(".")
+        inner = value if not rest else getattr(plain, first).model_copy(update={rest: value})
+        changed = plain.model_copy(update={first: inner})
+        assert changed != plain and changed.fingerprint() == plain.fingerprint(), key
+    felt = felt_values(plain)
+    assert set(felt) == set(Config.model_fields) - {key for key in marked(Config) if "." not in key}
+    train = {key.removeprefix("train.") for key in marked(Config) if key.startswith("train.")}
+    assert set(felt["train"]) == set(TrainConfig.model_fields) - train
 
 
 def test_fingerprint_survives_moving_the_folder(tmp_path: Path) -> None:

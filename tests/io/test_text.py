@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clora.errors import InputError
-from clora.io.text import parse_json, read_rows, read_text, write_text
+from clora.io.text import parse_json, read_rows, read_text
 
 scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
@@ -101,17 +100,3 @@ def test_read_text_stops_at_its_limit(tmp_path: Path) -> None:
         read_text(path, 99)
     with pytest.raises(InputError, match="does not exist"):
         read_text(tmp_path / ("x" * 5000))
-
-
-def test_write_text_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "a.txt"
-    write_text(path, "old\n")
-
-    def broken(_: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
-        write_text(path, "new\n")
-    assert path.read_bytes() == b"old\n"
-    assert [entry.name for entry in path.parent.iterdir()] == ["a.txt"]

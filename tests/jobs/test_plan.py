@@ -38,7 +38,7 @@ from clora.jobs.plan import communication_plan, find_mends, plan_training
 from clora.lora.adapters import inject_adapters
 from clora.lora.frozen_linear import floats_at_once, is_quantized, quantize_linears, weight_bytes
 from clora.lora.recompute import checkpoint_fn
-from clora.training.optimizer import Group
+from clora.training.flat_parameters import FlatParameters
 from tests.support.random_base import random_transformer
 
 QWEN = {"num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584}
@@ -150,7 +150,7 @@ def test_saved_by_block_is_what_autograd_keeps(dtype: torch.dtype, zero_cond_t: 
         model.set_attention_backend("native")  # the last one given to any model is every other's too
         adapters = inject_adapters(model)
         adapters.add_stack("student", ["student"], 8, 8, trainable=True)
-        Group(adapters.named_parameters("student"), 1.0, dtype=dtype)  # as they are trained
+        FlatParameters(adapters.named_parameters("student"), dtype=dtype)  # as they are trained
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages: dict[int, Tensor] = {}
 
@@ -188,7 +188,7 @@ def test_forwards_are_within_a_tenth_of_what_is_measured(dtype: torch.dtype) -> 
         model.set_attention_backend("native")
         adapters = inject_adapters(model)
         adapters.add_stack("student", ["student"], 8, 8, trainable=True)
-        Group(adapters.named_parameters("student"), 1.0, dtype=dtype)  # as they are trained
+        FlatParameters(adapters.named_parameters("student"), dtype=dtype)  # as they are trained
         with adapters.use(["student"]):
             with torch.no_grad():
                 forward(model, 2, dtype)  # makes the tables that stay

@@ -120,7 +120,7 @@ def test_write_lora_keeps_old_file_when_it_fails(tmp_path: Path, monkeypatch: py
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clora.io.safetensors.os.fsync", full)
+    monkeypatch.setattr("clora.io.atomic.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_lora(path, {TO_Q: module(1)})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

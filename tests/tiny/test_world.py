@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from clora.tiny.dataset import effect_names, write_effect_pairs, write_general
+from clora.tiny.edits import COLOURS, EDITS, PLACES, blur
 from clora.tiny.effects import EFFECTS, apply_effect
-from clora.tiny.instructions import COLOURS, EDITS, PLACES, blur, generic_edit, leave_open, sample_bilinear
+from clora.tiny.instructions import generic_edit, leave_open
+from clora.tiny.world.filters import sample
 from clora.tiny.world.scenes import render, sample_scene
 
 RENDERED = [render(sample_scene(seed)) for seed in range(6)]
@@ -90,6 +92,17 @@ def test_generic_edits_say_what_they_do(edit: object) -> None:
         assert text and text == text.strip() and image.shape == (64, 64, 3) and np.isfinite(image).all()
 
 
+def test_generic_edits_are_those_that_the_base_was_trained_on() -> None:
+    """Three seeds of each edit against what it was then: its words, and a weighted mean of its picture."""
+    kept = json.loads(Path(__file__).with_name("generic_edits.json").read_text())
+    assert list(kept) == [edit.__name__ for edit in EDITS]
+    weights = np.random.default_rng(0).random((64, 64, 3))
+    for edit in EDITS:
+        for seed, (words, mean) in enumerate(kept[edit.__name__]):
+            text, image = edit(RENDERED[seed], np.random.default_rng(seed))
+            assert text == words and float((image * weights).mean()) == pytest.approx(mean, abs=2e-6), edit.__name__
+
+
 def test_generic_edits_are_no_effects() -> None:
     """No instruction of the base's training is a prompt of an effect."""
     prompts = {e.prompt for e in EFFECTS.values()} | {e.student_prompt for e in EFFECTS.values()}
@@ -114,12 +127,12 @@ def _outcomes(instruction: str) -> list[np.ndarray]:
     return [image for text, image in draws if text == instruction]
 
 
-def test_sample_bilinear_reads_pixel_centres_exactly() -> None:
+def test_sample_reads_pixel_centres_exactly() -> None:
     image = np.random.default_rng(0).random((8, 8, 3)).astype(np.float32)
     axis = (np.arange(8, dtype=np.float32) + 0.5) / 8
     x, y = np.meshgrid(axis, axis)
-    np.testing.assert_allclose(sample_bilinear(image, x, y), image, atol=1e-6)
-    np.testing.assert_allclose(sample_bilinear(image, 1 - x, y), image[:, ::-1], atol=1e-5)
+    np.testing.assert_allclose(sample(image, x, y), image, atol=1e-6)
+    np.testing.assert_allclose(sample(image, 1 - x, y), image[:, ::-1], atol=1e-5)
 
 
 def test_blur_keeps_the_mean_and_a_constant() -> None:

@@ -160,9 +160,9 @@ def test_save_leaves_nothing_visible_when_the_disk_is_full(
     real_text = checkpoint.write_text
     with monkeypatch.context() as patch:
         if refused == "shard":
-            patch.setattr("clora.io.safetensors.os.fsync", refuses)
+            patch.setattr("clora.io.atomic.os.fsync", refuses)
         elif refused == "shard rename":
-            patch.setattr("clora.io.safetensors.os.replace", refuses)
+            patch.setattr("clora.io.atomic.os.replace", refuses)
         elif refused == "folder rename":
             patch.setattr(checkpoint, "_replace_folder", refuses)
         elif refused == "manifest rename":

@@ -14,38 +14,40 @@ from torch import Tensor, nn
 import clora.training.checkpoint as checkpoint
 from clora.errors import InputError, Interrupted, NonFiniteError
 from clora.method.routing import step_generator
+from clora.training.flat_parameters import FlatParameters
 from clora.training.loop import LoopConfig, run_loop
 from clora.training.lr_schedule import lr_multiplier
-from clora.training.optimizer import Group, apply_gradients
+from clora.training.optimizer import AdamW, apply_gradients
 from clora.training.tracker import read_log
 
 
-def make_group(**options: float) -> Group:
-    return Group({"w": nn.Parameter(torch.linspace(-1, 1, 5))}, learning_rate=0.05, **options)  # type: ignore[arg-type]
+def make_optimizer(**options: float) -> AdamW:
+    flat = FlatParameters({"w": nn.Parameter(torch.linspace(-1, 1, 5))})
+    return AdamW(flat, learning_rate=0.05, **options)  # type: ignore[arg-type]
 
 
-def set_gradient(group: Group, grad: Tensor) -> None:
-    (group.parameters["w"] * grad).sum().backward()
+def set_gradient(optimizer: AdamW, grad: Tensor) -> None:
+    (optimizer.parameters["w"] * grad).sum().backward()
 
 
 def config(folder: Path, steps: int, resume: str | None = None, **options: object) -> LoopConfig:
     return LoopConfig("toy", steps, folder, 3, "fingerprint", **{"log_every": 1, "resume": resume} | options)  # type: ignore[arg-type]
 
 
-def run(folder: Path, steps: int, resume: str | None = None, stop_at: int | None = None, **options: object) -> Group:
-    group = make_group(ema_decay=0.9)
+def run(folder: Path, steps: int, resume: str | None = None, stop_at: int | None = None, **options: object) -> AdamW:
+    optimizer = make_optimizer(ema_decay=0.9)
 
     def one_step(step: int) -> dict[str, Tensor]:
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         noise = torch.randn(5, generator=step_generator(0, step, "toy", "cpu"))
-        loss = (group.parameters["w"] - noise).square().sum()
+        loss = (optimizer.parameters["w"] - noise).square().sum()
         loss.backward()
-        apply_gradients(group, 1.0, f"step {step}")
+        apply_gradients(optimizer, 1.0, f"step {step}")
         return {"loss": loss.detach()}
 
-    run_loop(config(folder, steps, resume, **options), {"g": group}, one_step)
-    return group
+    run_loop(config(folder, steps, resume, **options), {"g": optimizer}, one_step)
+    return optimizer
 
 
 def test_run_loop_resumes_bitwise_equal(tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_run_loop_refuses_another_configuration(tmp_path: Path) -> None:
     run(tmp_path, 3)
     other = LoopConfig("toy", 5, tmp_path, 3, "another", resume="latest")
     with pytest.raises(InputError, match="another configuration"):
-        run_loop(other, {"g": make_group(ema_decay=0.9)}, lambda step: {})
+        run_loop(other, {"g": make_optimizer(ema_decay=0.9)}, lambda step: {})
 
 
 def test_run_loop_goes_on_when_a_checkpoint_cannot_be_written(
@@ -121,30 +123,30 @@ def test_run_loop_mends_a_log_line_that_was_cut_off(tmp_path: Path) -> None:
 
 
 def test_run_loop_stops_after_max_seconds(tmp_path: Path) -> None:
-    assert run_loop(config(tmp_path, 1000, max_seconds=1e-9), {"g": make_group()}, lambda step: {}) == 1
+    assert run_loop(config(tmp_path, 1000, max_seconds=1e-9), {"g": make_optimizer()}, lambda step: {}) == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_apply_gradients_leaves_everything_when_not_finite(bad: float) -> None:
-    group = make_group()
-    before = group.parameters["w"].detach().clone()
-    set_gradient(group, torch.tensor([1.0, bad, 0.0, 0.0, 0.0]))
+    optimizer = make_optimizer()
+    before = optimizer.parameters["w"].detach().clone()
+    set_gradient(optimizer, torch.tensor([1.0, bad, 0.0, 0.0, 0.0]))
     with pytest.raises(NonFiniteError, match="step 3"):
-        apply_gradients(group, 1.0, "step 3 (student)")
-    assert torch.equal(group.parameters["w"], before)
-    state = group.snapshot()
+        apply_gradients(optimizer, 1.0, "step 3 (student)")
+    assert torch.equal(optimizer.parameters["w"], before)
+    state = optimizer.snapshot()
     assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
-    assert group.updates == 0 and group.steps == {"w": 0} and group.gradient("w") is None
+    assert optimizer.updates == 0 and optimizer.steps == {"w": 0} and optimizer.flat.gradient("w") is None
 
 
 def test_apply_gradients_clips_each_slot_by_its_own_norm() -> None:
     def update(grads: Tensor, per_slot: bool) -> Tensor:
-        group = Group({"w": nn.Parameter(torch.zeros(2, 3))}, 1.0, max_grad_norm=1.0)
-        group.per_slot = per_slot
-        set_gradient(group, grads)
+        flat = FlatParameters({"w": nn.Parameter(torch.zeros(2, 3))})
+        optimizer = AdamW(flat, 1.0, max_grad_norm=1.0, per_slot=per_slot)
+        set_gradient(optimizer, grads)
         recorded: list[Tensor] = []
-        group.update = lambda learning_rate: recorded.append(group.gradient("w").clone())  # type: ignore
-        apply_gradients(group, 1.0, "here")
+        optimizer.update = lambda learning_rate: recorded.append(optimizer.flat.gradient("w").clone())  # type: ignore
+        apply_gradients(optimizer, 1.0, "here")
         return recorded[0]
 
     grads = torch.tensor([[300.0, 0.0, 400.0], [0.0, 0.5, 0.0]])
@@ -154,18 +156,18 @@ def test_apply_gradients_clips_each_slot_by_its_own_norm() -> None:
 
 
 def test_ema_matches_the_closed_form() -> None:
-    group = make_group(ema_decay=0.5, ema_start=2)
-    expected = group.averaged()["w"].clone()
+    optimizer = make_optimizer(ema_decay=0.5, ema_start=2)
+    expected = optimizer.averaged()["w"].clone()
     for update in range(1, 8):
-        set_gradient(group, torch.ones(5))
-        apply_gradients(group, 1.0, "")
+        set_gradient(optimizer, torch.ones(5))
+        apply_gradients(optimizer, 1.0, "")
         since = update - 2
         decay = 0.0 if since <= 0 else min(0.5, since / (since + 10))
-        expected = decay * expected + (1 - decay) * group.parameters["w"].detach()
-    torch.testing.assert_close(group.averaged()["w"], expected)
+        expected = decay * expected + (1 - decay) * optimizer.parameters["w"].detach()
+    torch.testing.assert_close(optimizer.averaged()["w"], expected)
 
 
-def test_lr_factor_closed_forms() -> None:
+def test_lr_multiplier_closed_forms() -> None:
     assert [lr_multiplier(i, 10, 4, "constant") for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert lr_multiplier(7, 10, 4, "linear") == pytest.approx(0.5)
     assert lr_multiplier(7, 10, 4, "cosine") == pytest.approx(0.5)
