@@ -13,9 +13,9 @@ from clora.config import Config, Job, acceleration_of
 from clora.data.examples import Example
 from clora.distill.memory import num_blocks_kept
 from clora.distill.preview import sample_grid
-from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT
+from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT, TARGET_BATCH
 from clora.distill.step import JOINT_TOKENS, Distiller
-from clora.distill.targets import TARGET_BATCH, make_targets, targets_from_pairs
+from clora.distill.targets import make_targets, targets_from_pairs
 from clora.distill.workspace import Workspace, trainable_group
 from clora.errors import raise_faults
 from clora.io.digest import hash_files

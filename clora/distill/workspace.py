@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
-from clora.backbones.qwen_image.pipeline import COMPONENTS
+from clora.backbones.base import COMPONENTS, Backbone
+from clora.backbones.load import load_backbone
 from clora.config import Config, base_identity, general_data
 from clora.data.cache import TensorCache
 from clora.data.dataset import effect_pairs, hash_pairs
@@ -36,7 +36,7 @@ class Workspace:
     """The open base and the encoded data. `effects` keeps the configuration's order."""
 
     config: Config
-    backbone: QwenImageBackbone
+    backbone: Backbone
     adapters: Adapters
     cache: TensorCache
     identity: str
@@ -93,12 +93,13 @@ def open_workspace(
         examples = _encode_all(encoder, jobs, console)
     if not keep_encoders:
         backbone.free_encoders()
+    config = config.with_targets(backbone.default_targets)
     adapters = backbone.add_adapters(config.student.targets)
     backbone.use_kernels(config.train.kernels)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     if shards:
         offload = config.train.offload_base
-        whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks), offload)
+        whole, kept = distributed.shard(backbone.transformer, backbone.blocks, offload)
         adapters.device = device
         console.print(
             f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world_size()} processes"

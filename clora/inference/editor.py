@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from clora.backbones.cond import Cond, Grid
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.base import Backbone
+from clora.backbones.cond import Cond, Grid, make_cond
+from clora.backbones.load import linear_shapes, load_backbone
 from clora.data.image_grid import grid_image
 from clora.errors import InputError, raise_faults
 from clora.inference.sampling import Sampling, default_sampling, guided_teacher_velocity
@@ -71,7 +71,7 @@ def edit_prompt(catalogue: Catalogue | None, effects: Sequence[str], prompt: str
 class Editor:
     """A base with one LoRA (or none) on it. `sampling` holds the defaults of every edit."""
 
-    backbone: QwenImageBackbone
+    backbone: Backbone
     catalogue: Catalogue | None
     sampling: Sampling
     has_lora: bool
@@ -198,7 +198,7 @@ class Encoded:
         latents = torch.cat([self.refs[index][0] for index, _, _ in jobs])
         first = jobs[0][0]
         texts = [self.texts[index, text] for index, text, _ in jobs]
-        return QwenImageBackbone.make_cond(texts, [(latents, self.refs[first][1])], self.grids[first])
+        return make_cond(texts, [(latents, self.refs[first][1])], self.grids[first])
 
 
 def load_editor(
@@ -226,7 +226,7 @@ def load_editor(
     return Editor(backbone, catalogue, default_sampling(base, catalogue), lora is not None)
 
 
-def _add_lora(backbone: QwenImageBackbone, file: LoraFile) -> None:
+def _add_lora(backbone: Backbone, file: LoraFile) -> None:
     adapters = backbone.add_adapters(list(file.modules))
     adapters.add_lora(SLOT, file.modules, dtype=backbone.dtype)
 

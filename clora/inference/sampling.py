@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, cat_conds
-from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import Config, build_config
 from clora.data.examples import Example, collate
 from clora.lora.catalogue import Catalogue
@@ -21,7 +21,7 @@ from clora.method.samplers import few_step_sample, ode_sample
 Slots = Callable[[Sequence[str | None]], Sequence[Any]]
 
 
-def guided_teacher_velocity(backbone: QwenImageBackbone, slots_for: Slots, guidance: float, rescale: str) -> Velocity:
+def guided_teacher_velocity(backbone: Backbone, slots_for: Slots, guidance: float, rescale: str) -> Velocity:
     """A velocity over conds `(cond, uncond)`: each sample's teacher, guided, both branches in one forward."""
 
     def velocity(x_BTC: Tensor, sigma_B: Tensor, conds: tuple[Cond, Cond]) -> Tensor:
@@ -83,7 +83,7 @@ class Method:
 
 @torch.no_grad()
 def sample_method(
-    backbone: QwenImageBackbone,
+    backbone: Backbone,
     config: Config,
     method: Method,
     batch: Sequence[Example],

@@ -50,7 +50,7 @@ def teach(
         workspace = open_workspace(config, console, general=False)
         if missing := [f"effect {name}" for name, ex in workspace.effects.items() if any(e.x0 is None for e in ex)]:
             raise InputError(f"{missing[0]}: its pairs have no targets; `teach` needs source and target images")
-        write_run(config, JOINT if joint else "teach", workspace.hashes)
+        write_run(workspace.config, JOINT if joint else "teach", workspace.hashes)
         return teach_joint(workspace, resume, console) if joint else teach_each(workspace, resume, console)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.base import Backbone
+from clora.backbones.load import linear_shapes, load_backbone
 from clora.config import Config, EffectConfig, acceleration_of, general_data, load_config, resolve_base
 from clora.data.images import Size, aspect_buckets, load_image
 from clora.data.pairs import Pair, read_pairs
@@ -80,7 +80,7 @@ def validate(config: Config) -> Report:
     return report
 
 
-def _check_base(config: Config, report: Report) -> QwenImageBackbone | None:
+def _check_base(config: Config, report: Report) -> Backbone | None:
     """The base without its weights, for tokens and sizes; None where it is not in a folder of this machine."""
     try:
         base = resolve_base(config.base.model)
@@ -231,7 +231,7 @@ def _shapes_differ(pair: Pair, sizes: dict[Path, Size | str]) -> bool:
     return abs(source[0] * target[1] / (source[1] * target[0]) - 1) > MAX_SHAPE_DIFFERENCE
 
 
-def _check_prompts(config: Config, backbone: QwenImageBackbone | None, report: Report) -> None:
+def _check_prompts(config: Config, backbone: Backbone | None, report: Report) -> None:
     try:
         prompts = effect_prompts(config)
     except InputError as error:
