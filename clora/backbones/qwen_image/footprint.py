@@ -20,8 +20,7 @@ MLP = 4  # the MLPs' inner width over D
 # Tensors of width D that are alive at once, per token, at the fullest moment of a forward without grad: seven that
 # the block's frame holds and two of 4 D inside the MLP (image), of which the text stream's have gone.
 FORWARD_IMAGE, FORWARD_TEXT = 15, 7
-# With `zero_cond_t` every image token has scales, shifts and gates of its own, and a modulation holds a few at once.
-FORWARD_ZERO_COND_T = 0
+FORWARD_ZERO_COND_T = 2  # and with `zero_cond_t` the two gates, which every image token then has of its own
 BACKWARD = 7  # and in a backward, beyond what the forward kept
 
 
