@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported. Two spinning OpenMP threads on a busy machine slow a test a hundredfold.
@@ -31,6 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def default_attention() -> Iterator[None]:
+    """diffusers keeps the attention last chosen for any model as that of every later one: give it back."""
+    yield
+    if (dispatch := sys.modules.get("diffusers.models.attention_dispatch")) is not None:  # it takes seconds to import
+        default = dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND)
+        dispatch._AttentionBackendRegistry.set_active_backend(default)
 
 
 @pytest.fixture(scope="session")

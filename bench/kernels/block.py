@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.kernels.timing import Case, check_accuracy, run
 from bench.training.cycle_models import Size, as_backbone, random_transformer
 from clora.backbones.qwen_image.block import fastest_attention
-from clora.lora.adapters import DEFAULT_TARGETS, Adapters
+from clora.lora.adapters import Adapters
+from clora.lora.layers import QWEN_IMAGE_TARGETS
 from clora.lora.slots import SlotLinear
 
 SLOT = "adapter"
@@ -54,7 +55,7 @@ def make_models(transformer: Any, rank: int | None) -> tuple[Models, Adapters | 
         rng = torch.Generator().manual_seed(0)
         dtype = transformer.dtype
         adapters.add_stack(SLOT, [SLOT], rank, rank, trainable=True, generator=rng, dtype=dtype)
-        models["eager"].add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(DEFAULT_TARGETS)))
+        models["eager"].add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(QWEN_IMAGE_TARGETS)))
         with torch.no_grad():
             for name, linear in adapters.linears.items():
                 linear.B[SLOT].copy_(torch.randn(linear.B[SLOT].shape, generator=rng) * 0.02)

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+from clora.backbones.base import Backbone
+from clora.backbones.cond import make_cond
+from clora.backbones.load import load_backbone
 from clora.method.flow import add_noise, velocity_target
 from clora.tiny.edits import EDITS
 from clora.tiny.effects import EFFECTS, apply_effect
@@ -28,16 +30,16 @@ SIGMAS = (0.95, 0.8, 0.5, 0.2)
 SIZE = (64, 64)
 
 
-def reconstruction(backbone: QwenImageBackbone, images: list[NDArray[np.uint8]]) -> float:
+def reconstruction(backbone: Backbone, images: list[NDArray[np.uint8]]) -> float:
     """Mean PSNR in dB of decoded against original images."""
-    latents, grid = backbone.encode_images([Image.fromarray(image) for image in images], SIZE)
+    latents, grid = backbone.encode_targets([Image.fromarray(image) for image in images], SIZE)
     decoded = backbone.decode(latents, grid).permute(0, 2, 3, 1).numpy()
     mse = ((decoded - np.stack(images) / 255.0) ** 2).mean(axis=(1, 2, 3))
     return float((-10 * np.log10(mse)).mean())
 
 
 @torch.no_grad()
-def velocity_errors(backbone: QwenImageBackbone, scenes: int) -> dict[str, list[float]]:
+def velocity_errors(backbone: Backbone, scenes: int) -> dict[str, list[float]]:
     """Mean squared velocity error of every generic edit at each of `SIGMAS`."""
     errors: dict[str, list[float]] = {}
     for edit in EDITS:
@@ -51,7 +53,7 @@ def velocity_errors(backbone: QwenImageBackbone, scenes: int) -> dict[str, list[
         embedded = backbone.encode_prompts(texts, [[source] for source in sources])
         reference, grid = backbone.encode_references(sources)
         x0, _ = backbone.encode_targets(targets, SIZE)
-        cond = backbone.make_cond(embedded, [(reference, grid)], grid)
+        cond = make_cond(embedded, [(reference, grid)], grid)
         row = []
         for sigma in SIGMAS:
             eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))

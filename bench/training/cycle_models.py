@@ -18,8 +18,9 @@ from transformers import Qwen2Config, Qwen2Model
 
 from bench.training.authors_schedule import AuthorsSchedule, draw_critic, draw_generator
 from clora.backbones.qwen_image.backbone import QwenImageBackbone
-from clora.backbones.qwen_image.footprint import model_shapes
-from clora.config import BaseSidecar, Config, Quantize, build_config
+from clora.backbones.qwen_image.footprint import transformer_footprint
+from clora.backbones.qwen_image.sizes import ImageSizes
+from clora.config import Config, Quantize, build_config
 from clora.data.examples import Example
 from clora.distill.memory import TrainSettings, budget, choose_num_blocks_kept, device_memory
 from clora.distill.roles import CRITIC, STUDENT
@@ -28,6 +29,7 @@ from clora.distill.workspace import trainable_group
 from clora.lora.bank import TeacherBank
 from clora.lora.files import write_lora
 from clora.lora.frozen_linear import quantize_linears
+from clora.lora.layers import QWEN_IMAGE_TARGETS
 from clora.lora.module import LoraModule
 from clora.method.routing import Stream, step_generator
 from clora.tiny.recipe.train_base import TRANSFORMER_CONFIG
@@ -114,8 +116,8 @@ def random_transformer(size: Size, device: str) -> Any:
 
 def as_backbone(transformer: Any) -> QwenImageBackbone:
     """A backbone of this transformer alone."""
-    pipeline, sizes = SimpleNamespace(transformer=transformer), BaseSidecar.model_validate({})
-    return QwenImageBackbone("random", pipeline, sizes, transformer.device, transformer.dtype)
+    pipeline = SimpleNamespace(transformer=transformer)
+    return QwenImageBackbone("random", pipeline, ImageSizes(), transformer.device, transformer.dtype)
 
 
 def random_lora(size: Size, targets: tuple[str, ...], seed: int, dtype: torch.dtype) -> Lora:
@@ -175,8 +177,8 @@ def make_data(size: Size, critic_updates: int) -> Data:
                 "memory_budget_gb": size.memory_budget_gb,
             },
         }
-    )
-    targets = tuple(config.student.targets)
+    ).with_targets(QWEN_IMAGE_TARGETS)
+    targets = QWEN_IMAGE_TARGETS
     effects, general = random_examples(size)
     student = random_lora(size, targets, 2, torch.float32)
     teachers = {name: random_lora(size, targets, 3 + i, size.dtype) for i, name in enumerate(EFFECTS)}
@@ -196,7 +198,8 @@ def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:
     size, config = data.size, data.config
     adapters = backbone.add_adapters(config.student.targets)
     backbone.use_kernels(config.train.kernels)
-    whole = choose_num_blocks_kept(model_shapes(size.transformer), plan_settings(data), budget(config, device_memory()))
+    footprint = transformer_footprint(size.transformer, {})
+    whole = choose_num_blocks_kept(footprint, plan_settings(data), budget(config, device_memory()))
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing, whole)
     bank = TeacherBank(adapters, teacher_files(data.teachers), config.train.teacher_slots, dtype=size.dtype)
     for slot in (STUDENT, CRITIC):
@@ -227,7 +230,7 @@ def plan_settings(data: Data) -> TrainSettings:
         batch_size=train.batch_size,
         anchor_batch_size=train.anchor_batch_size or train.batch_size,
         rank=size.rank,
-        targets=tuple(data.config.student.targets),
+        targets=QWEN_IMAGE_TARGETS,
         teacher_rank=size.rank,
         teacher_slots=train.teacher_slots,
         base_bytes=size.dtype.itemsize,
@@ -246,7 +249,7 @@ def make_authors(data: Data, device: str) -> AuthorsSchedule:
         data.student,
         data.student,
         data.teachers,
-        data.config.student.targets,
+        QWEN_IMAGE_TARGETS,
         encode=make_encoder(data.size, device) if data.size.encoder_layers else None,
         checkpointing=data.config.train.gradient_checkpointing,
     )

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
-from clora.backbones.cond import Cond
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+from clora.backbones.base import Backbone
+from clora.backbones.cond import Cond, make_cond
+from clora.backbones.load import load_backbone
 
 BATCH, GRID, WIDTH, RANK = 24, (8, 8), 96, 32
 SLOT = "student"
 VARIANTS = [(dtype, attention) for dtype in ("float32", "bfloat16") for attention in ("native", "_native_math")]
 
 
-def make_backbone(dtype: str, attention: str, device: str) -> QwenImageBackbone:
+def make_backbone(dtype: str, attention: str, device: str) -> Backbone:
     backbone = load_backbone("tiny", device, getattr(torch, dtype), ("transformer",))
     backbone.transformer.set_attention_backend(attention)
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +39,7 @@ def make_inputs(device: str) -> tuple[torch.Tensor, torch.Tensor, Cond]:
     """Latents, sigma and a cond of prompts of 22 to 27 tokens with one reference image."""
     texts = [torch.randn(22 + i % 6, WIDTH, device=device) for i in range(BATCH)]
     latents = torch.randn(2, BATCH, GRID[0] * GRID[1], 64, device=device)
-    return latents[0], torch.rand(BATCH, device=device), QwenImageBackbone.make_cond(texts, [(latents[1], GRID)], GRID)
+    return latents[0], torch.rand(BATCH, device=device), make_cond(texts, [(latents[1], GRID)], GRID)
 
 
 def clock(device: str) -> float:

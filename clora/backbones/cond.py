@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int]  # height and width of an image in tokens
+Size = tuple[int, int]  # height and width of an image in pixels
+Grid = tuple[int, int]  # and in tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,6 @@ from clora.config.base_folder import (
 )
 from clora.config.load import acceleration_of, build_config, known_keys, load_config, load_preset
 from clora.config.schema import (
-    DEFAULT_TARGETS,
     PRESETS,
     BaseConfig,
     BucketConfig,
@@ -35,7 +34,7 @@ from clora.config.schema import (
 )
 
 __all__ = [
-    "DEFAULT_TARGETS", "PRESETS", "BaseConfig", "BaseSidecar", "BucketConfig", "Config", "EffectConfig", "EvalConfig",
+    "PRESETS", "BaseConfig", "BaseSidecar", "BucketConfig", "Config", "EffectConfig", "EvalConfig",
     "ExtendConfig", "GeneralConfig", "Job", "LoraConfig", "ObjectiveConfig", "PromptsConfig", "Quantize",
     "ScheduleConfig", "Section", "TargetsConfig", "TeachConfig", "TrainConfig", "acceleration_lora",
     "acceleration_of", "base_identity", "build_config", "collection_lora", "default_preset", "general_data",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,13 +18,6 @@ from pydantic import model_validator as section_check
 from clora.config.fingerprint import digest_of, felt_values, relative_values
 
 PRESETS = ("clora", "paper", "authors", "tiny")
-
-# The linear layers an adapter covers, as suffixes of diffusers' module names: attention, MLP and modulation
-# of both streams (the authors' list).
-DEFAULT_TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1", "txt_mod.1",
-)  # fmt: skip
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -39,6 +32,7 @@ Acceleration = Annotated[Literal["base"] | UserPath | None, Field(union_mode="le
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 StepCounts = Annotated[list[Count], Field(min_length=1)]
+Suffixes = Annotated[list[Text], Field(min_length=1)]
 Natural = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Positive = Annotated[float, Field(gt=0)]
@@ -126,7 +120,10 @@ class LoraConfig(Section):
 
     rank: Annotated[Rank, doc("Rank of the update.")] = 128
     alpha: Annotated[Positive, doc("The update is scaled by alpha / rank.")] = 128
-    targets: Annotated[list[Text], doc("Module-name suffixes it covers.", min_length=1)] = [*DEFAULT_TARGETS]
+    targets: Annotated[
+        Suffixes | None,
+        doc("Module-name suffixes it covers; null: attention, MLPs and modulation, as the base calls them."),
+    ] = None
     init_from: Annotated[UserPath | None, doc("LoRA file to start from; null: a fresh adapter.")] = None
     acceleration: Annotated[
         Acceleration, doc("Few-step LoRA joined to the student after the coarse steps; 'base': the base's own.")
@@ -363,6 +360,13 @@ class Config(Section):
     def teacher_path(self, effect: EffectConfig) -> Path:
         """The effect's LoRA file: the given one, else where `clora teach` writes it."""
         return effect.lora or self.output_dir / "teachers" / f"{effect.name}.safetensors"
+
+    def with_targets(self, targets: Sequence[str]) -> Config:
+        """The same with `student.targets` written out: these, the base's own, where it is null. What opens a base does
+        this, so that records and fingerprints name the linears, whoever named them."""
+        if self.student.targets is not None:
+            return self
+        return self.model_copy(update={"student": self.student.model_copy(update={"targets": [*targets]})})
 
     def fingerprint(self, job: Job = "train", processes: int = 1) -> str:
         """SHA-256 (hex) of `deciding_values`, to compare a checkpoint with a run."""

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, Grid, make_cond
-from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import BucketConfig
 from clora.data.cache import TensorCache, cache_key
 from clora.data.images import aspect_buckets, choose_bucket, cover_crop, load_image
@@ -58,7 +58,7 @@ class Example:
 class ExampleEncoder:
     """Encodes pairs with a backbone's frozen encoders, through a cache; every image is cut to a bucket's shape."""
 
-    def __init__(self, backbone: QwenImageBackbone, cache: TensorCache, identity: str, buckets: BucketConfig) -> None:
+    def __init__(self, backbone: Backbone, cache: TensorCache, identity: str, buckets: BucketConfig) -> None:
         self._backbone = backbone
         self._cache = cache
         self._identity = identity

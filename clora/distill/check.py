@@ -15,8 +15,8 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.base import Backbone
+from clora.backbones.load import linear_shapes, load_backbone
 from clora.config import Config, EffectConfig, acceleration_of, resolve_base
 from clora.data.dataset import effect_key, images_of, read_effects, read_general
 from clora.data.images import aspect_buckets
@@ -139,7 +139,7 @@ def _with_targets(config: Config) -> list[EffectConfig]:
     return config.effects if config.targets.source == "pairs" else []
 
 
-def _check_base(config: Config, found: Findings) -> tuple[QwenImageBackbone | None, Shapes | None]:
+def _check_base(config: Config, found: Findings) -> tuple[Backbone | None, Shapes | None]:
     """The base without its weights, for tokens and sizes, and the shapes (N, K) of the linears that
     `student.targets` names; None where the base is not on this machine, or not sound."""
     on_hub = False
@@ -159,7 +159,9 @@ def _check_base(config: Config, found: Findings) -> tuple[QwenImageBackbone | No
             found.faults += [f"base: {fault}" for fault in error.faults]
         return None, None
     try:
-        return backbone, {name: shapes[name] for name in matching_linears(shapes, config.student.targets)}
+        return backbone, {
+            name: shapes[name] for name in matching_linears(shapes, config.student.targets or backbone.default_targets)
+        }
     except InputError as error:
         found.faults += [f"student.targets: {fault}" for fault in error.faults]
         return backbone, shapes
@@ -270,7 +272,7 @@ def _check_files(config: Config, effects: Mapping[str, list[Pair]], general: Seq
 def _check_prompts(
     config: Config,
     effects: Sequence[EffectConfig],
-    backbone: QwenImageBackbone | None,
+    backbone: Backbone | None,
     general: Sequence[Pair],
     found: Findings,
 ) -> dict[str, EffectPrompt]:

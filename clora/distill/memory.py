@@ -1,16 +1,13 @@
 """Bytes that a training run takes, from numbers alone.
 
-Parameters follow from the transformer's config.json, activations from a count of what autograd keeps in one block of
-diffusers' `QwenImageTransformer2DModel` under `SlotLinear`s (`saved_by_block`, exact on a CPU; tests/jobs/test_plan.py
-holds peaks to 10 %). Memory is that of tensors: `RESERVED` and `FRAGMENTATION` stand for the CUDA context and the
-allocator. 1 GB is 1e9 bytes.
+Parameters and activations of one block are counted by the base's family (`clora.backbones.base.Footprint`); this file
+counts what a run makes of them, and tests/jobs/test_plan.py holds its peaks to 10 %. Memory is that of tensors:
+`RESERVED` and `FRAGMENTATION` stand for the CUDA context and the allocator. 1 GB is 1e9 bytes.
 
 On N processes the base, the trained adapters (in the base's dtype) and their gradients are on every GPU, what makes
 them fp32 masters, Adam's moments and the average in N parts (`clora.training.optimizer`); with `train.shard_base` the
 frozen base is in N parts too (FSDP2), which `train.offload_base` keeps in CPU memory. With `base.quantize` the linears
 of its blocks have int8 weights, whose floats are made while it runs.
-
-Legend: D width, H heads, r rank, T tokens of image, references and text together, e bytes of the base's dtype.
 """
 
 from __future__ import annotations
@@ -20,10 +17,10 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from clora.backbones.qwen_image.footprint import MLP, ModelShapes, model_shapes
-from clora.backbones.qwen_image.pipeline import encoder_parameters, pixels_per_token, transformer_config
-from clora.config import Config, acceleration_of, read_sidecar, resolve_base
-from clora.distill.targets import TARGET_BATCH
+from clora.backbones.base import Footprint, ForwardSize
+from clora.backbones.load import encoder_parameters, read_footprint
+from clora.config import Config, acceleration_of
+from clora.distill.roles import TARGET_BATCH
 from clora.lora.frozen_linear import floats_at_once
 from clora.lora.summary import check_lora
 from clora.training.device import DTYPES, base_dtype
@@ -31,11 +28,6 @@ from clora.training.device import DTYPES, base_dtype
 GB = 1e9
 RESERVED = 1.5 * GB  # CUDA context and the libraries' workspaces
 FRAGMENTATION = 0.05  # of the peak: what an allocator holds beyond its tensors
-
-# Tensors of width D that are alive at once, per token, at the fullest moment of a forward without grad: seven that
-# the block's frame holds and two of 4 D inside the MLP (image), of which the text stream's have gone.
-FORWARD_IMAGE, FORWARD_TEXT = 15, 7
-BACKWARD = 7  # and in a backward, beyond what the forward kept
 
 
 @dataclass(frozen=True)
@@ -69,10 +61,10 @@ class TrainSettings:
     shard_base: bool = False
     offload_base: bool = False
 
-    @property
-    def tokens(self) -> int:
-        """T of one sample."""
-        return self.image_tokens + self.reference_tokens + self.text_tokens
+    def forward(self, batch_size: int) -> ForwardSize:
+        """A forward over so many samples, with the student's adapters."""
+        rank, tokens = self.rank + self.acceleration_rank, (self.image_tokens, self.reference_tokens, self.text_tokens)
+        return ForwardSize(batch_size, *tokens, self.base_bytes, rank)
 
 
 @dataclass(frozen=True)
@@ -96,74 +88,48 @@ class MemoryPlan:
         return self.peak * (1 + FRAGMENTATION) + RESERVED
 
 
-def base_weights(shapes: ModelShapes, settings: TrainSettings) -> int:
+def base_weights(footprint: Footprint, settings: TrainSettings) -> int:
     """Bytes of the transformer's weights, undivided. A quantized linear has one a weight, and five (a scale and a zero)
     for each output."""
     if not settings.quantized:
-        return shapes.num_parameters * settings.base_bytes
-    inside = shapes.block_linears
+        return footprint.num_parameters * settings.base_bytes
+    inside = footprint.block_linears
     weights = sum(N * K for N, K in inside)
-    return (shapes.num_parameters - weights) * settings.base_bytes + weights + 5 * sum(N for N, _ in inside)
+    return (footprint.num_parameters - weights) * settings.base_bytes + weights + 5 * sum(N for N, _ in inside)
 
 
-def saved_by_block(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
-    """Bytes that autograd keeps of one block's forward over `batch` samples, adapters on the default targets.
-
-    Per token: 9 inputs of linears and gates, q k v out of the attention, q and k before and after their norm (fp32
-    and e), the MLP before and after its GELU; r numbers of each adapter; the statistics of norms and attention.
-    """
-    D, H, r, e = shapes.width, shapes.num_heads, settings.rank + settings.acceleration_rank, settings.base_bytes
-    per_token = (9 + 4 + 2 * MLP) * D * e + 2 * D * 4 + 6 * r * e + 12 * H + 4 * e
-    if e != 4:
-        per_token += 2 * D * e
-    saved = batch * (settings.tokens * per_token + (18 * D + 2 * r) * e)
-    if shapes.zero_cond_t:  # scales and gates of their own for every image token, and the masks that chose them
-        saved += batch * (settings.image_tokens + settings.reference_tokens) * (4 * D * e + 6)
-    return saved
+def saved_by_forward(footprint: Footprint, settings: TrainSettings, batch: int) -> int:
+    """Bytes that a forward with grad keeps until its backward: all of its blocks, or with checkpointing all of
+    `num_blocks_kept` and little of the others."""
+    forward = settings.forward(batch)
+    whole = min(settings.num_blocks_kept, footprint.num_layers) if settings.checkpointing else footprint.num_layers
+    again = (footprint.num_layers - whole) * footprint.saved_by_recomputed_block(forward)
+    return whole * footprint.saved_by_block(forward) + again + footprint.saved_outside_blocks(forward)
 
 
-def saved_by_forward(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
-    """Bytes that a forward with grad keeps until its backward: all blocks', or with checkpointing `num_blocks_kept` and
-    of
-    the others the inputs and the attention's result."""
-    width = batch * shapes.width * settings.base_bytes
-    head = width * (settings.image_tokens + settings.reference_tokens)
-    whole = min(settings.num_blocks_kept, shapes.num_layers) if settings.checkpointing else shapes.num_layers
-    again = 2 * width * settings.tokens + _attention_statistics(shapes, settings, batch)
-    return whole * saved_by_block(shapes, settings, batch) + (shapes.num_layers - whole) * again + head
-
-
-def _attention_statistics(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
-    return 4 * batch * settings.tokens * shapes.num_heads
-
-
-def forward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
+def forward_workspace(footprint: Footprint, settings: TrainSettings, batch: int) -> int:
     """Most bytes alive in a forward without grad, beyond its inputs."""
-    image = settings.image_tokens + settings.reference_tokens
-    per_sample = FORWARD_IMAGE * image + FORWARD_TEXT * settings.text_tokens
-    return batch * per_sample * shapes.width * settings.base_bytes + _made_whole(shapes, settings)
+    return footprint.forward_workspace(settings.forward(batch)) + _made_whole(footprint, settings)
 
 
-def backward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int) -> int:
+def backward_workspace(footprint: Footprint, settings: TrainSettings, batch: int) -> int:
     """Most bytes of a backward beyond what its forward kept; with checkpointing one block is run again."""
-    width = batch * settings.tokens * shapes.width * settings.base_bytes
-    again = 0
-    if settings.checkpointing and settings.num_blocks_kept < shapes.num_layers:
-        # The block's own input and its attention are kept already.
-        again = saved_by_block(shapes, settings, batch) - 2 * width - _attention_statistics(shapes, settings, batch)
-    return BACKWARD * width + again + _made_whole(shapes, settings)
+    forward, again = settings.forward(batch), 0
+    if settings.checkpointing and settings.num_blocks_kept < footprint.num_layers:
+        again = footprint.saved_by_block(forward) - footprint.saved_by_recomputed_block(forward)
+    return footprint.backward_workspace(forward) + again + _made_whole(footprint, settings)
 
 
-def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
+def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
     """Bytes on each GPU of a distillation (`clora.distill.step.Distiller.full_step`), by phase."""
     s, e = settings, settings.base_bytes
-    student, critic = trained_parameters(shapes, s)
-    base = base_weights(shapes, s)
+    student, critic = trained_parameters(footprint, s)
+    base = base_weights(footprint, s)
     # Of an offloaded base what lies outside the blocks stays from a forward on.
-    outside = (shapes.num_parameters - shapes.num_layers * shapes.block_parameters) * e
+    outside = (footprint.num_parameters - footprint.num_layers * footprint.block_parameters) * e
     kept = outside if s.offload_base else part_of(base, s.num_gpus if s.shard_base else 1)
     frozen = {"base": kept, "VAE": s.vae_parameters * e}
-    frozen["teacher slots"] = s.teacher_slots * shapes.adapter_parameters(s.teacher_rank, s.targets) * e
+    frozen["teacher slots"] = s.teacher_slots * footprint.adapter_parameters(s.teacher_rank, s.targets) * e
     resident = frozen | {
         "student and critic": e * (student + critic) + part_of((4 - e) * (student + critic), s.num_gpus),
         "AdamW": part_of(2 * s.moments_bytes * (student + critic), s.num_gpus),
@@ -172,56 +138,56 @@ def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
         "gradients": 4 * student + (part_of(4 * (student + critic), s.num_gpus) if s.num_gpus > 1 else 0),
     }
     critic_update = {
-        "kept for backward": saved_by_forward(shapes, s, s.batch_size),
-        "workspace": backward_workspace(shapes, s, s.batch_size),
+        "kept for backward": saved_by_forward(footprint, s, s.batch_size),
+        "workspace": backward_workspace(footprint, s, s.batch_size),
     }
     together = s.critic_batches if s.shard_base else 1  # many tokens share a forward only where the base is in parts
-    rollouts = {"workspace": forward_workspace(shapes, s, together * s.batch_size)}
+    rollouts = {"workspace": forward_workspace(footprint, s, together * s.batch_size)}
     # Each process sends a copy of its part, which comes back whole.
     optimizer = {"workspace": part_of(e * student, s.num_gpus) if s.num_gpus > 1 else 0}
     # On the first GPU; a base that is to be cut waits in CPU memory meanwhile.
     encoding = {"base": 0 if s.shard_base else base, "VAE": frozen["VAE"]}
     encoding["text encoder"] = s.text_encoder_parameters * e
-    targets = frozen | {"workspace": forward_workspace(shapes, s, s.targets_batch)}
+    targets = frozen | {"workspace": forward_workspace(footprint, s, s.targets_batch)}
     return MemoryPlan(
         {
             "encoding": encoding,
             "targets": targets,
             "rollouts": resident | rollouts,
             "critic update": resident | critic_update,
-            "student update": resident | _student_update(shapes, s),
+            "student update": resident | _student_update(footprint, s),
             "optimizer step": resident | optimizer,
         }
     )
 
 
-def _student_update(shapes: ModelShapes, settings: TrainSettings) -> dict[str, int]:
+def _student_update(footprint: Footprint, settings: TrainSettings) -> dict[str, int]:
     """The fullest moment of a student update: each term's graph is walked before the next is built."""
     s = settings
     moments = []
     for term, (on, batch) in enumerate(zip(s.terms, (s.anchor_batch_size, s.batch_size, s.batch_size), strict=True)):
-        kept = saved_by_forward(shapes, s, batch)
+        kept = saved_by_forward(footprint, s, batch)
         # Distribution matching asks the teacher while its own graph waits.
-        teacher = forward_workspace(shapes, s, batch * (2 if s.guided else 1)) if term else 0
+        teacher = forward_workspace(footprint, s, batch * (2 if s.guided else 1)) if term else 0
         if on:
-            workspace = max(backward_workspace(shapes, s, batch), teacher)
+            workspace = max(backward_workspace(footprint, s, batch), teacher)
             moments.append({"kept for backward": kept, "workspace": workspace})
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
-def choose_num_blocks_kept(shapes: ModelShapes, settings: TrainSettings, memory: float) -> int:
+def choose_num_blocks_kept(footprint: Footprint, settings: TrainSettings, memory: float) -> int:
     """The most blocks that checkpointing may leave whole within this memory (bytes); 0 where not even none fits."""
-    for count in range(shapes.num_layers, 0, -1):
-        if memory_plan(shapes, replace(settings, checkpointing=True, num_blocks_kept=count)).needed <= memory:
+    for count in range(footprint.num_layers, 0, -1):
+        if memory_plan(footprint, replace(settings, checkpointing=True, num_blocks_kept=count)).needed <= memory:
             return count
     return 0
 
 
-def trained_parameters(shapes: ModelShapes, settings: TrainSettings) -> tuple[int, int]:
+def trained_parameters(footprint: Footprint, settings: TrainSettings) -> tuple[int, int]:
     """Trained parameters of the student (with the acceleration LoRA that joins it) and of the critic."""
     rank, targets = settings.rank, settings.targets
-    student = shapes.adapter_parameters(rank + settings.acceleration_rank, targets)
-    return student, shapes.adapter_parameters(rank, targets)
+    student = footprint.adapter_parameters(rank + settings.acceleration_rank, targets)
+    return student, footprint.adapter_parameters(rank, targets)
 
 
 def part_of(count: int, parts: int) -> int:
@@ -229,12 +195,12 @@ def part_of(count: int, parts: int) -> int:
     return -(-count // parts)
 
 
-def _made_whole(shapes: ModelShapes, settings: TrainSettings) -> int:
+def _made_whole(footprint: Footprint, settings: TrainSettings) -> int:
     """Weights in the form that is computed with, where they are kept in another: the block in use and the one fetched
     ahead of a base in parts, some of the largest linear's floats of a quantized one."""
     if settings.shard_base:
-        return 2 * shapes.block_parameters * settings.base_bytes
-    largest = max(N * K for N, K in shapes.block_linears)
+        return 2 * footprint.block_parameters * settings.base_bytes
+    largest = max(N * K for N, K in footprint.block_linears)
     return min(largest, floats_at_once("cuda")) * settings.base_bytes if settings.quantized else 0
 
 
@@ -244,9 +210,9 @@ TEXT_TOKENS = 512  # a prompt with one reference image, rounded up; batches are 
 def num_blocks_kept(config: Config, num_gpus: int) -> int:
     """Blocks that activation checkpointing leaves whole in a run that starts here: as many as `train.memory_budget_gb`
     has room for, or this device's memory."""
-    shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
-    settings = on_gpus(read_settings(config), config, num_gpus)
-    return choose_num_blocks_kept(shapes, settings, budget(config, device_memory()))
+    footprint = read_footprint(config.base.model, config.base.revision)
+    settings = on_gpus(read_settings(config, footprint), config, num_gpus)
+    return choose_num_blocks_kept(footprint, settings, budget(config, device_memory()))
 
 
 def on_gpus(settings: TrainSettings, config: Config, num_gpus: int) -> TrainSettings:
@@ -269,24 +235,23 @@ def budget(config: Config, memory: float) -> float:
     return memory if limit is None else min(memory, limit * GB)
 
 
-def read_settings(config: Config) -> TrainSettings:
+def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
     """The numbers of a configuration, for the largest bucket, one reference image and `TEXT_TOKENS`."""
-    base, revision, train, objective = config.base.model, config.base.revision, config.train, config.objective
-    token_area = pixels_per_token(base, revision) ** 2
-    encoders = encoder_parameters(base, revision)
+    train, objective = config.train, config.objective
+    encoders = encoder_parameters(config.base.model, config.base.revision)
     slots = min(train.teacher_slots, len(config.effects))
     paths = [config.teacher_path(effect) for effect in config.effects]
     ranks = [check_lora(path).max_rank if path.is_file() else config.teach.rank for path in paths]
     accelerated = acceleration_of(config)
     makes_targets = bool(config.effects) and config.targets.source == "teachers"
     return TrainSettings(
-        image_tokens=train.buckets.max_area // token_area,
-        reference_tokens=read_sidecar(resolve_base(base)).vae_image_area // token_area,
+        image_tokens=train.buckets.max_area // footprint.pixels_per_token**2,
+        reference_tokens=footprint.reference_tokens,
         text_tokens=TEXT_TOKENS,
         batch_size=train.batch_size,
         anchor_batch_size=train.anchor_batch_size or train.batch_size,
         rank=config.student.rank,
-        targets=tuple(config.student.targets),
+        targets=tuple(config.student.targets or footprint.default_targets),
         acceleration_rank=0 if accelerated is None else check_lora(accelerated).max_rank,
         teacher_rank=max(ranks, default=0),
         teacher_slots=slots,

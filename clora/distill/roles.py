@@ -8,4 +8,6 @@ from typing import Literal
 # `clora extend` the student lies on top of the collection, which is frozen.
 STUDENT, ACCELERATION, CRITIC, COLLECTION = "student", "student_acceleration", "critic", "collection"
 
+TARGET_BATCH = 24  # samples in one forward while targets are made, at most
+
 Role = Literal["coarse", "student", "anchor", "critic"]

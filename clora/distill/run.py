@@ -14,9 +14,9 @@ from clora.data.examples import Example
 from clora.distill.check import teacher_files
 from clora.distill.memory import num_blocks_kept
 from clora.distill.preview import sample_grid
-from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT
+from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT, TARGET_BATCH
 from clora.distill.step import JOINT_TOKENS, Distiller
-from clora.distill.targets import TARGET_BATCH, make_targets, targets_from_pairs
+from clora.distill.targets import make_targets, targets_from_pairs
 from clora.distill.workspace import OpenBase, Workspace, trainable_group
 from clora.io.digest import hash_files
 from clora.lora.adapters import slot_to_cpu

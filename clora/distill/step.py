@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, cat_conds
-from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import Config
 from clora.data.examples import Example, collate
 from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT, Role
@@ -65,7 +65,7 @@ class Distiller:
     """
 
     config: Config
-    backbone: QwenImageBackbone
+    backbone: Backbone
     bank: TeacherBank | None
     effects: dict[str, list[Example]]
     general: list[Example]

@@ -26,7 +26,6 @@ from clora.training import distributed
 
 TARGETS_VERSION = "targets/2"
 REHEARSAL_VERSION = "rehearsal/1"
-TARGET_BATCH = 24  # tokens in flight while targets are made: samples x grid, scaled down for large images
 
 
 def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Example]]:

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
-from clora.backbones.qwen_image.pipeline import COMPONENTS
+from clora.backbones.base import COMPONENTS, Backbone
+from clora.backbones.load import load_backbone
 from clora.config import Config, base_identity
 from clora.data.cache import TensorCache
 from clora.data.dataset import hash_pairs
@@ -39,7 +39,7 @@ class OpenBase:
     `dataclasses.replace` a job makes another."""
 
     config: Config
-    backbone: QwenImageBackbone
+    backbone: Backbone
     adapters: Adapters
     cache: TensorCache
     identity: str
@@ -66,6 +66,7 @@ def open_base(config: Config, console: Console) -> OpenBase:
     Its text encoder is there to encode with; call `backbone.free_encoders()` when that is done.
     """
     backbone = _load_base(config)
+    config = config.with_targets(backbone.default_targets)
     identity, cache, encoder = _encoder_of(config, backbone)
     return OpenBase(config, backbone, _add_adapters(config, backbone, console), cache, identity, encoder)
 
@@ -79,6 +80,7 @@ def open_workspace(run: CheckedRun, console: Console) -> Workspace:
     for warning in run.warnings:
         console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
     backbone = _load_base(config)
+    config = config.with_targets(backbone.default_targets)
     identity, cache, encoder = _encoder_of(config, backbone)
     requests = encode_requests(run)
     if distributed.is_main():
@@ -128,7 +130,7 @@ def _splits_base(config: Config) -> bool:
     return config.train.shard_base and distributed.world_size() > 1
 
 
-def _load_base(config: Config) -> QwenImageBackbone:
+def _load_base(config: Config) -> Backbone:
     """The base without adapters; of several processes only the first gets the encoders, which are large."""
     device = pick_device()
     dtype = base_dtype(config.base.dtype, device)
@@ -147,13 +149,13 @@ def _load_base(config: Config) -> QwenImageBackbone:
     return backbone
 
 
-def _encoder_of(config: Config, backbone: QwenImageBackbone) -> tuple[str, TensorCache, ExampleEncoder]:
+def _encoder_of(config: Config, backbone: Backbone) -> tuple[str, TensorCache, ExampleEncoder]:
     identity = base_identity(config.base.model, config.base.revision)
     cache = TensorCache(config.output_dir / "cache")
     return identity, cache, ExampleEncoder(backbone, cache, identity, config.train.buckets)
 
 
-def _add_adapters(config: Config, backbone: QwenImageBackbone, console: Console) -> Adapters:
+def _add_adapters(config: Config, backbone: Backbone, console: Console) -> Adapters:
     """Slots on the student's targets, kernels and recomputation as `train` says, and the base split where it is to be.
 
     A split base goes to the GPUs here, once the encoders have left them.
@@ -163,7 +165,7 @@ def _add_adapters(config: Config, backbone: QwenImageBackbone, console: Console)
     backbone.set_gradient_checkpointing(config.train.gradient_checkpointing)
     if _splits_base(config):
         offload = config.train.offload_base
-        whole, kept = distributed.shard(backbone.transformer, list(backbone.transformer.transformer_blocks), offload)
+        whole, kept = distributed.shard(backbone.transformer, backbone.blocks, offload)
         adapters.device = backbone.device
         console.print(
             f"base of {whole / 1e6:.1f} MB split: {kept / 1e6:.1f} MB in each of {distributed.world_size()} processes"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from clora.backbones.qwen_image.backbone import QwenImageBackbone
+from clora.backbones.base import Backbone
 from clora.config import Config
 from clora.data.examples import Example, collate
 from clora.inference.sampling import Sampling, SlotsFor, few_step_sampling, sample, teacher_sampling
@@ -72,7 +72,7 @@ def methods(config: Config, bank: TeacherBank, joint: bool, acceleration: bool) 
 
 
 def sample_examples(
-    backbone: QwenImageBackbone,
+    backbone: Backbone,
     method: Method,
     examples: Sequence[Example],
     seeds: Sequence[int],

@@ -12,9 +12,8 @@ from typing import Literal, TypeVar
 
 import torch
 
-from clora.backbones.qwen_image.pipeline import pixels_per_token
-from clora.backbones.qwen_image.sizes import image_size
-from clora.config import collection_lora, read_sidecar, resolve_base
+from clora.backbones.load import result_size
+from clora.config import collection_lora
 from clora.data.images import load_image
 from clora.errors import InputError, raise_faults
 from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue, grid_prompts
@@ -118,12 +117,11 @@ def _size_of(path: Path) -> Size:
 
 def _made_sizes(base: str, paths: Sequence[Path], sizes: Sequence[Size]) -> list[Size]:
     """The sizes of the results; raises `InputErrors` naming every file that the base has none for."""
-    sidecar, unit = read_sidecar(resolve_base(base)), pixels_per_token(base)
     faults: list[str] = []
     found: list[Size] = []
     for path, size in zip(paths, sizes, strict=True):
         try:
-            height, width = image_size(size, sidecar, unit)
+            height, width = result_size(base, size)
             found.append((width, height))
         except InputError as error:
             faults.append(f"{path}: {error}")

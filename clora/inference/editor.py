@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, Grid, make_cond
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.load import linear_shapes, load_backbone
 from clora.errors import raise_faults
 from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue
 from clora.inference.sampling import Sampling, default_sampling, sample
@@ -36,7 +36,7 @@ SLOT = "student"
 class Editor:
     """A base with one LoRA (or none) on it. `sampling` holds the defaults of every edit."""
 
-    backbone: QwenImageBackbone
+    backbone: Backbone
     catalogue: Catalogue | None
     sampling: Sampling
     has_lora: bool
@@ -126,7 +126,7 @@ class Editor:
 class Encoded:
     """Images with the references they share, and prompts, each encoded when it is first asked for."""
 
-    backbone: QwenImageBackbone
+    backbone: Backbone
     images: Sequence[Image.Image]
     references: Sequence[Image.Image]
     _latents: dict[int, tuple[Tensor, Grid]] = field(default_factory=dict)
@@ -191,6 +191,6 @@ def load_editor(
     return Editor(backbone, catalogue, default_sampling(base, catalogue), lora is not None)
 
 
-def _add_lora(backbone: QwenImageBackbone, file: LoraFile) -> None:
+def _add_lora(backbone: Backbone, file: LoraFile) -> None:
     adapters = backbone.add_adapters(list(file.modules))
     adapters.add_lora(SLOT, file.modules, dtype=backbone.dtype)

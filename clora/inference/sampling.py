@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, cat_conds
-from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import Config, build_config
 from clora.lora.catalogue import Catalogue
 from clora.lora.slots import Slot
@@ -78,7 +78,7 @@ def default_sampling(base: str, catalogue: Catalogue | None) -> Sampling:
     return teacher_sampling(build_config({"base": base, "output_dir": "."}))
 
 
-def sampling_sigmas(backbone: QwenImageBackbone, sampling: Sampling, num_tokens: int) -> Tensor:
+def sampling_sigmas(backbone: Backbone, sampling: Sampling, num_tokens: int) -> Tensor:
     """The noise levels of one sampling, fp32 (num_steps,), without the final 0."""
     if sampling.shift is None:
         return backbone.own_sigmas(sampling.num_steps, num_tokens)
@@ -87,7 +87,7 @@ def sampling_sigmas(backbone: QwenImageBackbone, sampling: Sampling, num_tokens:
 
 @torch.no_grad()
 def sample(
-    backbone: QwenImageBackbone,
+    backbone: Backbone,
     cond: Cond,
     slots: Sequence[Slot],
     sampling: Sampling,
@@ -121,7 +121,7 @@ def sample(
 
 @torch.no_grad()
 def follow(
-    backbone: QwenImageBackbone,
+    backbone: Backbone,
     velocity: Velocity,
     cond: Cond,
     sampling: Sampling,

@@ -1,7 +1,7 @@
 """`clora train --plan`: memory and communication of a training run, and what makes it fit.
 
-Nothing is loaded: what `clora.distill.memory` counts with comes from the base's configurations, adapters from the
-headers of LoRA files.
+Nothing is loaded, and for a well-known base nothing downloaded: what `clora.distill.memory` counts with comes from the
+base's configurations, adapters from the headers of LoRA files.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clora.backbones.qwen_image.footprint import ModelShapes, model_shapes
-from clora.backbones.qwen_image.pipeline import transformer_config
+from clora.backbones.base import Footprint
+from clora.backbones.load import read_footprint
 from clora.config import Config
 from clora.distill.memory import (
     GB,
@@ -27,7 +27,7 @@ from clora.distill.memory import (
 )
 
 
-def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str, dict[str, int]]:
+def communication_plan(footprint: Footprint, settings: TrainSettings) -> dict[str, dict[str, int]]:
     """Bytes that each GPU moves in one update of the student (effect stream) and of the critic; none alone.
 
     A ring sends (N - 1) / N of a tensor to gather it or to scatter its sum. Gradients are scattered once an update in
@@ -44,8 +44,8 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
         "student": ta_fm * (1 + 1) + dmd_ts * (2 + 1) + dmd_bs * ((steps + 1) / 2 + 1 + 1),
         "critic": longest / together + 1 + 1,
     }
-    trained = dict(zip(("student", "critic"), trained_parameters(shapes, settings), strict=True))
-    base = base_weights(shapes, settings) if settings.shard_base else 0
+    trained = dict(zip(("student", "critic"), trained_parameters(footprint, settings), strict=True))
+    base = base_weights(footprint, settings) if settings.shard_base else 0
     return {
         name: {
             "reduce-scatter of gradients": round(share * 4 * trained[name]),
@@ -57,7 +57,7 @@ def communication_plan(shapes: ModelShapes, settings: TrainSettings) -> dict[str
     }
 
 
-def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> tuple[list[str], bool]:
+def find_mends(footprint: Footprint, settings: TrainSettings, memory: float) -> tuple[list[str], bool]:
     """Changes of the configuration that make a run fit, each on top of those before it, and whether they suffice.
 
     In this order: what costs time (checkpointing), precision (moments in bfloat16), time again (a base in parts or else
@@ -80,7 +80,7 @@ def find_mends(shapes: ModelShapes, settings: TrainSettings, memory: float) -> t
     mends: dict[str, tuple[str, dict[str, Any]]] = {}
 
     def needed(changes: Iterable[tuple[str, dict[str, Any]]]) -> float:
-        return memory_plan(shapes, replace(settings, **{k: v for _, one in changes for k, v in one.items()})).needed
+        return memory_plan(footprint, replace(settings, **{k: v for _, one in changes for k, v in one.items()})).needed
 
     best = needed(())
     for override, change in steps:
@@ -151,15 +151,16 @@ def plan_training(config: Config, num_gpus: int, memory_gb: float) -> TrainPlan:
     Reads the base's configurations and the headers of LoRA files; `InputErrors` for those at fault. A teacher that is
     still to be taught counts with `teach.rank`.
     """
-    shapes = model_shapes(transformer_config(config.base.model, config.base.revision))
+    footprint = read_footprint(config.base.model, config.base.revision)
     memory = memory_gb * GB
-    settings = on_gpus(read_settings(config), config, num_gpus)
+    settings = on_gpus(read_settings(config, footprint), config, num_gpus)
     if settings.checkpointing:
-        settings = replace(settings, num_blocks_kept=choose_num_blocks_kept(shapes, settings, budget(config, memory)))
-    planned = memory_plan(shapes, settings)
+        kept = choose_num_blocks_kept(footprint, settings, budget(config, memory))
+        settings = replace(settings, num_blocks_kept=kept)
+    planned = memory_plan(footprint, settings)
     fits = planned.needed <= memory
-    mends, suffice = ([], True) if fits else find_mends(shapes, settings, memory)
-    communication = communication_plan(shapes, settings)
-    least = memory_plan(shapes, replace(settings, num_blocks_kept=0)).needed
-    layers = shapes.num_layers
+    mends, suffice = ([], True) if fits else find_mends(footprint, settings, memory)
+    communication = communication_plan(footprint, settings)
+    least = memory_plan(footprint, replace(settings, num_blocks_kept=0)).needed
+    layers = footprint.num_layers
     return TrainPlan(settings, memory_gb, planned, least, layers, communication, fits, mends, suffice)

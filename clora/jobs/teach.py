@@ -52,7 +52,7 @@ def teach(
     config = run.config
     with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
         workspace = open_workspace(run, console)
-        write_run(config, JOINT if joint else "teach", workspace.hashes)
+        write_run(workspace.config, JOINT if joint else "teach", workspace.hashes)
         return teach_joint(workspace, resume, console) if joint else teach_each(workspace, resume, console)
 
 
@@ -181,7 +181,10 @@ def _learn(
     settings, mine, title = workspace.config.teach, own[distributed.rank()], f"{job} step {step}"
     rounds = [group_by_size([batch.examples[i] for i in rows]) for rows in own]
     groups = rounds[distributed.rank()]
-    mean, per_sample = torch.zeros((), device=group.device), torch.zeros(len(mine), device=group.device)
+    mean, per_sample = (
+        torch.zeros((), device=workspace.backbone.device),
+        torch.zeros(len(mine), device=workspace.backbone.device),
+    )
     for k in range(max(map(len, rounds))):
         some, share = (groups[k], len(groups[k]) / len(mine)) if k < len(groups) else (groups[0][:1], 0.0)
         loss, each = _flow_step(workspace, batch, [mine[i] for i in some], [slots[i] for i in some])

@@ -24,11 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from clora.errors import InputError, did_you_mean, raise_faults
-from clora.lora.layers import BLOCK_LINEARS
 from clora.lora.module import LoraModule
 from clora.lora.slots import Plan, Slot, SlotChoice, SlotLinear, make_plan, merge_weight
 
-DEFAULT_TARGETS = BLOCK_LINEARS
 Init = Literal["lora", "zeros"]
 
 
@@ -249,7 +247,7 @@ def _fit_faults(shapes: Mapping[str, tuple[int, int]], modules: Mapping[str, Lor
     return faults
 
 
-def inject_adapters(transformer: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS) -> Adapters:
+def inject_adapters(transformer: nn.Module, targets: Sequence[str]) -> Adapters:
     """Freeze `transformer` and make every linear whose name is, or ends in `.` and, a target a `SlotLinear`.
 
     The weights stay the same tensors under the same names. Raises `InputErrors` listing targets that match

@@ -1,4 +1,4 @@
-"""Names of the linears that LoRA files speak of, by model family."""
+"""Names of the linears that LoRA files and configurations speak of, by model family (so far Qwen-Image)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ BLOCK_LINEARS = (
     "img_mod.1",
     "txt_mod.1",
 )
+
+# What an adapter covers where `student.targets` names nothing: all of them (the authors' list), as suffixes of module
+# names. Spelled as configurations always have, whose fingerprints compare words.
+QWEN_IMAGE_TARGETS = tuple(name.removeprefix("attn.") for name in BLOCK_LINEARS)
 
 # The linear layers outside the blocks, which few adapters cover.
 TOP_LINEARS = (

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.load import linear_shapes
 from clora.cli import commands as cli
 from clora.config import Config, load_config
 from clora.errors import InputError, InputErrors, Interrupted, NonFiniteError, ProcessLost, Stopped, WriteError

@@ -10,7 +10,6 @@ import yaml
 from pydantic import BaseModel
 
 from clora.config import (
-    DEFAULT_TARGETS,
     PRESETS,
     Config,
     EffectConfig,
@@ -24,6 +23,7 @@ from clora.config import (
 )
 from clora.config.fingerprint import felt_values
 from clora.errors import InputError, InputErrors
+from clora.lora.layers import QWEN_IMAGE_TARGETS
 
 SECTIONS = ("student", "teach", "targets", "objective", "schedule", "train", "extend", "eval", "prompts")
 MINIMAL = "output_dir: out\nbase: Qwen/Qwen-Image-Edit-2509\n"
@@ -114,7 +114,6 @@ def test_authors_preset_has_the_figures_of_their_code(tmp_path: Path) -> None:
     assert lowest == pytest.approx(0.75)
     assert (objective.ta_fm_sigma, config.student.rank, config.student.alpha) == ("above_dmd", 128, 128)
     assert (config.train.max_grad_norm, config.train.adam_beta1, config.train.adam_beta2) == (10, 0.9, 0.999)
-    assert len(DEFAULT_TARGETS) == 14 and tuple(config.student.targets) == DEFAULT_TARGETS
 
 
 def test_preset_left_out_follows_the_base(tmp_path: Path) -> None:
@@ -441,6 +440,23 @@ def test_fingerprint_leaves_out_the_marked_fields_and_no_other() -> None:
     assert set(felt) == set(Config.model_fields) - {key for key in marked(Config) if "." not in key}
     train = {key.removeprefix("train.") for key in marked(Config) if key.startswith("train.")}
     assert set(felt["train"]) == set(TrainConfig.model_fields) - train
+
+
+def test_fingerprint_is_the_same_whoever_named_the_targets(tmp_path: Path) -> None:
+    """Left out, they are the base's own: the list that configurations spelled before (the authors', both streams)."""
+    spelled = [
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1", "txt_mod.1"),
+    ]
+    path = write(tmp_path, MINIMAL)
+    left_out, named, fewer = (
+        load_config(path, overrides).with_targets(QWEN_IMAGE_TARGETS)
+        for overrides in ([], [f"student.targets=[{','.join(spelled)}]"], ["student.targets=[to_q]"])
+    )
+    assert load_config(path).student.targets is None and left_out.student.targets == spelled
+    assert left_out.fingerprint() == named.fingerprint() != fewer.fingerprint()
+    assert fewer.student.targets == ["to_q"] and left_out.folder == tmp_path
+    assert "student.targets" in faults_of(path, "student.targets=[]")[0]
 
 
 def test_fingerprint_survives_moving_the_folder(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from PIL import Image
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from clora.backbones.qwen_image.pipeline import StillImageProcessor, linear_shapes, pass_token_types
+from clora.backbones.load import linear_shapes
+from clora.backbones.qwen_image.pipeline import StillImageProcessor, pass_token_types
 from clora.data.images import load_image
 from clora.errors import InputError, InputErrors, Stopped, WriteError
 from clora.inference.edit_plan import EditRequest, plan_edit, result_paths, size_notes, with_collection

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.load import linear_shapes
 from clora.cli import commands as cli
 from clora.config import Config, build_config
 from clora.data.examples import collate

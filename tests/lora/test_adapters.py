@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from clora.config import DEFAULT_TARGETS as CONFIG_TARGETS
 from clora.errors import InputError, InputErrors
-from clora.lora.adapters import DEFAULT_TARGETS, Adapters, inject_adapters
+from clora.lora.adapters import Adapters, inject_adapters
+from clora.lora.layers import BLOCK_LINEARS, QWEN_IMAGE_TARGETS
 from clora.lora.module import LoraModule
 from clora.lora.recompute import checkpoint_fn
 from tests.support.random_base import random_transformer
@@ -69,15 +69,15 @@ def assert_same(found: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
 def test_inject_adapters_shares_and_freezes_the_weights() -> None:
     model = random_transformer()
     before = dict(model.named_parameters())
-    adapters = inject_adapters(model)
+    adapters = inject_adapters(model, QWEN_IMAGE_TARGETS)
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] and not after[name].requires_grad for name in before)
-    assert len(adapters.linears) == 2 * len(DEFAULT_TARGETS)
+    assert len(adapters.linears) == 2 * len(QWEN_IMAGE_TARGETS)
     shapes = adapters.module_shapes
     assert shapes["transformer_blocks.1.img_mod.1"] == (6 * 48, 48) and "proj_out" not in shapes
-    # The configuration's shorter suffixes name the same layers.
-    assert list(inject_adapters(random_transformer(), CONFIG_TARGETS).module_shapes) == list(shapes)
+    # Their names in full name the same layers.
+    assert list(inject_adapters(random_transformer(), BLOCK_LINEARS).module_shapes) == list(shapes)
 
 
 def test_inject_adapters_lists_unknown_targets() -> None:
@@ -86,9 +86,9 @@ def test_inject_adapters_lists_unknown_targets() -> None:
     assert len(caught.value.faults) == 2
     assert "'attn.to_qq'" in caught.value.faults[0] and "'attn.to_q'" in caught.value.faults[0]
     model = random_transformer()
-    inject_adapters(model)
+    inject_adapters(model, QWEN_IMAGE_TARGETS)
     with pytest.raises(ValueError, match="already"):
-        inject_adapters(model)
+        inject_adapters(model, QWEN_IMAGE_TARGETS)
 
 
 def test_without_use_the_base_alone() -> None:
@@ -352,7 +352,7 @@ def test_checkpoint_fn_same_gradients(rows: Any, zero_cond_t: bool) -> None:
     gradients = []
     for checkpointed in (False, True):
         model = random_transformer(zero_cond_t=zero_cond_t)
-        adapters = inject_adapters(model)
+        adapters = inject_adapters(model, QWEN_IMAGE_TARGETS)
         adapters.add_stack("u", ["s", "t"], 3, 6, trainable=True, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             for i, parameter in enumerate(adapters.parameters("u")):
@@ -384,7 +384,7 @@ def test_checkpoint_fn_same_gradients(rows: Any, zero_cond_t: bool) -> None:
 def test_checkpoint_without_the_slots_would_be_wrong() -> None:
     # The test above must be able to fail: the stock function recomputes the base.
     model = random_transformer()
-    adapters = inject_adapters(model)
+    adapters = inject_adapters(model, QWEN_IMAGE_TARGETS)
     adapters.add_stack("s", ["s"], 3, 6, trainable=True)
     model.enable_gradient_checkpointing()
     with adapters.use(["s"]):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.training.cycle_models import as_backbone
-from clora.backbones.qwen_image.backbone import Kernels, load_backbone
+from clora.backbones.base import Kernels
+from clora.backbones.load import load_backbone
 from clora.errors import InputError
 from clora.jobs.teach import teach
 from clora.jobs.train import make_caches, train

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from bench.lab.tiny_base import reconstruction
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+from clora.backbones.load import load_backbone
+from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.backbones.qwen_image.pipeline import StillImageProcessor
 from clora.config import acceleration_lora, default_preset, general_data, resolve_base
 from clora.data.pairs import read_pairs

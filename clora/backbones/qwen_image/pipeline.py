@@ -9,7 +9,7 @@ encoder silently loses the 3-D positions of reference images (diffusers issue 14
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_torchvision_available
 
-from clora.config import resolve_base
 from clora.errors import InputError
-
-COMPONENTS = ("vae", "text_encoder", "transformer")
-PIPELINE_CLASS = "QwenImageEditPlusPipeline"
 
 
 class StillImageProcessor(Qwen2VLProcessor):
@@ -47,12 +43,11 @@ class StillImageProcessor(Qwen2VLProcessor):
         return ["image_processor", "tokenizer"]
 
 
-def load_pipeline(path: Path | str, dtype: torch.dtype, components: Sequence[str], revision: str | None) -> Any:
-    """The stock pipeline from a folder or hub id, with None for the components left out.
+def load_pipeline(base: str, folder: Path, dtype: torch.dtype, components: Sequence[str]) -> Any:
+    """The stock pipeline from a folder (called `base` in messages), with None for the components left out.
 
-    It carries `text_positions`, the longest sequence of its text encoder. Raises `InputError` when `path`
-    holds another pipeline, pieces that do not fit each other, or a tokenizer the prompt template was not made
-    for.
+    It carries `text_positions`, the longest sequence of its text encoder. Raises `InputError` for pieces that do not
+    fit each other, or a tokenizer the prompt template was not made for.
     """
 
     # Their progress bars for loading weights would tear ours apart.
@@ -60,19 +55,15 @@ def load_pipeline(path: Path | str, dtype: torch.dtype, components: Sequence[str
     diffusers_logging.disable_progress_bar()
 
     def load(cls: Any, name: str, **kwargs: Any) -> Any:
-        return cls.from_pretrained(path, subfolder=name, revision=revision, **kwargs)
+        return cls.from_pretrained(folder, subfolder=name, **kwargs)
 
     def optional(cls: Any, name: str, **kwargs: Any) -> Any:
         return load(cls, name, **kwargs) if name in components else None
 
-    pipeline_class: Any = QwenImageEditPlusPipeline
-    found = pipeline_class.load_config(path, revision=revision).get("_class_name")
-    if found != PIPELINE_CLASS:
-        raise InputError(f"base {path}: its model_index.json names {found}; clora needs a {PIPELINE_CLASS}")
-    vae_config = AutoencoderKLQwenImage.load_config(path, subfolder="vae", revision=revision)
-    config = QwenImageTransformer2DModel.load_config(path, subfolder="transformer", revision=revision)
-    _check_config(path, config, vae_config)
+    vae_config = AutoencoderKLQwenImage.load_config(folder, subfolder="vae")
+    _check_config(base, QwenImageTransformer2DModel.load_config(folder, subfolder="transformer"), vae_config)
     tokenizer = load(Qwen2Tokenizer, "tokenizer")
+    pipeline_class: Any = QwenImageEditPlusPipeline
     pipeline = pipeline_class(
         scheduler=load(FlowMatchEulerDiscreteScheduler, "scheduler"),
         vae=optional(AutoencoderKLQwenImage, "vae", torch_dtype=dtype),
@@ -85,7 +76,7 @@ def load_pipeline(path: Path | str, dtype: torch.dtype, components: Sequence[str
     pipeline.vae_scale_factor = 2 ** len(vae_config["temperal_downsample"])
     pipeline.latent_channels = vae_config["z_dim"]
     pipeline.text_positions = load(Qwen2_5_VLConfig, "text_encoder").text_config.max_position_embeddings
-    _check_template(path, pipeline)
+    _check_template(base, pipeline)
     for name in components:
         getattr(pipeline, name).requires_grad_(False).eval()
     if pipeline.text_encoder is not None:
@@ -93,45 +84,15 @@ def load_pipeline(path: Path | str, dtype: torch.dtype, components: Sequence[str
     return pipeline
 
 
-def transformer_config(base: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """The transformer's configuration; no weights are read."""
-    return dict(_config_of(QwenImageTransformer2DModel, base, "transformer", revision))
-
-
-def linear_shapes(base: str | Path, revision: str | None = None) -> dict[str, tuple[int, int]]:
-    """Names and weight shapes (N, K) of a base's linear layers from its configuration alone, for
-    `check_lora`."""
-    model: Any = QwenImageTransformer2DModel
-    config = transformer_config(base, revision)
+def count_encoder_parameters(vae: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters of the VAE and the text encoder ("vae", "text_encoder"), from their config.json."""
+    vae_class: Any = AutoencoderKLQwenImage
     with torch.device("meta"):
-        linears = model.from_config(config).named_modules()
-    return {
-        name: (linear.out_features, linear.in_features) for name, linear in linears if isinstance(linear, nn.Linear)
-    }
-
-
-def pixels_per_token(base: str | Path, revision: str | None = None) -> int:
-    """Pixels along one side of a token, from the VAE's configuration."""
-    vae_config = _config_of(AutoencoderKLQwenImage, base, "vae", revision)
-    return int(2 * 2 ** len(vae_config["temperal_downsample"]))
-
-
-def encoder_parameters(base: str | Path, revision: str | None = None) -> dict[str, int]:
-    """Parameters of the VAE and the text encoder, from their configurations."""
-    vae: Any = AutoencoderKLQwenImage
-    vae_config = _config_of(vae, base, "vae", revision)
-    text_config = _config_of(Qwen2_5_VLConfig, base, "text_encoder", revision)
-    with torch.device("meta"):
-        models = {"vae": vae.from_config(vae_config), "text_encoder": Qwen2_5_VLForConditionalGeneration(text_config)}
+        models = {
+            "vae": vae_class.from_config(dict(vae)),
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(text_encoder))),
+        }
     return {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-
-
-def _config_of(cls: Any, base: str | Path, component: str, revision: str | None) -> Any:
-    load = cls.load_config if hasattr(cls, "load_config") else cls.from_pretrained
-    try:
-        return load(resolve_base(base), subfolder=component, revision=revision)
-    except OSError as error:
-        raise InputError(f"base {base}: cannot be loaded ({error}); check the name, or download it first") from error
 
 
 def pass_token_types(text_encoder: nn.Module) -> None:
@@ -153,23 +114,23 @@ def pass_token_types(text_encoder: nn.Module) -> None:
     text_encoder.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _check_config(path: Path | str, transformer: Any, vae: Any) -> None:
+def _check_config(base: str, transformer: Any, vae: Any) -> None:
     """Refuse transformers of the family that need inputs an edit does not have."""
     for flag in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
         if transformer.get(flag):
-            raise InputError(f"base {path}: its transformer has {flag}, which clora cannot feed; use another")
+            raise InputError(f"base {base}: its transformer has {flag}, which clora cannot feed; use another")
     given, needed = transformer.get("in_channels", 64), 4 * vae.get("z_dim", 16)
     if given != needed:
-        raise InputError(f"base {path}: transformer of {given} channels a token, VAE of {needed}; replace one")
+        raise InputError(f"base {base}: transformer of {given} channels a token, VAE of {needed}; replace one")
 
 
-def _check_template(path: Path | str, pipeline: Any) -> None:
+def _check_template(base: str, pipeline: Any) -> None:
     """The pipeline drops a fixed number of tokens, which must be the system prompt and nothing else."""
     length = len(pipeline.tokenizer(pipeline.prompt_template_encode.split("{}")[0])["input_ids"])
     dropped = pipeline.prompt_template_encode_start_idx
     if length != dropped:
         raise InputError(
-            f"base {path}: its tokenizer makes {length} tokens of the system prompt where the pipeline drops"
+            f"base {base}: its tokenizer makes {length} tokens of the system prompt where the pipeline drops"
             f" {dropped}; use the tokenizer the base was trained with"
         )
 

@@ -8,28 +8,37 @@ off by more than `STOCK_ERROR` the base's own grid of tokens, which is finer, de
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 
-from clora.config import BaseSidecar
+from clora.backbones.cond import Size
 from clora.errors import InputError
-
-Size = tuple[int, int]  # height and width in pixels
 
 STOCK_ERROR = 0.02  # of the aspect ratio, as |log|: up to this the size is bit for bit the stock pipeline's
 LEAST_AREA, MOST_AREA = 3 / 4, 5 / 4  # of the base's area: so far a size may leave it to keep a shape
 MOST_ASPECT = 200  # the text encoder's image processor refuses longer images
 
 
-def image_size(pixels: tuple[int, int], sizes: BaseSidecar, unit: int) -> Size:
+@dataclass(frozen=True)
+class ImageSizes:
+    """Pixels that a reference image is scaled to for the VAE and for the text encoder's eye, and the (height, width)
+    of a result when no image says otherwise. The defaults are the stock pipeline's."""
+
+    vae_image_area: int = 1024 * 1024
+    condition_image_area: int = 384 * 384
+    default_size: Size = (1024, 1024)
+
+
+def image_size(pixels: tuple[int, int], sizes: ImageSizes, unit: int) -> Size:
     """The size of what is made of an image of `pixels` (width, height), and at which the VAE is shown it.
 
     A multiple of `unit` pixels (a token's side). Raises `InputError` for an image so long that the text encoder, or
     the base's grid, has no size for it.
     """
     ratio = pixels[0] / pixels[1]
-    seen = condition_size(pixels, sizes)
+    seen = condition_size(pixels, sizes.condition_image_area)
     size = None if min(seen) < 1 or max(seen) >= MOST_ASPECT * min(seen) else _kept(ratio, sizes.vae_image_area, unit)
     if size is None:
         what = "narrow" if ratio < 1 else "flat"
@@ -37,9 +46,9 @@ def image_size(pixels: tuple[int, int], sizes: BaseSidecar, unit: int) -> Size:
     return size
 
 
-def condition_size(pixels: tuple[int, int], sizes: BaseSidecar) -> Size:
+def condition_size(pixels: tuple[int, int], area: int) -> Size:
     """The size at which the stock pipeline shows an image of `pixels` (width, height) to the text encoder."""
-    return _stock(pixels[0] / pixels[1], sizes.condition_image_area)
+    return _stock(pixels[0] / pixels[1], area)
 
 
 def _stock(ratio: float, area: int) -> Size:

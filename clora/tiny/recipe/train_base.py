@@ -26,7 +26,9 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+from clora.backbones.load import load_backbone
+from clora.backbones.qwen_image.backbone import QwenImageBackbone
+from clora.backbones.qwen_image.images import pack_latents
 from clora.method.flow import add_noise, shift_sigma, velocity_target
 from clora.tiny.images import Bytes, EditPairs, edit_pairs
 from clora.tiny.recipe.train_vae import encode_moments, optimizers, set_lr, to_frame_convs, warm_cosine
@@ -59,9 +61,7 @@ def encode_latents(backbone: QwenImageBackbone, images: Bytes) -> Tensor:
     for part in torch.from_numpy(images).split(64):
         pixels = (part.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         latents = (encode_moments(vae, pixels)[0] - mean) / std
-        side = latents.shape[-1]
-        packed = backbone.pipeline._pack_latents(latents, len(part), latents.shape[1], side, side)
-        out.append(packed.half())
+        out.append(pack_latents(backbone.pipeline, latents).half())
     return torch.cat(out)
 
 
@@ -225,6 +225,7 @@ def main() -> None:
         # The backbone reads the transformer's configuration, though only its encoders are needed here.
         QwenImageTransformer2DModel(**TRANSFORMER_CONFIG).save_config(arguments.base / "transformer")
         backbone = load_backbone(str(arguments.base), torch.device("cpu"), torch.float32, ("vae", "text_encoder"))
+        assert isinstance(backbone, QwenImageBackbone)
         pairs = edit_pairs(arguments.pairs, arguments.seed, open_share=arguments.open_share)
         save_file(encode_pairs(backbone, pairs), cached)
     model = train(load_file(cached), arguments.steps, arguments.batch_size, arguments.seed, arguments.work)

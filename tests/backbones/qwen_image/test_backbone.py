@@ -14,9 +14,10 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
 from torch import Tensor, nn
 
-from clora.backbones.cond import Cond
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.cond import Cond, make_cond
+from clora.backbones.load import linear_shapes, load_backbone
+from clora.backbones.qwen_image.backbone import QwenImageBackbone
+from clora.backbones.qwen_image.text import condition_image
 from clora.config import resolve_base
 from clora.errors import InputError, InputErrors
 from clora.lora.module import LoraModule
@@ -89,7 +90,7 @@ def test_velocity_is_the_stock_noise_pred_bitwise(
     assert len(calls) == len(SIGMAS)
 
     refs = [backbone.encode_references([image]) for image in images]
-    cond = backbone.make_cond(backbone.encode_prompts([PROMPT], [images]), refs, (8, 8))
+    cond = make_cond(backbone.encode_prompts([PROMPT], [images]), refs, (8, 8))
     sigmas = backbone.pipeline.scheduler.sigmas
     seen: list[Tensor] = []
     backbone.transformer.register_forward_pre_hook(
@@ -147,7 +148,7 @@ def test_encode_prompts_passes_the_token_types(backbone: QwenImageBackbone) -> N
     """The processor's own output, given to the text encoder in full, is the reference."""
     image = picture(0)
     pipeline, encoder = backbone.pipeline, backbone.pipeline.text_encoder
-    small = backbone._condition_image(image)
+    small = condition_image(pipeline, image, AREA)
     text = pipeline.prompt_template_encode.format("Picture 1: <|vision_start|><|image_pad|><|vision_end|>" + PROMPT)
     inputs = pipeline.processor(text=[text], images=[small], return_tensors="pt")
     assert inputs["mm_token_type_ids"].sum() == (inputs["input_ids"] == encoder.config.image_token_id).sum() == 4
@@ -192,7 +193,7 @@ def random_cond(backbone: QwenImageBackbone, lengths: list[int], seed: int = 0) 
         (torch.randn(len(lengths), 12, 64, generator=rng), (3, 4)),
         (torch.randn(len(lengths), 4, 64, generator=rng), (2, 2)),
     ]
-    return backbone.make_cond(text, refs, (4, 2), [f"e{i}" for i in range(len(lengths))])
+    return make_cond(text, refs, (4, 2), [f"e{i}" for i in range(len(lengths))])
 
 
 @pytest.mark.parametrize("which", ["base", "zero_cond_t_base"])
@@ -237,13 +238,13 @@ def test_cond_select_and_cat_are_inverse(backbone: QwenImageBackbone) -> None:
     assert turned.text_mask_BL is not None and turned.text_mask_BL.sum(1).tolist() == [2, 5]
     assert turned.to("cpu", torch.bfloat16).refs[0].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="bucket by size"):
-        cat_conds([cond, backbone.make_cond(list(cond.text_BLD), [], (4, 2))])
+        cat_conds([cond, make_cond(list(cond.text_BLD), [], (4, 2))])
 
 
 def test_make_cond_without_padding_has_no_mask(backbone: QwenImageBackbone) -> None:
     assert random_cond(backbone, [4, 4]).text_mask_BL is None
     with pytest.raises(ValueError, match="do not have"):
-        backbone.make_cond([torch.zeros(2, 32)], [(torch.zeros(1, 5, 64), (2, 2))], (2, 2))
+        make_cond([torch.zeros(2, 32)], [(torch.zeros(1, 5, 64), (2, 2))], (2, 2))
 
 
 def test_velocity_fp32_latents_on_a_bf16_base(base: Path) -> None:

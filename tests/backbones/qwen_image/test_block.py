@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clora.backbones.qwen_image.block as qwen_block
 from bench.training.cycle_models import SIZES, as_backbone, make_data, make_distiller
-from clora.backbones.cond import Cond
-from clora.backbones.qwen_image.backbone import KEPT, Kernels, QwenImageBackbone, load_backbone
+from clora.backbones.cond import Cond, make_cond
+from clora.backbones.load import load_backbone
+from clora.backbones.qwen_image.backbone import KEPT, Kernels, QwenImageBackbone
 from clora.backbones.qwen_image.block import FusedBlock, fuse_blocks, joint_attention
 from clora.kernels.adaln import adaln_op, gated_residual_adaln_op
 from clora.kernels.lora_linear import lora_linear_op
@@ -67,7 +68,7 @@ def batch(texts: Sequence[int], width: int, device: Any = "cpu") -> tuple[Tensor
     n, tokens = len(texts), grid[0] * grid[1]
     prompts = [torch.randn(length, width, generator=rng) for length in texts]
     reference = torch.randn(n, 4, 64, generator=rng)
-    cond = QwenImageBackbone.make_cond(prompts, [(reference, (2, 2))], grid)
+    cond = make_cond(prompts, [(reference, (2, 2))], grid)
     latents, sigma = torch.randn(n, tokens, 64, generator=rng), torch.rand(n, generator=rng)
     return latents.to(device), sigma.to(device), cond.to(device)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 
-from clora.backbones.qwen_image.sizes import STOCK_ERROR, condition_size, image_size
-from clora.config import BaseSidecar, BucketConfig
+from clora.backbones.qwen_image.sizes import STOCK_ERROR, ImageSizes, condition_size, image_size
+from clora.config import BucketConfig
 from clora.data.images import aspect_buckets
 from clora.errors import InputError
 
-REAL = BaseSidecar.model_validate({})
-TINY = BaseSidecar(vae_image_area=4096, condition_image_area=4096)
+REAL = ImageSizes()
+TINY = ImageSizes(4096, 4096)
 
 
 def off(size: tuple[int, int], pixels: tuple[int, int]) -> float:
@@ -67,13 +67,13 @@ def test_image_size_of_the_tiny_base_is_never_far_off() -> None:
 
 def test_condition_size_is_the_stock_pipelines() -> None:
     width, height = stock.calculate_dimensions(384 * 384, 641 / 479)
-    assert condition_size((641, 479), REAL) == (height, width)
+    assert condition_size((641, 479), REAL.condition_image_area) == (height, width)
 
 
 @pytest.mark.parametrize(("pixels", "what"), [((4000, 12), "flat"), ((3, 2000), "narrow")])
 @pytest.mark.parametrize(("sizes", "unit"), [(REAL, 16), (TINY, 8)])
 def test_image_size_refuses_what_the_text_encoder_cannot_be_shown(
-    pixels: tuple[int, int], what: str, sizes: BaseSidecar, unit: int
+    pixels: tuple[int, int], what: str, sizes: ImageSizes, unit: int
 ) -> None:
     with pytest.raises(InputError, match=rf"an image of {pixels[0]}x{pixels[1]} pixels is too {what}.*; crop it"):
         image_size(pixels, sizes, unit)
