@@ -179,12 +179,10 @@ def _learn(
         The mean loss of this process's samples, and that of each (n,), detached.
     """
     settings, mine, title = workspace.config.teach, own[distributed.rank()], f"{job} step {step}"
+    device = workspace.backbone.device
     rounds = [group_by_size([batch.examples[i] for i in rows]) for rows in own]
     groups = rounds[distributed.rank()]
-    mean, per_sample = (
-        torch.zeros((), device=workspace.backbone.device),
-        torch.zeros(len(mine), device=workspace.backbone.device),
-    )
+    mean, per_sample = torch.zeros((), device=device), torch.zeros(len(mine), device=device)
     for k in range(max(map(len, rounds))):
         some, share = (groups[k], len(groups[k]) / len(mine)) if k < len(groups) else (groups[0][:1], 0.0)
         loss, each = _flow_step(workspace, batch, [mine[i] for i in some], [slots[i] for i in some])

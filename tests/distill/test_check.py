@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 
 import clora.data.examples as examples_module
 import clora.distill.workspace as workspace_module
-from clora.backbones.qwen_image.backbone import load_backbone
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.load import linear_shapes, load_backbone
 from clora.cli.commands import app
 from clora.config import Config
 from clora.distill.check import CheckedRun, check_teaching, check_training, teacher_files

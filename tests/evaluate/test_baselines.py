@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+from clora.backbones.load import load_backbone
+from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import build_config
 from clora.data.examples import Example, collate
 from clora.evaluate.baselines import COLLECTION, Method, collection_method, methods, sample_examples

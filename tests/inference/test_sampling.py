@@ -16,7 +16,8 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
 
 from clora.backbones.base_schedule import base_sigmas
-from clora.backbones.qwen_image.backbone import QwenImageBackbone, load_backbone
+from clora.backbones.load import load_backbone
+from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import build_config, resolve_base
 from clora.errors import InputError
 from clora.inference.sampling import (

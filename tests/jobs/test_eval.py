@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from clora.backbones.qwen_image.pipeline import linear_shapes
+from clora.backbones.load import linear_shapes
 from clora.config import Config, build_config
 from clora.errors import InputErrors
 from clora.evaluate.metrics.image import PSNR_CAP

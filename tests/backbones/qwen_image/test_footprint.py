@@ -18,7 +18,7 @@ from clora.backbones.qwen_image.pipeline import count_encoder_parameters
 from clora.lora.adapters import Adapters, inject_adapters
 from clora.lora.layers import QWEN_IMAGE_TARGETS
 from clora.lora.recompute import checkpoint_fn
-from clora.training.optimizer import Group
+from clora.training.flat_parameters import FlatParameters
 from tests.support.memory import PeakBytes
 from tests.support.random_base import random_transformer
 
@@ -44,7 +44,7 @@ def model_with_adapters(dtype: torch.dtype, **config: Any) -> tuple[Any, Adapter
     model.set_attention_backend("native")
     adapters = inject_adapters(model, QWEN_IMAGE_TARGETS)
     adapters.add_stack("student", ["student"], RANK, RANK, trainable=True)
-    Group(adapters.named_parameters("student"), 1.0, dtype=dtype)
+    FlatParameters(adapters.named_parameters("student"), dtype=dtype)
     return model, adapters
 
 
