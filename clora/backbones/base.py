@@ -1,29 +1,24 @@
-"""What a model family offers: the two Protocols that the rest of the package is typed on.
+"""What a model family offers: the Protocol that the rest of the package is typed on.
 
 A `Backbone` is an open base. Everything with a model's name in it (its pipeline, how it packs latents, what its blocks
-are called) stays behind it, in the family's folder. A `Footprint` counts a base that is not open, from its
-configuration.
+are called) stays behind it, in the family's folder. A base that is not open is counted by `counts.Footprint`.
 
 Shape legend: B batch, T image tokens, C latent channels per token, L text tokens, D text width, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from clora.backbones import Kernels
 from clora.backbones.cond import Cond, Grid, Size
 from clora.lora.adapters import Adapters
 from clora.lora.slots import Slot
-
-Kernels = Literal["auto", "reference", "fused"]
-
-COMPONENTS = ("vae", "text_encoder", "transformer")  # the parts of a base that have weights
 
 
 class Backbone(Protocol):
@@ -107,74 +102,3 @@ class Backbone(Protocol):
 
     def velocity(self, x_BTC: Tensor, sigma_B: Tensor, cond: Cond, slots: Sequence[Slot] | None = None) -> Tensor:
         """eps - x0 at noise level sigma (1 = noise), (B, T, C) in x's dtype; `slots` as in `Adapters.use`."""
-
-
-@dataclass(frozen=True)
-class ForwardSize:
-    """One forward, as numbers: its samples, the tokens of each, bytes of one number, the rank of adapters in use."""
-
-    batch_size: int
-    image_tokens: int
-    reference_tokens: int
-    text_tokens: int
-    itemsize: int
-    rank: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """T of one sample: image, references and text."""
-        return self.image_tokens + self.reference_tokens + self.text_tokens
-
-
-class Footprint(Protocol):
-    """Sizes of a base from its configuration alone. Counts are of numbers, memory is in bytes of tensors."""
-
-    @property
-    def num_layers(self) -> int:
-        """Blocks of the transformer."""
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the transformer."""
-
-    @property
-    def linears(self) -> Mapping[str, tuple[int, int]]:
-        """(N, K) of the transformer's linears by module name: what a LoRA file is held against."""
-
-    @property
-    def block_linears(self) -> list[tuple[int, int]]:
-        """(N, K) of the linears of all blocks."""
-
-    @property
-    def block_parameters(self) -> int:
-        """Parameters of one block."""
-
-    @property
-    def default_targets(self) -> tuple[str, ...]:
-        """The linears that an adapter covers where nobody says which, as suffixes of module names."""
-
-    @property
-    def pixels_per_token(self) -> int:
-        """Pixels along one side of a token."""
-
-    @property
-    def reference_tokens(self) -> int:
-        """Tokens of one reference image at the size at which the transformer sees it."""
-
-    def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
-        """Parameters of a LoRA of this rank on the linears whose names end in a target."""
-
-    def saved_by_block(self, forward: ForwardSize) -> int:
-        """What autograd keeps of one block's forward, adapters on the default targets."""
-
-    def saved_by_recomputed_block(self, forward: ForwardSize) -> int:
-        """What stays of it where the block is recomputed in the backward pass."""
-
-    def saved_outside_blocks(self, forward: ForwardSize) -> int:
-        """What autograd keeps of the layers before and behind the blocks."""
-
-    def forward_workspace(self, forward: ForwardSize) -> int:
-        """Most that is alive in a forward without grad, beyond its inputs."""
-
-    def backward_workspace(self, forward: ForwardSize) -> int:
-        """Most that a block's backward takes beyond what its forward kept."""

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from clora.backbones.base import COMPONENTS, Backbone, Footprint
+from clora.backbones import COMPONENTS
+from clora.backbones.base import Backbone
 from clora.backbones.cond import Size
+from clora.backbones.counts import Footprint
 from clora.backbones.hub import hub_folder
 from clora.config import Quantize, read_sidecar, resolve_base
 from clora.errors import InputError

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from clora.backbones.base import Footprint, ForwardSize
+from clora.backbones.counts import Footprint, ForwardSize
 from clora.backbones.load import encoder_parameters, read_footprint
 from clora.config import Config, acceleration_of
 from clora.distill.roles import TARGET_BATCH

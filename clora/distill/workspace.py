@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from clora.backbones.base import COMPONENTS, Backbone
+from clora.backbones import COMPONENTS
+from clora.backbones.base import Backbone
 from clora.backbones.load import load_backbone
 from clora.config import Config, base_identity
 from clora.data.cache import TensorCache

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clora.backbones.base import Footprint
+from clora.backbones.counts import Footprint
 from clora.backbones.load import read_footprint
 from clora.config import Config
 from clora.distill.memory import (

@@ -21,7 +21,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
 
-from clora.backbones.base import Kernels
+from clora.backbones import Kernels
 from clora.backbones.base_schedule import base_sigmas
 from clora.backbones.cond import Cond, Grid, Size
 from clora.backbones.qwen_image.block import fastest_attention, fuse_blocks

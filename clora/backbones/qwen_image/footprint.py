@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clora.backbones.base import ForwardSize
+from clora.backbones.counts import ForwardSize
 from clora.lora.layers import QWEN_IMAGE_TARGETS
 
 MLP = 4  # the MLPs' inner width over D

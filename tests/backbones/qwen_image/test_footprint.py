@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from clora.backbones.base import ForwardSize
+from clora.backbones.counts import ForwardSize
 from clora.backbones.load import SHAPES, encoder_parameters, linear_shapes, read_footprint
 from clora.backbones.qwen_image.backbone import KEPT
 from clora.backbones.qwen_image.footprint import transformer_footprint
