@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
@@ -21,6 +21,7 @@ from clora.config import Config, EffectConfig, acceleration_of, resolve_base
 from clora.data.dataset import effect_key, images_of, read_effects, read_general
 from clora.data.images import aspect_buckets
 from clora.data.pairs import Pair
+from clora.distill.checked_run import CheckedRun
 from clora.distill.stages import teaching_warnings, training_warnings
 from clora.errors import InputError, missing_files, raise_faults, shown_path
 from clora.lora.adapters import matching_linears
@@ -28,23 +29,6 @@ from clora.lora.summary import check_lora
 from clora.method.prompts import EffectPrompt, effect_prompts
 
 Shapes = Mapping[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class CheckedRun:
-    """A run without a fault, and what was read to know that. `effects` and `prompts` are by effect, in the
-    configuration's order; an effect without sound pairs is left out where faults were listed, not raised."""
-
-    config: Config
-    effects: dict[str, list[Pair]]
-    general: list[Pair]
-    prompts: dict[str, EffectPrompt]
-    warnings: tuple[str, ...] = ()
-    captions: bool = False  # whether pairs' own captions are learned from: teachers do, in place of the effect's prompt
-
-    def first_pairs(self, count: int | None) -> CheckedRun:
-        """The same run on the first `count` pairs of each effect; None: all."""
-        return replace(self, effects={name: pairs[:count] for name, pairs in self.effects.items()})
 
 
 @dataclass

@@ -24,7 +24,7 @@ from clora.data.cache import TensorCache
 from clora.data.dataset import hash_pairs
 from clora.data.examples import Example, ExampleEncoder
 from clora.data.pairs import Pair
-from clora.distill.check import CheckedRun
+from clora.distill.checked_run import CheckedRun
 from clora.errors import InputError, raise_faults
 from clora.lora.adapters import Adapters
 from clora.method.prompts import EffectPrompt

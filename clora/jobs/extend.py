@@ -19,7 +19,8 @@ from rich.console import Console
 from clora.config import Config, EffectConfig, acceleration_of
 from clora.data.dataset import effect_pairs
 from clora.data.examples import Example
-from clora.distill.check import CheckedRun, check_training
+from clora.distill.check import check_training
+from clora.distill.checked_run import CheckedRun
 from clora.distill.roles import STUDENT
 from clora.distill.run import catalogue_entries, make_distiller, open_bank, run_distillation, targets_of
 from clora.distill.stages import extend_warnings

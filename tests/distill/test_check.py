@@ -25,7 +25,8 @@ import clora.distill.workspace as workspace_module
 from clora.backbones.load import linear_shapes, load_backbone
 from clora.cli.commands import app
 from clora.config import Config
-from clora.distill.check import CheckedRun, check_teaching, check_training, teacher_files
+from clora.distill.check import check_teaching, check_training, teacher_files
+from clora.distill.checked_run import CheckedRun
 from clora.distill.workspace import open_base, open_workspace
 from clora.errors import InputError, InputErrors
 from clora.jobs.teach import teach
