@@ -109,5 +109,5 @@ def test_validate_teach_train_and_edit_take_such_a_base(
         out = tmp_path / f"{base.name}.png"
         arguments = ("--lora", str(collection), "--image", str(tmp_path / "in.png"), "--effect", NAMES[0])
         call("edit", "--base", str(base), *arguments, "--output", str(out))
-        edited.append(np.asarray(Image.open(out), np.int16))
-    assert edited[0].shape == (64, 64, 3) and np.abs(edited[0] - edited[1]).max() > 4
+        edited.append(np.asarray(Image.open(out)))
+    assert edited[0].shape == (64, 64, 3) and (edited[0] != edited[1]).any()
