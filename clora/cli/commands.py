@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clora.cli import lora_files
+from clora.cli import edit_options, lora_files
 from clora.cli.app import BAD_INPUT, FAILED, app, command, is_main, run_command, say
 from clora.cli.output import Json, print_json, print_plan, print_report, print_table
 from clora.errors import InputError
@@ -265,52 +265,26 @@ def extend(
 
 @command("edit")
 def edit(
-    image: Annotated[list[Path], typer.Option(metavar="FILE", help="Image to edit; may be repeated.")],
-    output: Annotated[Path, typer.Option(help="File to write, or a folder for several results.")],
-    reference: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Picture shown before every image, as the first pictures of a pair in training; may be repeated."
-            " The image comes last and gives the result its shape.",
-        ),
-    ] = None,
-    lora: Annotated[
-        Path | None,
-        typer.Option(help="Collection, groups.json, or any LoRA file; default: the base's own collection."),
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")] = None,
-    effect: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Effect; two are applied one after the other.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Instruction, instead of an effect.")] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N", min=0, help="Noise seed, 0 if not given; may be repeated."),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Steps; default: the collection's, else 40.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=1, help="Guidance scale; 1, the default of a collection, is none.")
-    ] = None,
-    grid: Annotated[
-        bool, typer.Option("--grid", help="One contact sheet of every effect, a picture or an .html page.")
-    ] = False,
-    columns: Annotated[
-        int | None, typer.Option(min=1, help="Of --grid: pictures in a row; default: about square.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one.")] = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float32"] | None,
-        typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU."),
-    ] = None,
+    image: edit_options.Images,
+    output: edit_options.Output,
+    reference: edit_options.References = None,
+    lora: edit_options.Lora = None,
+    base: edit_options.Base = None,
+    effect: edit_options.Effects = None,
+    prompt: edit_options.Prompt = None,
+    seed: edit_options.Seeds = None,
+    steps: edit_options.Steps = None,
+    guidance: edit_options.Guidance = None,
+    grid: edit_options.Grid = False,
+    columns: edit_options.Columns = None,
+    batch_size: edit_options.BatchSize = 1,
+    device: edit_options.Device = None,
+    dtype: edit_options.Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Edit images with a collection, or with any LoRA file.
 
-    Each result is written as soon as it is made; its shape is the image's, to a token of the base.
+    Each result is written as soon as it is made, in the shape of its image.
 
     \b
     Example:
