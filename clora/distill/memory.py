@@ -155,7 +155,7 @@ def backward_workspace(shapes: ModelShapes, settings: TrainSettings, batch: int)
 
 
 def memory_plan(shapes: ModelShapes, settings: TrainSettings) -> MemoryPlan:
-    """Bytes on each GPU of a distillation (`clora.distill.step.Distiller.full_step`), by phase."""
+    """Bytes on each GPU of a distillation (`clora.distill.step.full_step`), by phase."""
     s, e = settings, settings.base_bytes
     student, critic = trained_parameters(shapes, s)
     base = base_weights(shapes, s)

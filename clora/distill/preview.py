@@ -7,8 +7,7 @@ from PIL import Image
 
 from clora.data.examples import collate
 from clora.data.image_grid import grid_image
-from clora.distill.step import Distiller
-from clora.distill.workspace import Workspace
+from clora.distill.step import Distillation, networks_at
 from clora.method.flow import few_step_sigmas
 from clora.method.samplers import few_step_sample
 from clora.training import distributed
@@ -16,19 +15,19 @@ from clora.training.optimizer import averaged_weights
 
 
 @torch.no_grad()
-def sample_grid(workspace: Workspace, distiller: Distiller, step: int, most: int = 8) -> Image.Image | None:
+def sample_grid(d: Distillation, step: int, most: int = 8) -> Image.Image | None:
     """Source, teacher's and student's image, after `step` updates, of the first example of up to `most` effects.
 
     All processes sample (the base may be sharded); the first one, which has the decoder, gets the picture.
     """
-    config, backbone = workspace.config, workspace.backbone
-    pools = list(workspace.effects.values()) or [workspace.general]
+    config, backbone = d.config, d.models.backbone
+    pools = list(d.batches.effects.values()) or [d.batches.general]
     picked = [pool[0] for pool in pools[:most] if pool[0].sizes == pools[0][0].sizes]
     sigmas = few_step_sigmas(config.schedule.num_steps, config.schedule.shift)
-    nets = distiller.networks(step - 1)
+    nets = networks_at(d, step - 1)
     shape = (picked[0].num_tokens, backbone.token_channels)
     role = "student" if config.objective.aop else "teacher"
-    with averaged_weights(distiller.student):
+    with averaged_weights(d.student):
         x0 = few_step_sample(
             nets.student,
             collate(picked, role, backbone.device),

@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLConfig
 from typer.testing import CliRunner
 
 from bench.training import cycle_models
-from bench.training.cycle_models import Size, as_backbone, make_data, make_distiller
+from bench.training.cycle_models import Size, as_backbone, make_data, make_distillation
 from clora.backbones.qwen_image.backbone import KEPT
 from clora.backbones.qwen_image.footprint import model_shapes
 from clora.cli import commands as cli
@@ -34,6 +34,7 @@ from clora.distill.memory import (
     saved_by_block,
     saved_by_forward,
 )
+from clora.distill.step import full_step
 from clora.jobs.plan import communication_plan, find_mends, plan_training
 from clora.lora.adapters import inject_adapters
 from clora.lora.frozen_linear import floats_at_once, is_quantized, quantize_linears, weight_bytes
@@ -236,7 +237,7 @@ def test_memory_plan_of_an_int8_base_is_within_a_tenth_of_the_measured_peak(
 
 
 def planned_and_measured(dtype: torch.dtype, train: Mapping[str, Any], quantized: bool = False) -> tuple[int, int]:
-    """Peaks of tensors over whole steps of `Distiller` on three random layers, Adam's state included."""
+    """Peaks of tensors over whole steps on three random layers, Adam's state included."""
     size = Size(SMALL, (16, 16), 20, 8, dtype, rounds=1)
     values = {
         "preset": "clora",
@@ -251,11 +252,11 @@ def planned_and_measured(dtype: torch.dtype, train: Mapping[str, Any], quantized
         transformer = cycle_models.random_transformer(size, "cpu")
         if quantized:
             quantize_linears(transformer.transformer_blocks, "cpu")
-        distiller = make_distiller(data, as_backbone(transformer))
+        distillation = make_distillation(data, as_backbone(transformer))
         # On a CPU bf16 has plain attention, which keeps what the fused kernel of a GPU does not.
         transformer.set_attention_backend("native")
-        for step in [step for step in range(20) if distiller.stream(step) == "effect"][:2]:
-            distiller.full_step(step)
+        for step in [step for step in range(20) if distillation.batches.stream(step) == "effect"][:2]:
+            full_step(distillation, step)
     settings = small_settings(
         batch_size=config.train.batch_size,
         anchor_batch_size=config.train.anchor_batch_size or config.train.batch_size,

@@ -141,7 +141,7 @@ def run_case(inputs: Path, out: Path, case: str) -> Curves:
     (out / "cache").symlink_to(inputs / "cache")  # entries go by content: what one case encoded serves the others
     if case.endswith("extend"):
         # The noise of a rehearsal target follows from hashes of files, which libraries write differently.
-        with patch("clora.distill.targets._seed", lambda key: 0):
+        with patch("clora.distill.rehearsal.noise_seed", lambda key: 0):
             extend(inputs / "collection.safetensors", config, console=quiet)
         rows = read_log(out / "extend")
     else:
