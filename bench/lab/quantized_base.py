@@ -26,7 +26,8 @@ from bench.lab.extend import Images, encode, sample
 from bench.training.cycle_models import steps_of
 from clora.config import Config, build_config, collection_lora
 from clora.distill.check import check_training
-from clora.distill.run import make_distiller, open_bank
+from clora.distill.run import make_distillation, open_bank
+from clora.distill.step import full_step
 from clora.distill.targets import targets_from_pairs
 from clora.distill.workspace import open_base, open_workspace
 from clora.evaluate.baselines import COLLECTION, collection_method
@@ -90,12 +91,12 @@ def distil(config: Config, num_steps: int, console: Console) -> tuple[Losses, fl
     workspace = open_workspace(check_training(config), console)
     workspace = replace(workspace, effects=targets_from_pairs(workspace.effects))
     bank = open_bank(workspace)
-    distiller = make_distiller(workspace, bank)
-    steps = [step for stream in STREAMS for step in islice(steps_of(distiller, stream), num_steps)]
+    distillation = make_distillation(workspace, bank)
+    steps = [step for stream in STREAMS for step in islice(steps_of(distillation.batches, stream), num_steps)]
     losses: Losses = []
     started = time.process_time()
     for step in steps:
-        figures = distiller.full_step(step)
+        figures = full_step(distillation, step)
         losses.append({name: float(value) for name, value in figures.items() if name.endswith("_loss")})
     return losses, (time.process_time() - started) / len(steps)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from clora.backbones.cond import Cond
 from clora.lora.module import LoraModule
-from clora.method.objective import DistillBatch
+from clora.method.given import DistillBatch
 
 # The eight steps, shifted by 3 and cut to thousandths as their code cuts them.
 SIGMAS = (1.0, 0.954, 0.9, 0.833, 0.75, 0.642, 0.5, 0.3)

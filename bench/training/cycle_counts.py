@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bench.training.cycle_models import Size, authors_cycle, make_authors, make_data, make_ours, narrow, steps_of
+from clora.distill.step import full_step
 from clora.method.flow import few_step_sigmas
 from clora.method.routing import Stream
 from clora.training.optimizer import AdamW
@@ -90,22 +91,23 @@ def rehearse(size: Size, device: str, rehearsals: int = REHEARSALS) -> Rehearsal
     """Count the updates of both schedules on a narrow transformer that reads the same data."""
     data = make_data(narrow(size), CRITIC_UPDATES)
     ours, authors = make_ours(data, device), make_authors(data, device)
-    ours.joint_tokens = 0  # a forward for each update's own: as many samples in all, and it is seen whose they are
+    # A forward for each update's own: as many samples in all, and it is seen whose they are.
+    ours = replace(ours, joint_tokens=0)
     seen: dict[Schedule, dict[str, set[Work]]] = {"ours": {}, "authors": {}}
     lengths: dict[Stream, dict[int, float]] = {stream: {} for stream in STREAMS}
     num_exits = len(few_step_sigmas(data.config.schedule.num_steps))
     for stream in STREAMS:
-        for done, step in enumerate(steps_of(ours, stream)):
+        for done, step in enumerate(steps_of(ours.batches, stream)):
             kinds = {kind: len(work) for kind, work in seen["ours"].items()}
             if done >= rehearsals and all(kinds[kind] == num_exits for kind in ("critic", f"{stream}_generator")):
                 break
-            with counted([ours.backbone.transformer], [ours.student, ours.critic]) as events:
-                ours.full_step(step)
+            with counted([ours.models.backbone.transformer], [ours.student, ours.critic]) as events:
+                full_step(ours, step)
             lengths[stream][step] = sum(work.forwards for work in _note(seen["ours"], stream, events))
             if done == 0:  # theirs does the same work at every step
                 models = [authors.student, authors.critic, authors.real]
                 with counted(models, authors.optimizers.values()) as events:
-                    authors_cycle(authors, ours, step)()
+                    authors_cycle(authors, ours.batches, step)()
                 _note(seen["authors"], stream, events)
     counts: dict[Schedule, dict[str, Work]] = {
         schedule: {kind: _mean(work) for kind, work in kinds.items()} for schedule, kinds in seen.items()

@@ -22,9 +22,11 @@ from clora.backbones.qwen_image.footprint import transformer_footprint
 from clora.backbones.qwen_image.sizes import ImageSizes
 from clora.config import Config, Quantize, build_config
 from clora.data.examples import Example
+from clora.distill.batches import Batches
 from clora.distill.memory import TrainSettings, budget, choose_num_blocks_kept, device_memory
+from clora.distill.networks import Models
 from clora.distill.roles import CRITIC, STUDENT
-from clora.distill.step import Distiller
+from clora.distill.step import Distillation
 from clora.distill.workspace import trainable_group
 from clora.lora.bank import TeacherBank
 from clora.lora.files import write_lora
@@ -185,15 +187,15 @@ def make_data(size: Size, critic_updates: int) -> Data:
     return Data(size, config, effects, general, student, teachers)
 
 
-def make_ours(data: Data, device: str) -> Distiller:
+def make_ours(data: Data, device: str) -> Distillation:
     """clora's own step on a random transformer."""
     transformer = random_transformer(data.size, device)
     if data.size.quantize == "int8":
         quantize_linears(transformer.transformer_blocks, device)
-    return make_distiller(data, as_backbone(transformer))
+    return make_distillation(data, as_backbone(transformer))
 
 
-def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:
+def make_distillation(data: Data, backbone: QwenImageBackbone) -> Distillation:
     """clora's own step: one base, three adapters on it."""
     size, config = data.size, data.config
     adapters = backbone.add_adapters(config.student.targets)
@@ -207,7 +209,8 @@ def make_distiller(data: Data, backbone: QwenImageBackbone) -> Distiller:
         adapters.init_slot(slot, data.student)
     student = trainable_group(adapters, [STUDENT], config, config.train.learning_rate, ema=True)
     critic = trainable_group(adapters, [CRITIC], config, config.train.critic_learning_rate, gradients_of=student)
-    return Distiller(config, backbone, bank, data.effects, data.general, student, critic)
+    batches = Batches(config, data.effects, data.general, backbone.device, backbone.token_channels)
+    return Distillation(config, batches, Models(backbone, bank), student, critic)
 
 
 def teacher_files(teachers: dict[str, Lora]) -> dict[str, Path]:
@@ -238,8 +241,8 @@ def plan_settings(data: Data) -> TrainSettings:
     )
 
 
-def make_source(size: Size, critic_updates: int, device: str) -> Distiller:
-    """Deals the batches of `size`: they do not depend on the transformer, so a narrow one serves."""
+def make_source(size: Size, critic_updates: int, device: str) -> Distillation:
+    """Its `batches` are those of `size`: they do not depend on the transformer, so a narrow one serves."""
     return make_ours(make_data(narrow(size), critic_updates), device)
 
 
@@ -282,12 +285,12 @@ def make_encoder(size: Size, device: str) -> Callable[[int], None]:
     return encode
 
 
-def authors_cycle(authors: AuthorsSchedule, source: Distiller, step: int) -> Callable[[], None]:
+def authors_cycle(authors: AuthorsSchedule, source: Batches, step: int) -> Callable[[], None]:
     """Their cycle on the samples that `source` deals at `step`; batches and random numbers are made beforehand."""
     stream, updates = source.stream(step), source.config.train.critic_updates
-    critics = [source.batch(step, stream, "critic", k, updates)[0] for k in range(updates)]
-    batch, _ = source.batch(step, stream, "student")
-    rng = step_generator(source.config.seed, step, "authors", source.backbone.device)
+    critics = [source.draw(step, stream, "critic", k, updates)[0] for k in range(updates)]
+    batch, _ = source.draw(step, stream, "student")
+    rng = step_generator(source.config.seed, step, "authors", source.device)
     shape = (batch.batch_size, *batch.latent_shape)
     critic_draws = [draw_critic(shape, rng) for _ in critics]
     draws = draw_generator(shape, rng)
@@ -300,6 +303,6 @@ def authors_cycle(authors: AuthorsSchedule, source: Distiller, step: int) -> Cal
     return run
 
 
-def steps_of(source: Distiller, stream: Stream) -> Iterator[int]:
+def steps_of(source: Batches, stream: Stream) -> Iterator[int]:
     """The steps that are of one stream."""
     return (step for step in count() if source.stream(step) == stream)

@@ -21,9 +21,10 @@ from bench.kernels.timing import Case, run
 from bench.training.cycle_counts import CRITIC_UPDATES
 from bench.training.cycle_models import SIZES, Size, make_data, make_ours, steps_of
 from bench.training.train_cycle import flops
-from clora.distill.step import Distiller
-from clora.method.noise import exit_step
-from clora.method.objective import CriticSample, ask_scores, critic_samples
+from clora.distill.step import Distillation, networks_at
+from clora.method.given import CriticSample
+from clora.method.noise import Draws, exit_step
+from clora.method.objective import ask_scores, critic_samples
 from clora.method.routing import step_generator
 
 STEPS = 8  # of preset authors
@@ -37,44 +38,43 @@ def check(joint: Way, separate: Way) -> None:
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
-def scores(ours: Distiller, step: int) -> tuple[Way, Way]:
+def scores(ours: Distillation, step: int) -> tuple[Way, Way]:
     """Together and apart."""
-    batch, _ = ours.batch(step, "effect", "student")
-    x_sigma = torch.randn(1, *batch.latent_shape, device=ours.backbone.device)
-    nets, sigma = ours.networks(step), torch.full((1,), 0.5, device=x_sigma.device)
+    batch, _ = ours.batches.draw(step, "effect", "student")
+    x_sigma = torch.randn(1, *batch.latent_shape, device=ours.batches.device)
+    nets, sigma = networks_at(ours, step), torch.full((1,), 0.5, device=x_sigma.device)
     ways = [partial(ask_scores, one, batch, ours.config, x_sigma, sigma) for one in (nets, replace(nets, scores=None))]
     return ways[0], ways[1]
 
 
-def rollout_rngs(device: torch.device | str) -> list[torch.Generator]:
+def rollout_draws(device: torch.device | str) -> list[Draws]:
     """What the rollouts draw from, their exit steps first."""
-    return [step_generator(0, 0, f"bench/{k}", device) for k in range(CRITIC_UPDATES)]
+    return [Draws.alone(step_generator(0, 0, f"bench/{k}", device), 1) for k in range(CRITIC_UPDATES)]
 
 
-def rollouts(ours: Distiller, step: int) -> tuple[Way, Way]:
+def rollouts(ours: Distillation, step: int) -> tuple[Way, Way]:
     """Together and apart."""
-    batches = [ours.batch(step, "effect", "critic", k, CRITIC_UPDATES)[0] for k in range(CRITIC_UPDATES)]
-    nets, device = ours.networks(step), ours.backbone.device
+    batches = [ours.batches.draw(step, "effect", "critic", k, CRITIC_UPDATES)[0] for k in range(CRITIC_UPDATES)]
+    nets, device = networks_at(ours, step), ours.batches.device
 
     def samples(at_once: int) -> list[Tensor]:
-        rngs = rollout_rngs(device)
+        draws = rollout_draws(device)
         found: list[CriticSample] = []
         for first in range(0, CRITIC_UPDATES, at_once):
             these = slice(first, first + at_once)
-            found += critic_samples(nets, batches[these], ours.config, rngs[these])
+            found += critic_samples(nets, batches[these], ours.config, draws[these])
         return [sample.x0 for sample in found]
 
     return partial(samples, CRITIC_UPDATES), partial(samples, 1)
 
 
 def make_cases(name: str, size: Size, device: str) -> list[Case]:
-    ours = make_ours(make_data(size, CRITIC_UPDATES), device)
-    ours.joint_tokens = float("inf")
-    step = next(steps_of(ours, "effect"))
-    weights = sum(parameter.nbytes for parameter in ours.backbone.transformer.parameters())
+    ours = replace(make_ours(make_data(size, CRITIC_UPDATES), device), joint_tokens=float("inf"))
+    step = next(steps_of(ours.batches, "effect"))
+    weights = sum(parameter.nbytes for parameter in ours.models.backbone.transformer.parameters())
     per_sample = int(flops(size).forwards)
     cases = []
-    drawn = sum(exit_step(STEPS, rng) + 1 for rng in rollout_rngs(device))
+    drawn = sum(exit_step(STEPS, draws) + 1 for draws in rollout_draws(device))
     for what, ways, samples in (("scores", scores, 3), ("rollouts", rollouts, drawn)):
         joint, separate = ways(ours, step)
         title = f"{what}, {name}, {size.sequence} tokens a sample"

@@ -1,6 +1,6 @@
 """One generator and five critic updates against the authors' schedule: `python -m bench.training.train_cycle [--json]`.
 
-Ours is `clora.distill.step.Distiller` with the preset `authors`, theirs `bench.training.authors_schedule`: the same
+Ours is `clora.distill.step.full_step` with the preset `authors`, theirs `bench.training.authors_schedule`: the same
 random transformer, adapters and data, at batch size 1, both checkpointing their blocks. No quality is claimed. Ours
 runs twice: `exact` with a base of the same dtype and fp32 moments, and `lean` with `base.quantize: int8` and
 `train.adam_moments: bfloat16`. Masters and gradients are fp32 in both; theirs are, with the moments, in the base's
@@ -59,7 +59,8 @@ from bench.training.cycle_models import (
     random_transformer,
     steps_of,
 )
-from clora.distill.step import Distiller
+from clora.distill.batches import Batches
+from clora.distill.step import full_step
 from clora.method.routing import Stream
 
 Figures = dict[str, Any]
@@ -71,11 +72,11 @@ def size_of(run: Run, size: Size) -> Size:
     return replace(size, **LEAN) if run == "lean" else size
 
 
-def make_cycle(run: Run, data: Data, source: Distiller, device: str) -> Callable[[int], Callable[[], object]]:
+def make_cycle(run: Run, data: Data, source: Batches, device: str) -> Callable[[int], Callable[[], object]]:
     """A function from a step to its cycle, ready to run; `source` deals the batches of the authors' schedule."""
     if run != "authors":
         ours = make_ours(data, device)
-        return lambda step: partial(ours.full_step, step)
+        return lambda step: partial(full_step, ours, step)
     authors = make_authors(data, device)
     return lambda step: authors_cycle(authors, source, step)
 
@@ -97,10 +98,10 @@ def _peak_memory(run: Run, size: Size, device: str) -> int:
     # the first, torch's Adam has no state yet.
     updates, cycles = (1, 2) if run == "authors" else (CRITIC_UPDATES, 1)
     data, source = make_data(size_of(run, size), updates), make_source(size, updates, device)
-    steps = list(islice(steps_of(source, "effect"), cycles))
-    source.full_step(steps[0])  # what libraries take when they are used
+    steps = list(islice(steps_of(source.batches, "effect"), cycles))
+    full_step(source, steps[0])  # what libraries take when they are used
     before: int = psutil.Process().memory_info().rss
-    cycle = make_cycle(run, data, source, device)
+    cycle = make_cycle(run, data, source.batches, device)
     forget_peak(device)  # of loading: weights that are to be quantized would wait in CPU memory for a GPU
     for step in steps:
         cycle(step)()
@@ -129,7 +130,7 @@ def time_cycles(
     size: Size, runs: Sequence[Run], steps: dict[Stream, list[int]], rounds: int, device: str
 ) -> dict[Run, dict[Stream, list[float]]]:
     """Seconds of each timed cycle by run and stream. The order of the runs alternates."""
-    source = make_source(size, CRITIC_UPDATES, device)
+    source = make_source(size, CRITIC_UPDATES, device).batches
     cycles = {run: make_cycle(run, make_data(size_of(run, size), CRITIC_UPDATES), source, device) for run in runs}
     seconds: dict[Run, dict[Stream, list[float]]] = {run: {stream: [] for stream in STREAMS} for run in runs}
     warm_up = device == "cuda"  # compiles and tunes; on a CPU a first cycle takes no longer than a second

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -356,6 +356,16 @@ class Config(Section):
     def folder(self) -> Path:
         """Folder of the configuration file (the working folder for a configuration made in code)."""
         return self._folder
+
+    def with_values(self, **changes: Any) -> Config:
+        """The same with other values, checked as a whole like a file's. `train={"batch_size": 2}` changes one key of a
+        section; a value that is no mapping takes its key's place."""
+        values = self.model_dump()
+        for key, value in changes.items():
+            values[key] = values[key] | dict(value) if isinstance(value, Mapping) else value
+        changed = Config.model_validate(values, context={"folder": self.folder})
+        changed._folder = self._folder
+        return changed
 
     def teacher_path(self, effect: EffectConfig) -> Path:
         """The effect's LoRA file: the given one, else where `clora teach` writes it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +11,13 @@ from rich.console import Console
 
 from clora.config import Config, Job, acceleration_of
 from clora.data.examples import Example
+from clora.distill.batches import Batches
 from clora.distill.check import teacher_files
 from clora.distill.memory import num_blocks_kept
+from clora.distill.networks import Models
 from clora.distill.preview import sample_grid
-from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT, TARGET_BATCH
-from clora.distill.step import JOINT_TOKENS, Distiller
+from clora.distill.roles import ACCELERATION, CRITIC, STUDENT, TARGET_BATCH
+from clora.distill.step import JOINT_TOKENS, Distillation, networks_at, train_step
 from clora.distill.targets import make_targets, targets_from_pairs
 from clora.distill.workspace import OpenBase, Workspace, trainable_group
 from clora.io.digest import hash_files
@@ -24,6 +26,8 @@ from clora.lora.bank import TeacherBank
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.lora.files import read_lora, write_lora
 from clora.lora.module import join_modules
+from clora.method.losses import Figures
+from clora.method.objective import AnchorLoss, ta_fm_loss
 from clora.method.prompts import EffectPrompt
 from clora.training import distributed
 from clora.training.loop import loop_config, run_loop
@@ -56,23 +60,28 @@ def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dic
 
 def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, console: Console) -> Path:
     """Run the distillation on an open workspace whose targets are made; writes and returns the student's file."""
-    distiller = make_distiller(workspace, bank)
-    teachers = run_distillation(workspace, distiller, "train", resume, console)
-    with averaged_weights(distiller.student):
+    distillation = make_distillation(workspace, bank)
+    teachers = run_distillation(workspace, distillation, "train", resume, console)
+    with averaged_weights(distillation.student):
         return write_student(workspace, teachers)  # of several processes each has it all, and the first writes
 
 
 def run_distillation(
-    workspace: Workspace, distiller: Distiller, job: Job, resume: str | None, console: Console
+    workspace: Workspace, distillation: Distillation, job: Job, resume: str | None, console: Console
 ) -> dict[str, str]:
     """All steps of `config.train`; checkpoints and log lie under `output_dir/JOB`. Closes the bank. Returns the sha256
     of each effect's teacher as it was at the start."""
     config = workspace.config
-    groups = {STUDENT: distiller.student, CRITIC: distiller.critic}
+    groups = {STUDENT: distillation.student, CRITIC: distillation.critic}
+
+    def one_step(step: int) -> Figures:
+        return train_step(distillation, step)
 
     def on_step(step: int, tracker: Tracker) -> None:
         if config.train.sample_steps and step % config.train.sample_steps == 0:
-            grid = sample_grid(workspace, distiller, step)
+            networks = networks_at(distillation, step - 1)
+            with averaged_weights(distillation.student):
+                grid = sample_grid(networks.student, distillation.models.backbone, distillation.batches)
             if grid is not None:
                 tracker.image("samples", grid, step)
 
@@ -82,68 +91,63 @@ def run_distillation(
     train = config.train
     loop = loop_config(config, job, train.max_train_steps, identity, resume, train.max_train_seconds)
     try:
-        run_loop(loop, groups, distiller.step, on_step, console)
+        run_loop(loop, groups, one_step, on_step, console)
     finally:
-        if distiller.bank is not None:
-            distiller.bank.close()
+        if distillation.models.bank is not None:
+            distillation.models.bank.close()
     return teachers
 
 
-def make_distiller(
-    workspace: Workspace,
-    bank: TeacherBank | None,
-    deal: Sequence[str] = (),
-    rehearsed: Iterable[str] = (),
-    collection: Path | None = None,
-) -> Distiller:
-    """Add the student's and the critic's slots and wire one step's parts together.
-
-    `deal` and `rehearsed` as in `Distiller`. With `collection` the student is added to this file's LoRA, which stays as
-    it is; the critic starts from it and can change all of it, because it must follow what the collection samples, which
-    is not what it predicts. The acceleration LoRA, which a collection has in it, joins the new effects' teachers.
-    """
-    config = workspace.config
-    adapters, student = workspace.adapters, config.student
-    generator = torch.Generator().manual_seed(config.seed)
-    below = {} if collection is None else read_lora(collection, adapters.module_shapes).modules
-    for name, extra in ((STUDENT, 0), (CRITIC, max((module.rank for module in below.values()), default=0))):
-        rank = student.rank + extra
-        alpha = student.alpha * rank / student.rank
-        adapters.add_stack(name, [name], rank, alpha, trainable=True, init="lora", generator=generator)
-    if student.init_from is not None:
-        modules = read_lora(student.init_from, adapters.module_shapes).modules
+def make_distillation(workspace: Workspace, bank: TeacherBank | None) -> Distillation:
+    """Add the student's and the critic's slots and put together what a step needs."""
+    config, adapters = workspace.config, workspace.adapters
+    generator = add_student(workspace)
+    if config.student.init_from is not None:
+        modules = read_lora(config.student.init_from, adapters.module_shapes).modules
         for name in (STUDENT, CRITIC):
             adapters.init_slot(name, modules, generator)
-    if below:
-        adapters.add_lora(COLLECTION, below, dtype=workspace.backbone.dtype)
-        adapters.init_slot(CRITIC, below, generator)
-    stacks = [STUDENT]
+    joining: tuple[str, ...] = ()
     if (path := acceleration_of(config)) is not None:
-        modules = read_lora(path, adapters.module_shapes).modules
-        adapters.add_lora(ACCELERATION, modules, trainable=collection is None)
-        stacks += [ACCELERATION] if collection is None else []
-    train_config = config.train
-    if train_config.gradient_checkpointing:
-        workspace.backbone.set_gradient_checkpointing(True, num_blocks_kept(config, distributed.world_size()))
-    student_group = trainable_group(adapters, stacks, config, train_config.learning_rate, ema=True)
-    critic_group = trainable_group(
-        adapters, [CRITIC], config, train_config.critic_learning_rate, gradients_of=student_group
+        adapters.add_lora(ACCELERATION, read_lora(path, adapters.module_shapes).modules, trainable=True)
+        joining = (ACCELERATION,)
+    models = Models(workspace.backbone, bank, joining=joining)
+    return assemble(workspace, models, batches_of(workspace), [STUDENT, *joining])
+
+
+def add_student(workspace: Workspace, critic_rank: int = 0) -> torch.Generator:
+    """Add the slots of the student and of the critic, which has so many ranks more; returns the generator that drew
+    them."""
+    student, adapters = workspace.config.student, workspace.adapters
+    generator = torch.Generator().manual_seed(workspace.config.seed)
+    for name, rank in ((STUDENT, student.rank), (CRITIC, student.rank + critic_rank)):
+        alpha = student.alpha * rank / student.rank
+        adapters.add_stack(name, [name], rank, alpha, trainable=True, init="lora", generator=generator)
+    return generator
+
+
+def batches_of(workspace: Workspace, deal: Sequence[str] | None = None) -> Batches:
+    """The batches of the workspace's examples; `deal` as there."""
+    backbone = workspace.backbone
+    return Batches(
+        workspace.config, workspace.effects, workspace.general, backbone.device, backbone.token_channels, deal
     )
-    return Distiller(
-        config,
-        workspace.backbone,
-        bank,
-        workspace.effects,
-        workspace.general,
-        student=student_group,
-        critic=critic_group,
-        accelerated=ACCELERATION in stacks,
-        deal=deal,
-        rehearsed=frozenset(rehearsed),
-        extended=collection is not None,
-        accelerated_teachers=collection is not None and path is not None,
-        joint_tokens=math.inf if config.train.shard_base and distributed.world_size() > 1 else JOINT_TOKENS,
-    )
+
+
+def assemble(
+    workspace: Workspace,
+    models: Models,
+    batches: Batches,
+    stacks: Sequence[str],
+    anchor_loss: AnchorLoss = ta_fm_loss,
+) -> Distillation:
+    """Decide what is recomputed, and give the student's `stacks` and the critic their optimizers."""
+    config, train, processes = workspace.config, workspace.config.train, distributed.world_size()
+    if train.gradient_checkpointing:
+        workspace.backbone.set_gradient_checkpointing(True, num_blocks_kept(config, processes))
+    student = trainable_group(workspace.adapters, stacks, config, train.learning_rate, ema=True)
+    critic = trainable_group(workspace.adapters, [CRITIC], config, train.critic_learning_rate, gradients_of=student)
+    joint_tokens = math.inf if train.shard_base and processes > 1 else JOINT_TOKENS
+    return Distillation(config, batches, models, student, critic, anchor_loss, joint_tokens)
 
 
 def write_student(workspace: Workspace, teachers: dict[str, str]) -> Path:

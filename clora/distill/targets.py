@@ -1,5 +1,5 @@
 """Target images y (Sec. 4.3): made by the teachers with their own prompt, many steps and guidance, cached by content;
-or the pairs' own. For effects that a collection holds already, the collection's own few-step samples.
+or the pairs' own.
 """
 
 from __future__ import annotations
@@ -8,24 +8,19 @@ from dataclasses import replace
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import Progress
 from torch import Tensor
 
-from clora.backbones.cond import Cond
 from clora.data.cache import cache_key
 from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
 from clora.distill.workspace import Workspace
 from clora.errors import raise_faults
 from clora.inference.sampling import SlotsFor, sample, teacher_sampling
-from clora.lora.catalogue import Catalogue
-from clora.method.flow import few_step_sigmas
 from clora.method.routing import step_generator
-from clora.method.samplers import few_step_sample
 from clora.training import distributed
 
 TARGETS_VERSION = "targets/2"
-REHEARSAL_VERSION = "rehearsal/1"
 
 
 def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Example]]:
@@ -57,13 +52,13 @@ def make_targets(
     distributed.barrier()  # before any process writes, so that all see the same missing
     sampling = teacher_sampling(config)
     with Progress(console=console, transient=True) as progress:
-        batches = _own_batches(list(in_batches(missing, batch_size)), equally_many=config.train.shard_base)
+        batches = own_batches(list(in_batches(missing, batch_size)), equally_many=config.train.shard_base)
         task = progress.add_task("targets", total=sum(map(len, batches)) * settings.per_source)
         for batch in batches:
             cond = collate(batch, "teacher", backbone.device)
             uncond = collate(batch, "negative", backbone.device) if sampling.is_guided else None
             for draw in range(settings.per_source):
-                seeds = [_seed(keys[e.key][draw]) for e in batch]
+                seeds = [noise_seed(keys[e.key][draw]) for e in batch]
                 y = sample(backbone, cond, slots_for(cond.effects), sampling, seeds, uncond)
                 for example, latents in zip(batch, y.cpu(), strict=True):
                     workspace.cache.write(keys[example.key][draw], {"latents": latents.contiguous()})
@@ -71,51 +66,11 @@ def make_targets(
     distributed.barrier()
     filled = {}
     for name, examples in workspace.effects.items():
-        filled[name] = [replace(e, y=tuple(_read(workspace, key) for key in keys[e.key])) for e in examples]
+        filled[name] = [replace(e, y=tuple(read_latents(workspace, key) for key in keys[e.key])) for e in examples]
     return filled
 
 
-@torch.no_grad()
-def rehearsal_targets(
-    workspace: Workspace, slots_for: SlotsFor, catalogue: Catalogue, collection_hash: str, console: Console
-) -> dict[str, list[Example]]:
-    """The old effects' y for `clora extend`: what their collection makes of each source in its own few steps.
-
-    Cached as in `make_targets`, under a hash of the collection. As a teacher it reads the student prompt in both
-    branches of the guidance, so that none is added to what its samples have of it already.
-    """
-    backbone, schedule = workspace.backbone, catalogue.schedule
-    sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
-    how = f"{REHEARSAL_VERSION}/{collection_hash}/{schedule.num_steps}/{schedule.shift}{_quantized(workspace)}"
-    prompts = {entry.name: entry.prompt for entry in catalogue.effects}
-    todo = [e for name in prompts for e in workspace.effects.get(name, [])]
-    keys = {
-        id(e): cache_key(list(e.sources), prompts[e.effect or ""], workspace.identity, f"{how}/{e.grid}") for e in todo
-    }
-
-    def velocity(x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
-        return backbone.velocity(x_BTC, sigma_B, cond, slots_for(cond.effects))
-
-    missing = [e for e in todo if workspace.cache.read(keys[id(e)]) is None]
-    distributed.barrier()
-    batches = list(in_batches(missing, workspace.config.eval.batch_size))
-    own = _own_batches(batches, equally_many=workspace.config.train.shard_base)
-    for batch in track(own, "rehearsal", console=console, transient=True):
-        shape = (batch[0].num_tokens, backbone.token_channels)
-        cond, seeds = collate(batch, "teacher", backbone.device), [_seed(keys[id(e)]) for e in batch]
-        y = few_step_sample(velocity, cond, shape, sigmas, seeds, backbone.device)
-        for example, latents in zip(batch, y.cpu(), strict=True):
-            workspace.cache.write(keys[id(example)], {"latents": latents.contiguous()})
-    distributed.barrier()
-    filled: dict[str, list[Example]] = {name: [] for name in prompts if name in workspace.effects}
-    for example in todo:
-        texts = example.texts | {"negative": example.texts["teacher"]}
-        rehearsed = replace(example, texts=texts, y=(_read(workspace, keys[id(example)]),))
-        filled[example.effect or ""].append(rehearsed)
-    return filled
-
-
-def _own_batches(batches: list[list[Example]], equally_many: bool) -> list[list[Example]]:
+def own_batches(batches: list[list[Example]], equally_many: bool) -> list[list[Example]]:
     """This process's batches. Where the base is sharded all need equally many, and what lacks at the end is made
     twice."""
     rank, world = distributed.rank(), distributed.world_size()
@@ -123,7 +78,8 @@ def _own_batches(batches: list[list[Example]], equally_many: bool) -> list[list[
     return [batches[index % len(batches)] for index in range(rank, end, world)]
 
 
-def _read(workspace: Workspace, key: str) -> Tensor:
+def read_latents(workspace: Workspace, key: str) -> Tensor:
+    """What the cache holds under a key that was written before; OSError where it is gone."""
     found = workspace.cache.read(key)
     if found is None:
         raise OSError(f"{workspace.cache.path(key)} vanished while it was needed; run the command again")
@@ -136,7 +92,7 @@ def _keys(workspace: Workspace, example: Example, teacher_hashes: dict[str, str]
     sampling = teacher_sampling(workspace.config)
     how = (
         f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{sampling.num_steps}/{sampling.shift}/{sampling.guidance}/"
-        f"{sampling.rescale}/{sampling.negative_prompt!r}/{example.grid}{_quantized(workspace)}"
+        f"{sampling.rescale}/{sampling.negative_prompt!r}/{example.grid}{base_suffix(workspace)}"
     )
     prompt = next(e.prompt for e in workspace.config.effects if e.name == effect)
     return [
@@ -145,12 +101,12 @@ def _keys(workspace: Workspace, example: Example, teacher_hashes: dict[str, str]
     ]
 
 
-def _quantized(workspace: Workspace) -> str:
+def base_suffix(workspace: Workspace) -> str:
     """What a quantized base adds to a key."""
     quantize = workspace.config.base.quantize
     return "" if quantize == "none" else f"/{quantize}"
 
 
-def _seed(key: str) -> int:
+def noise_seed(key: str) -> int:
     """The noise of a target depends on what it is made from, not on the order in which targets are made."""
     return int(step_generator(int(key[:12], 16), 0, "target", "cpu").initial_seed())

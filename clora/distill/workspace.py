@@ -72,8 +72,9 @@ def open_base(config: Config, console: Console) -> OpenBase:
     return OpenBase(config, backbone, _add_adapters(config, backbone, console), cache, identity, encoder)
 
 
-def open_workspace(run: CheckedRun, console: Console) -> Workspace:
-    """Load the base of a checked run, encode all of its pairs and free the text encoder.
+def open_workspace(run: CheckedRun, console: Console, *, keep_encoders: bool = False) -> Workspace:
+    """Load the base of a checked run, encode all of its pairs and free the text encoder, unless there is more to encode
+    (`keep_encoders`).
 
     Raises `InputErrors` with every image that cannot be decoded.
     """
@@ -91,7 +92,8 @@ def open_workspace(run: CheckedRun, console: Console) -> Workspace:
     _check_shared(cache.folder)
     if not distributed.is_main():
         examples = _encode_all(encoder, requests, console)
-    backbone.free_encoders()
+    if not keep_encoders:
+        backbone.free_encoders()
     return Workspace(
         config=config,
         backbone=backbone,

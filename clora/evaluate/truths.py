@@ -15,7 +15,7 @@ import numpy as np
 
 from clora.evaluate.metrics.distance import cityblock, embed, energy_distance, places
 from clora.evaluate.metrics.image import LUMA, disturbed, ssim_map, ssim_window
-from clora.tiny.effects import EFFECTS, Effect, apply_effect
+from clora.tiny.effects.table import EFFECTS, Effect, apply_effect
 from clora.tiny.world.drawing import Array, f32
 from clora.tiny.world.scenes import Rendered, render, sample_scene
 

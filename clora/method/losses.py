@@ -20,7 +20,9 @@ GuidanceRescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 
 
-def flow_matching_loss(velocity_pred: Tensor, x0: Tensor, eps: Tensor) -> tuple[Tensor, Figures]:
+def flow_matching_loss(
+    velocity_pred: Tensor, x0: Tensor, eps: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Figures]:
     """Mean squared error of the velocity (Eq. 2; Eq. 6 when the network is the student and x0 is y).
 
     The paper regresses `x0 - eps` over t = 1 - sigma; ours is `eps - x0` over sigma: the same squared error.
@@ -28,14 +30,27 @@ def flow_matching_loss(velocity_pred: Tensor, x0: Tensor, eps: Tensor) -> tuple[
     Args:
         velocity_pred: (B, T, C), the network's velocity at `add_noise(x0, eps, sigma)`.
         x0, eps: (B, T, C), the clean sample and the noise that made the input.
+        weight: as in `velocity_loss`.
 
     Returns:
-        The mean over all elements, and `{"per_sample": (B,)}`, the mean of each sample.
+        As `velocity_loss`.
     """
-    target = velocity_target(_at_least_fp32(x0), _at_least_fp32(eps))
-    error = _at_least_fp32(velocity_pred) - target
+    return velocity_loss(velocity_pred, velocity_target(_at_least_fp32(x0), _at_least_fp32(eps)), weight)
+
+
+def velocity_loss(velocity_pred: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Figures]:
+    """Mean squared error between two velocities (B, T, C).
+
+    Args:
+        weight: (B,), what each sample counts beside the others in `mean(weight * error)`; None counts each once.
+
+    Returns:
+        The mean over all elements, and `{"per_sample": (B,)}`, the mean of each sample without its weight.
+    """
+    error = _at_least_fp32(velocity_pred) - _at_least_fp32(target)
     per_sample = error.square().flatten(1).mean(1)
-    return per_sample.mean(), {"per_sample": per_sample.detach()}
+    weighted = per_sample if weight is None else weight * per_sample
+    return weighted.mean(), {"per_sample": per_sample.detach()}
 
 
 def guided_velocity(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: GuidanceRescale) -> Tensor:
@@ -62,12 +77,12 @@ def guided_velocity(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: 
 
 
 def dmd_loss(
-    x0_student: Tensor,
     x_sigma: Tensor,
     sigma: Tensor,
+    x0_student: Tensor,
     v_critic: Tensor,
-    v_cond: Tensor,
-    v_uncond: Tensor | None = None,
+    v_teacher_cond: Tensor,
+    v_teacher_uncond: Tensor | None = None,
     *,
     guidance: float = 1.0,
     rescale: GuidanceRescale = "none",
@@ -86,17 +101,18 @@ def dmd_loss(
     On a GPU this is one pass over the latents.
 
     Args:
-        x0_student: (B, T, C) with grad, the student's sample.
-        x_sigma: (B, T, C), that sample noised to `sigma` (B,).
-        v_critic, v_cond: (B, T, C), velocities of the critic and of the teacher at x_sigma.
-        v_uncond: the teacher's without its condition; the real score is `guided_velocity`'s. None at guidance 1.
+        x_sigma: (B, T, C), the student's sample noised to `sigma` (B,).
+        x0_student: (B, T, C) with grad, that sample.
+        v_critic, v_teacher_cond: (B, T, C), velocities of the critic and of the teacher at x_sigma.
+        v_teacher_uncond: the teacher's without its condition; the real score is `guided_velocity`'s. None at
+            guidance 1.
         norm_floor: in latent units, > 0.
 
     Returns:
         The surrogate, and `{"grad_abs": mean |grad|, "normaliser": its mean over the samples}`.
     """
     floor = norm_floor if norm == "sample" else None
-    return dmd_score(x_sigma, sigma, x0_student, v_critic, v_cond, v_uncond, guidance, rescale, floor)
+    return dmd_score(x_sigma, sigma, x0_student, v_critic, v_teacher_cond, v_teacher_uncond, guidance, rescale, floor)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

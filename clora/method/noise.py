@@ -1,8 +1,7 @@
 """The random numbers of a step: noise levels by their laws, noise, exit steps.
 
-`rng` is a generator, or `routing.Draws` where several processes share a batch: then what is returned are this process's
-rows of what was drawn for all, on the generator's device. What decides how many forwards run (exit steps, chances) is
-drawn alike on all.
+`Draws` says which numbers: those of one process's rows of a batch, on the generator's device. What decides how many
+forwards run (exit steps, chances) is drawn alike on all processes.
 """
 
 from __future__ import annotations
@@ -20,93 +19,13 @@ from clora.method.flow import few_step_sigmas, shift_sigma
 
 
 class DistillConfig(Protocol):
-    """The two sections the objectives read; `clora.config.load.Config` has them."""
+    """The two sections the objectives read; `clora.config.Config` has them."""
 
     @property
     def objective(self) -> ObjectiveConfig: ...
 
     @property
     def schedule(self) -> ScheduleConfig: ...
-
-
-# One sigma a sample, (n,) fp32; n is what this process has of the batch.
-
-
-def draw_dmd_sigma(n: int, objective: ObjectiveConfig, rng: Rng) -> Tensor:
-    """The critic's sigma of DMD-BS: uniform in [dmd_sigma_min, dmd_sigma_max), then shifted."""
-    u = uniform(n, objective.dmd_sigma_min, objective.dmd_sigma_max, rng)
-    return shift_sigma(u, objective.dmd_sigma_shift)
-
-
-def draw_ts_critic_sigma(n: int, objective: ObjectiveConfig, rng: Rng) -> Tensor:
-    """The critic's sigma of DMD-TS: uniform in [dmd_sigma_min, dmd_sigma_max) above tau_min, then shifted."""
-    u = uniform(n, max(objective.tau_min, objective.dmd_sigma_min), objective.dmd_sigma_max, rng)
-    return shift_sigma(u, objective.ts_critic_shift)
-
-
-def draw_ts_gen_sigma(n: int, cfg: DistillConfig, rng: Rng) -> Tensor:
-    """Target simulation's sigma below tau_max: uniform, or one of the sampler's steps there."""
-    tau_max = cfg.objective.tau_max
-    if cfg.objective.ts_sigma == "continuous":
-        return uniform(n, 0.0, tau_max, rng)
-    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
-    draws = as_draws(rng, n)
-    device = draws.generator.device
-    steps = sigmas[sigmas < tau_max].to(device)
-    if len(steps) == 0:
-        raise InputError(
-            f"objective.tau_max is {tau_max:g}, below every step of the schedule, whose last is"
-            f" {sigmas[-1]:.3g}: raise it, or set objective.ts_sigma to continuous"
-        )
-    return steps[draws.own(torch.randint(len(steps), (draws.rows.total,), generator=draws.generator, device=device))]
-
-
-def draw_ta_fm_sigma(n: int, cfg: DistillConfig, rng: Rng, sigma_dmd: Tensor | None = None) -> Tensor:
-    """TA-FM's sigma: uniform in [0, 1), that shifted, or uniform above sigma_dmd and then shifted (authors).
-
-    When there are more samples than in the batch behind sigma_dmd, its values are repeated in order.
-    """
-    law = cfg.objective.ta_fm_sigma
-    if law == "uniform":
-        return uniform(n, 0.0, 1.0, rng)
-    if law == "shifted":
-        return shift_sigma(uniform(n, 0.0, 1.0, rng), cfg.schedule.shift)
-    draws = as_draws(rng, n)
-    total = draws.rows.total
-    if sigma_dmd is None:
-        sigma_dmd = draw_dmd_sigma(total, cfg.objective, draws.generator)
-    floor = draws.own(sigma_dmd.repeat(-(-total // len(sigma_dmd)))[:total])
-    return shift_sigma(floor + (1.0 - floor) * uniform(n, 0.0, 1.0, rng), cfg.schedule.shift)
-
-
-# Plain numbers.
-
-
-def exit_step(num_steps: int, rng: Rng) -> int:
-    """The step at which backward simulation leaves the sampler, the same for all samples of a batch."""
-    generator = as_draws(rng, 1).generator
-    return int(torch.randint(num_steps, (), generator=generator, device=generator.device))
-
-
-def normal(shape: Sequence[int], rng: Rng) -> Tensor:
-    """Standard normal numbers, fp32; the first dimension is this process's rows."""
-    draws = as_draws(rng, shape[0])
-    generator = draws.generator
-    return draws.own(torch.randn(draws.rows.total, *shape[1:], generator=generator, device=generator.device))
-
-
-def uniform(n: int, low: float, high: float, rng: Rng) -> Tensor:
-    """(n,) fp32 in [low, high)."""
-    draws = as_draws(rng, n)
-    generator = draws.generator
-    return low + (high - low) * draws.own(torch.rand(draws.rows.total, generator=generator, device=generator.device))
-
-
-def chance(share: float, rng: Rng) -> bool:
-    """True with this probability."""
-    # 0 and 1 draw nothing: a share that is off leaves the other draws as they were.
-    generator = as_draws(rng, 1).generator
-    return share >= 1.0 or (share > 0.0 and bool(torch.rand((), generator=generator, device=generator.device) < share))
 
 
 @dataclass(frozen=True)
@@ -142,18 +61,94 @@ class Draws:
     rows: Rows
     anchor_rows: Rows | None = None
 
+    @classmethod
+    def alone(cls, generator: torch.Generator, count: int) -> Draws:
+        """Those of a process that has all `count` samples."""
+        return cls(generator, Rows(0, count, count, 1.0))
+
     def anchors(self) -> Draws:
         """The same generator for the rows of TA-FM's own batch."""
         return self if self.anchor_rows is None else replace(self, rows=self.anchor_rows)
+
+    def whole(self) -> Draws:
+        """The same generator for all rows of the batch."""
+        return self.alone(self.generator, self.rows.total)
 
     def own(self, drawn: Tensor) -> Tensor:
         """This process's rows of what was drawn for all `rows.total`."""
         return drawn[self.rows.start : self.rows.stop]
 
 
-Rng = torch.Generator | Draws
+# One sigma a row, (n,) fp32.
 
 
-def as_draws(rng: Rng, count: int) -> Draws:
-    """`rng` itself, or what a generator alone means: a process that has all `count` rows."""
-    return rng if isinstance(rng, Draws) else Draws(rng, Rows(0, count, count, 1.0))
+def draw_dmd_sigma(objective: ObjectiveConfig, draws: Draws) -> Tensor:
+    """The critic's sigma of DMD-BS: uniform in [dmd_sigma_min, dmd_sigma_max), then shifted."""
+    return shift_sigma(uniform(objective.dmd_sigma_min, objective.dmd_sigma_max, draws), objective.dmd_sigma_shift)
+
+
+def draw_ts_critic_sigma(objective: ObjectiveConfig, draws: Draws) -> Tensor:
+    """The critic's sigma of DMD-TS: uniform in [dmd_sigma_min, dmd_sigma_max) above tau_min, then shifted."""
+    u = uniform(max(objective.tau_min, objective.dmd_sigma_min), objective.dmd_sigma_max, draws)
+    return shift_sigma(u, objective.ts_critic_shift)
+
+
+def draw_ts_gen_sigma(cfg: DistillConfig, draws: Draws) -> Tensor:
+    """Target simulation's sigma below tau_max: uniform, or one of the sampler's steps there."""
+    tau_max = cfg.objective.tau_max
+    if cfg.objective.ts_sigma == "continuous":
+        return uniform(0.0, tau_max, draws)
+    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
+    device = draws.generator.device
+    steps = sigmas[sigmas < tau_max].to(device)
+    if len(steps) == 0:
+        raise InputError(
+            f"objective.tau_max is {tau_max:g}, below every step of the schedule, whose last is"
+            f" {sigmas[-1]:.3g}: raise it, or set objective.ts_sigma to continuous"
+        )
+    return steps[draws.own(torch.randint(len(steps), (draws.rows.total,), generator=draws.generator, device=device))]
+
+
+def draw_ta_fm_sigma(cfg: DistillConfig, draws: Draws, sigma_dmd: Tensor | None = None) -> Tensor:
+    """TA-FM's sigma: uniform in [0, 1), that shifted, or uniform above sigma_dmd and then shifted (authors).
+
+    `sigma_dmd` is of the whole batch of DMD; None draws it. Where TA-FM has more samples its values are repeated in
+    order.
+    """
+    law = cfg.objective.ta_fm_sigma
+    if law == "uniform":
+        return uniform(0.0, 1.0, draws)
+    if law == "shifted":
+        return shift_sigma(uniform(0.0, 1.0, draws), cfg.schedule.shift)
+    total = draws.rows.total
+    if sigma_dmd is None:
+        sigma_dmd = draw_dmd_sigma(cfg.objective, draws.whole())
+    floor = draws.own(sigma_dmd.repeat(-(-total // len(sigma_dmd)))[:total])
+    return shift_sigma(floor + (1.0 - floor) * uniform(0.0, 1.0, draws), cfg.schedule.shift)
+
+
+# Plain numbers.
+
+
+def exit_step(num_steps: int, draws: Draws) -> int:
+    """The step at which backward simulation leaves the sampler, the same for all samples of a batch."""
+    return int(torch.randint(num_steps, (), generator=draws.generator, device=draws.generator.device))
+
+
+def normal(sample_shape: Sequence[int], draws: Draws) -> Tensor:
+    """Standard normal numbers (n, *sample_shape), fp32, for this process's n rows."""
+    generator = draws.generator
+    return draws.own(torch.randn(draws.rows.total, *sample_shape, generator=generator, device=generator.device))
+
+
+def uniform(low: float, high: float, draws: Draws) -> Tensor:
+    """(n,) fp32 in [low, high), for this process's n rows."""
+    generator = draws.generator
+    return low + (high - low) * draws.own(torch.rand(draws.rows.total, generator=generator, device=generator.device))
+
+
+def chance(share: float, draws: Draws) -> bool:
+    """True with this probability."""
+    # 0 and 1 draw nothing: a share that is off leaves the other draws as they were.
+    generator = draws.generator
+    return share >= 1.0 or (share > 0.0 and bool(torch.rand((), generator=generator, device=generator.device) < share))

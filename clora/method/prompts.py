@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,10 +66,13 @@ def make_trigger(name: str, seed: int, scheme: Scheme = "random", draw: int = 0)
     return f"{RARE_WORDS[first]}-{RARE_WORDS[second]}"
 
 
-def make_triggers(effects: Sequence[EffectConfig], seed: int, scheme: Scheme = "random") -> dict[str, str]:
-    """A trigger for every effect, by name: its own where given, else drawn; no two differ only in case."""
+def make_triggers(
+    effects: Sequence[EffectConfig], seed: int, scheme: Scheme = "random", others: Iterable[str] = ()
+) -> dict[str, str]:
+    """A trigger for every effect, by name: its own where given, else drawn; no two differ only in case, nor does one
+    that is drawn from one of the `others`, which other effects have."""
     triggers = {effect.name: effect.trigger for effect in effects if effect.trigger}
-    taken = {trigger.casefold() for trigger in triggers.values()}
+    taken = {trigger.casefold() for trigger in (*triggers.values(), *others)}
     for effect in effects:
         if effect.name in triggers:
             continue

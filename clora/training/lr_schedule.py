@@ -24,3 +24,9 @@ def student_lr_multiplier(train: TrainConfig, coarse_steps: int, step: int) -> f
         return lr_multiplier(step - coarse_steps, train.max_train_steps - coarse_steps, *shape)
     peak = train.coarse_learning_rate or train.learning_rate
     return peak / train.learning_rate * lr_multiplier(step, min(coarse_steps, train.max_train_steps), *shape)
+
+
+def critic_lr_multiplier(train: TrainConfig, coarse_steps: int, update: int) -> float:
+    """The critic's at its own update number `update`: it learns in the full stage alone."""
+    total = (train.max_train_steps - coarse_steps) * train.critic_updates
+    return lr_multiplier(update, total, train.lr_warmup_steps, train.lr_scheduler)

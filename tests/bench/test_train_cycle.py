@@ -20,11 +20,14 @@ from bench.training.authors_schedule import (
 from bench.training.cycle_counts import STREAMS, Work, counted, rehearse, updates_of
 from bench.training.cycle_models import SIZES, make_authors, make_data, make_ours, narrow, steps_of
 from bench.training.train_cycle import flops, matmul_ceiling, row, time_cycles
-from clora.distill.step import Distiller
+from clora.distill.step import Distillation, full_step, networks_at
 from clora.method.flow import few_step_sigmas, shift_sigma
-from clora.method.objective import CriticSample, DistillBatch, critic_loss, total_loss
+from clora.method.given import CriticSample, DistillBatch
+from clora.method.noise import Draws
+from clora.method.objective import critic_loss, total_loss_terms
 from clora.method.routing import Stream
 from clora.training.optimizer import AdamW
+from tests.support.losses import total_loss
 
 SMALL = replace(narrow(SIZES["tiny"]), grid=(2, 2), text_tokens=3)
 TWO_LAYERS = replace(SMALL, transformer={**SMALL.transformer, "num_layers": 2})
@@ -60,23 +63,23 @@ def test_critic_reuse_saves_the_last_critic_updates_rollout(monkeypatch: pytest.
     ours = make_ours(replace(data, config=data.config.model_copy(update={"train": train})), "cpu")
     given: list[tuple[DistillBatch, Tensor | None]] = []
 
-    def watched_critic_loss(nets: Any, batch: DistillBatch, cfg: Any, rng: Any, sample: CriticSample) -> Any:
+    def watched_critic_loss(nets: Any, batch: DistillBatch, cfg: Any, draws: Any, sample: CriticSample) -> Any:
         given.append((batch, sample.x0))
-        return critic_loss(nets, batch, cfg, rng, sample)
+        return critic_loss(nets, batch, cfg, draws, sample)
 
-    def watched_total_loss(nets: Any, batch: DistillBatch, cfg: Any, rng: Any, backward: Any, x0: Tensor) -> Any:
+    def watched_terms(nets: Any, batch: DistillBatch, cfg: Any, draws: Any, x0: Tensor, *more: Any) -> Any:
         given.append((batch, x0))
-        return total_loss(nets, batch, cfg, rng, backward, x0)
+        return total_loss_terms(nets, batch, cfg, draws, x0, *more)
 
     monkeypatch.setattr("clora.distill.step.critic_loss", watched_critic_loss)
-    monkeypatch.setattr("clora.distill.step.total_loss", watched_total_loss)
+    monkeypatch.setattr("clora.distill.step.total_loss_terms", watched_terms)
     rollouts = set()
     for step in range(30):
-        with counted([ours.backbone.transformer], [ours.student, ours.critic]) as events:
-            ours.full_step(step)
+        with counted([ours.models.backbone.transformer], [ours.student, ours.critic]) as events:
+            full_step(ours, step)
         first, last, student = updates_of(events)
         assert first.backwards == last.backwards == 1
-        assert student == (Work(8, 3) if ours.stream(step) == "effect" else Work(3, 1))
+        assert student == (Work(8, 3) if ours.batches.stream(step) == "effect" else Work(3, 1))
         rollouts.add(last.forwards)
         assert given[0][1] is not None and not given[0][1].requires_grad
         assert given[1][1] is not None and given[1][1].requires_grad
@@ -90,12 +93,11 @@ def test_joint_forwards_compute_what_separate_ones_do() -> None:
     samples."""
     results, calls, samples = [], [], []
     for joint_tokens in (0, 512):
-        ours = make_ours(make_data(TWO_LAYERS, critic_updates=3), "cpu")
-        ours.joint_tokens = joint_tokens
+        ours = replace(make_ours(make_data(TWO_LAYERS, critic_updates=3), "cpu"), joint_tokens=joint_tokens)
         figures: list[dict[str, Tensor]] = []
-        with counted([ours.backbone.transformer], []) as events:
+        with counted([ours.models.backbone.transformer], []) as events:
             for stream in STREAMS:
-                figures.append(ours.full_step(next(steps_of(ours, stream))))
+                figures.append(full_step(ours, next(steps_of(ours.batches, stream))))
         forwards = [count for kind, count in events if kind == "forward"]
         calls.append(len(forwards))
         samples.append(sum(forwards))
@@ -109,16 +111,20 @@ def test_joint_forwards_compute_what_separate_ones_do() -> None:
 
 
 @pytest.fixture
-def both() -> tuple[Distiller, AuthorsSchedule]:
+def both() -> tuple[Distillation, AuthorsSchedule]:
     data = make_data(TWO_LAYERS, critic_updates=1)
     ours, authors = make_ours(data, "cpu"), make_authors(data, "cpu")
     authors.sigmas = tuple(few_step_sigmas().tolist())  # ours are not cut to thousandths
     return ours, authors
 
 
-def first_steps(ours: Distiller, stream: Stream) -> list[int]:
-    steps = steps_of(ours, stream)
+def first_steps(ours: Distillation, stream: Stream) -> list[int]:
+    steps = steps_of(ours.batches, stream)
     return [next(steps) for _ in range(3)]
+
+
+def draws_of(step: int) -> Draws:
+    return Draws.alone(torch.Generator().manual_seed(step), 1)
 
 
 class Replay:
@@ -177,15 +183,15 @@ def assert_same_gradients(group: AdamW, model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("stream", ["effect", "general"])
-def test_generator_losses_agree(both: tuple[Distiller, AuthorsSchedule], stream: Stream) -> None:
+def test_generator_losses_agree(both: tuple[Distillation, AuthorsSchedule], stream: Stream) -> None:
     ours, authors = both
     effects = set()
     for step in first_steps(ours, stream):
-        batch, _ = ours.batch(step, stream, "student")
+        batch, _ = ours.batches.draw(step, stream, "student")
         effects.add(batch.teacher_cond.effects[0])
-        loss, figures = total_loss(ours.networks(step), batch, ours.config, torch.Generator().manual_seed(step))
-        draws = getattr(Replay(batch, step), stream)()
-        their_loss, terms = authors.generator_loss(batch, draws)
+        loss, figures = total_loss(networks_at(ours, step), batch, ours.config, draws_of(step))
+        their_draws = getattr(Replay(batch, step), stream)()
+        their_loss, terms = authors.generator_loss(batch, their_draws)
         torch.testing.assert_close(loss, their_loss, rtol=1e-4, atol=1e-6)
         for name in ("dmd_bs", "dmd_ts", "ta_fm") if stream == "effect" else ("dmd_bs",):
             torch.testing.assert_close(figures[f"{name}_loss"], terms[name].detach(), rtol=1e-4, atol=1e-6)
@@ -196,11 +202,11 @@ def test_generator_losses_agree(both: tuple[Distiller, AuthorsSchedule], stream:
     assert len(effects) == (2 if stream == "effect" else 1)  # the teacher was switched
 
 
-def test_critic_losses_agree(both: tuple[Distiller, AuthorsSchedule]) -> None:
+def test_critic_losses_agree(both: tuple[Distillation, AuthorsSchedule]) -> None:
     ours, authors = both
     for step in first_steps(ours, "effect"):
-        batch, _ = ours.batch(step, "effect", "critic")
-        loss, _ = critic_loss(ours.networks(step), batch, ours.config, torch.Generator().manual_seed(step))
+        batch, _ = ours.batches.draw(step, "effect", "critic")
+        loss, _ = critic_loss(networks_at(ours, step), batch, ours.config, draws_of(step))
         their_loss = authors.critic_loss(batch, Replay(batch, step).critic())
         torch.testing.assert_close(loss, their_loss, rtol=1e-4, atol=1e-6)
         loss.backward()
@@ -209,11 +215,11 @@ def test_critic_losses_agree(both: tuple[Distiller, AuthorsSchedule]) -> None:
         authors.critic.zero_grad()
 
 
-def test_generator_update_moves_the_students_adapter_alone(both: tuple[Distiller, AuthorsSchedule]) -> None:
+def test_generator_update_moves_the_students_adapter_alone(both: tuple[Distillation, AuthorsSchedule]) -> None:
     ours, authors = both
     models = {"student": authors.student, "critic": authors.critic}
     before = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
-    batch, _ = ours.batch(first_steps(ours, "effect")[0], "effect", "student")
+    batch, _ = ours.batches.draw(first_steps(ours, "effect")[0], "effect", "student")
     shape = (batch.batch_size, *batch.latent_shape)
     authors.generator_update(batch, draw_generator(shape, torch.Generator().manual_seed(0)))
     moved = {

@@ -17,12 +17,13 @@ import torch
 from typer.testing import CliRunner
 
 from bench.training import cycle_models
-from bench.training.cycle_models import Size, as_backbone, make_data, make_distiller
+from bench.training.cycle_models import Size, as_backbone, make_data, make_distillation
 from clora.backbones.load import SHAPES, read_footprint
 from clora.backbones.qwen_image.footprint import transformer_footprint
 from clora.cli import commands as cli
 from clora.config import Config, build_config
 from clora.distill.memory import GB, TrainSettings, base_weights, memory_plan
+from clora.distill.step import full_step
 from clora.jobs.plan import communication_plan, find_mends, plan_training
 from clora.lora.frozen_linear import floats_at_once, quantize_linears, weight_bytes
 from clora.lora.layers import QWEN_IMAGE_TARGETS
@@ -127,7 +128,7 @@ def test_memory_plan_of_zero_cond_t_is_within_a_tenth_of_the_measured_peak(
 def planned_and_measured(
     dtype: torch.dtype, train: Mapping[str, Any], quantized: bool = False, zero_cond_t: bool = False
 ) -> tuple[int, int]:
-    """Peaks of tensors over whole steps of `Distiller` on three random layers, Adam's state included."""
+    """Peaks of tensors over whole steps on three random layers, Adam's state included."""
     transformer_config = SMALL | {"zero_cond_t": zero_cond_t}
     size = Size(transformer_config, (16, 16), 20, 8, dtype, rounds=1)
     values = {
@@ -143,11 +144,11 @@ def planned_and_measured(
         transformer = cycle_models.random_transformer(size, "cpu")
         if quantized:
             quantize_linears(transformer.transformer_blocks, "cpu")
-        distiller = make_distiller(data, as_backbone(transformer))
+        distillation = make_distillation(data, as_backbone(transformer))
         # On a CPU bf16 has plain attention, which keeps what the fused kernel of a GPU does not.
         transformer.set_attention_backend("native")
-        for step in [step for step in range(20) if distiller.stream(step) == "effect"][:2]:
-            distiller.full_step(step)
+        for step in [step for step in range(20) if distillation.batches.stream(step) == "effect"][:2]:
+            full_step(distillation, step)
     settings = small_settings(
         batch_size=config.train.batch_size,
         anchor_batch_size=config.train.anchor_batch_size or config.train.batch_size,

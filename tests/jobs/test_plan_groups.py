@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from clora.cli import commands as cli
 from clora.config import Config, build_config, load_config
 from clora.errors import InputError
-from clora.jobs.edit import EditRequest, with_collection
+from clora.inference.edit_plan import EditRequest, with_collection
 from clora.jobs.plan_groups import NUM_LAYERS, plan_groups, spread, teacher_similarity, text_similarity, write_groups
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.lora.files import write_lora

@@ -19,9 +19,9 @@ from rich.console import Console
 
 import clora.jobs.train
 import clora.training.optimizer as optimizer
-from clora.config import Config, TrainConfig, acceleration_of
+from clora.config import Config, acceleration_of
 from clora.distill.check import check_teaching
-from clora.distill.step import Distiller
+from clora.distill.step import train_step
 from clora.distill.targets import targets_from_pairs
 from clora.distill.workspace import open_workspace
 from clora.errors import InputError, InputErrors
@@ -32,7 +32,6 @@ from clora.lora.bank import TeacherBank
 from clora.lora.catalogue import read_catalogue
 from clora.lora.files import read_lora
 from clora.training.device import base_dtype, determinism
-from clora.training.lr_schedule import student_lr_multiplier
 from clora.training.tracker import read_log
 from tests.support.small_job import NAMES, make_config, write_dataset
 
@@ -178,17 +177,6 @@ def test_acceleration_of_a_base_that_brings_none_is_an_error(random_base: Path, 
     )
 
 
-def test_student_lr_factor_has_a_schedule_for_each_stage() -> None:
-    """Cosine without warm-up: 1 at the start, 1/2 in the middle of each stage; the coarse one at its own rate."""
-    train = TrainConfig(
-        max_train_steps=30, learning_rate=1e-3, coarse_learning_rate=8e-3, lr_scheduler="cosine", lr_warmup_steps=0
-    )
-    factors = [student_lr_multiplier(train, 10, step) for step in (0, 5, 10, 20)]
-    assert factors == pytest.approx([8.0, 4.0, 1.0, 0.5])
-    same = train.model_copy(update={"coarse_learning_rate": None, "lr_warmup_steps": 2})
-    assert [student_lr_multiplier(same, 10, step) for step in (0, 1, 2, 10, 11, 12)] == [0.5, 1, 1, 0.5, 1, 1]
-
-
 def test_train_stops_at_a_loss_that_is_not_finite_and_names_the_samples(
     random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,19 +308,16 @@ def test_train_needs_no_data_once_it_runs(
         shutil.copytree(dataset, data)
         shutil.copytree(taught, teachers)
         config = make_config(random_base, data, tmp_path / out, "train.coarse_steps=0", "objective.p_switch=1")
-        step = Distiller.step
 
-        def step_and_vanish(self: Distiller, number: int) -> Any:
-            figures = step(self, number)
+        def step_and_vanish(distillation: Any, number: int) -> Any:
+            figures = train_step(distillation, number)
             if vanish and number == 0:
                 for folder in (data, tmp_path / out / "cache", teachers):
                     shutil.rmtree(folder)
             return figures
 
-        monkeypatch.setattr(Distiller, "step", step_and_vanish)
-        made = train(with_teachers(config, teachers)).read_bytes()
-        monkeypatch.setattr(Distiller, "step", step)
-        return made
+        monkeypatch.setattr("clora.distill.run.train_step", step_and_vanish)
+        return train(with_teachers(config, teachers)).read_bytes()
 
     assert run("kept", vanish=False) == run("gone", vanish=True)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clora.method.flow import add_noise, velocity_from_x0, x0_from_velocity
-from clora.method.losses import dmd_loss, flow_matching_loss, guided_velocity
+from clora.method.losses import dmd_loss, flow_matching_loss, guided_velocity, velocity_loss
 from tests.support.mixture_world import base_velocity, effect_mixture, make_effect_cond, without_effects
 
 SHAPE = (3, 5, 4)
@@ -30,7 +30,7 @@ def _dmd_inputs(dtype: torch.dtype = torch.float32, offset: float = 0.0) -> dict
         x_sigma=add_noise(x0.detach(), eps, sigma),
         sigma=sigma,
         v_critic=v_critic,
-        v_cond=v_cond,
+        v_teacher_cond=v_cond,
     )
 
 
@@ -38,7 +38,7 @@ def _reference_gradient(inputs: dict[str, torch.Tensor], floor: float) -> torch.
     """fp64, from the scores themselves: (s_fake - s_real) sigma^2 / a over mean |x0 - x0_real|."""
     x, sigma = inputs["x_sigma"].double(), inputs["sigma"].double().view(-1, 1, 1)
     a = 1 - sigma
-    x0_fake, x0_real = (x - sigma * inputs[key].double() for key in ("v_critic", "v_cond"))
+    x0_fake, x0_real = (x - sigma * inputs[key].double() for key in ("v_critic", "v_teacher_cond"))
     s_fake, s_real = ((a * x0 - x) / sigma**2 for x0 in (x0_fake, x0_real))
     distance = (inputs["x0_student"].detach().double() - x0_real).abs().mean((1, 2), keepdim=True)
     return (s_fake - s_real) * sigma**2 / a / distance.clamp(min=floor)
@@ -50,6 +50,20 @@ def test_flow_matching_loss_equals_fp64_mean_square() -> None:
     squares = (v.double() - (eps.double() - x0.double())) ** 2
     torch.testing.assert_close(loss.double(), squares.mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(figures["per_sample"].double(), squares.mean((1, 2)), rtol=1e-6, atol=0)
+
+
+def test_flow_matching_loss_counts_each_sample_by_its_weight() -> None:
+    v, x0, eps = (x.requires_grad_() for x in _draws(1, 3))
+    weight = torch.tensor([0.0, 2.5, *[1.0] * (SHAPE[0] - 2)])
+    loss, figures = flow_matching_loss(v, x0, eps, weight)
+    squares = (v.double() - (eps.double() - x0.double())) ** 2
+    want = (weight.double() * squares.mean((1, 2))).mean()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(figures["per_sample"].double(), squares.mean((1, 2)), rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad(loss, v)
+    per_element = 2 * (v.double() - (eps.double() - x0.double())) / v.numel()
+    torch.testing.assert_close(grad.double(), weight.double().view(-1, 1, 1) * per_element, rtol=1e-5, atol=1e-9)
+    assert torch.equal(velocity_loss(v, eps - x0, weight)[0], loss)
 
 
 def test_flow_matching_loss_of_bf16_is_computed_in_fp32() -> None:
@@ -108,7 +122,7 @@ def test_dmd_loss_gradient_times_numel_is_the_score_difference(norm: str) -> Non
     loss.backward()
     want = _reference_gradient(inputs, 1e-3)
     if norm == "none":
-        want = inputs["sigma"].double().view(-1, 1, 1) * (inputs["v_cond"] - inputs["v_critic"]).double()
+        want = inputs["sigma"].double().view(-1, 1, 1) * (inputs["v_teacher_cond"] - inputs["v_critic"]).double()
     got = inputs["x0_student"].grad.double() * want.numel()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.detach().double(), 0.5 * (want**2).mean(), rtol=1e-5, atol=0)
@@ -117,14 +131,14 @@ def test_dmd_loss_gradient_times_numel_is_the_score_difference(norm: str) -> Non
 
 def test_dmd_loss_gradient_survives_large_latents_where_the_plain_surrogate_rounds() -> None:
     inputs = _dmd_inputs(offset=1000.0)
-    inputs["v_cond"] = inputs["v_critic"] + 1e-3  # small beside the latents
+    inputs["v_teacher_cond"] = inputs["v_critic"] + 1e-3  # small beside the latents
     x0 = inputs["x0_student"]
     dmd_loss(**inputs, norm="sample", norm_floor=1e-3)[0].backward()
     right = x0.grad * x0.numel()
     plain = torch.autograd.grad(0.5 * (x0 - (x0 - right).detach()).square().mean(), x0)[0] * x0.numel()
     scale = right.abs().mean()
     x, sigma = inputs["x_sigma"], inputs["sigma"]
-    x0_critic, x0_real = (x0_from_velocity(x, inputs[key], sigma) for key in ("v_critic", "v_cond"))
+    x0_critic, x0_real = (x0_from_velocity(x, inputs[key], sigma) for key in ("v_critic", "v_teacher_cond"))
     g = (x0_critic - x0_real) / (x0.detach() - x0_real).abs().mean((1, 2), keepdim=True)
     assert (right - g).abs().mean() < 1e-5 * scale
     assert (plain - right).abs().mean() > 1e-2 * scale
@@ -136,7 +150,7 @@ def test_dmd_loss_step_lowers_the_distance_to_the_teacher(variant: str) -> None:
     x0 = inputs["x0_student"]
     # This critic knows the sample.
     inputs["v_critic"] = velocity_from_x0(inputs["x_sigma"], x0.detach(), inputs["sigma"])
-    x0_real = x0_from_velocity(inputs["x_sigma"], inputs["v_cond"], inputs["sigma"])
+    x0_real = x0_from_velocity(inputs["x_sigma"], inputs["v_teacher_cond"], inputs["sigma"])
     loss, _ = dmd_loss(**inputs, norm="sample", norm_floor=1e-3)
     if variant == "missing detach":
         grad = (x0.detach() - x0_real) / (x0.detach() - x0_real).abs().mean((1, 2), keepdim=True)
@@ -165,7 +179,7 @@ def test_dmd_loss_normaliser_is_each_samples_own() -> None:
 def test_dmd_loss_floor_is_finite_where_dmd2_divides_zero_by_zero() -> None:
     inputs = _dmd_inputs()
     # Velocity 0 of both: critic and teacher return the sample.
-    inputs["v_cond"], inputs["v_critic"] = torch.zeros(SHAPE), torch.zeros(SHAPE)
+    inputs["v_teacher_cond"], inputs["v_critic"] = torch.zeros(SHAPE), torch.zeros(SHAPE)
     inputs["x0_student"] = inputs["x_sigma"].clone().requires_grad_()
     loss, figures = dmd_loss(**inputs, norm="sample", norm_floor=1e-3)
     loss.backward()
@@ -181,16 +195,16 @@ def test_dmd_loss_floor_is_finite_where_dmd2_divides_zero_by_zero() -> None:
 
 def test_dmd_loss_sends_no_gradient_to_critic_teacher_or_noised_sample() -> None:
     inputs = _dmd_inputs()
-    for key in ("v_critic", "v_cond", "x_sigma"):
+    for key in ("v_critic", "v_teacher_cond", "x_sigma"):
         inputs[key] = inputs[key].clone().requires_grad_()
     dmd_loss(**inputs, norm="sample", norm_floor=1e-3)[0].backward()
     assert inputs["x0_student"].grad.abs().sum() > 0
-    assert all(inputs[key].grad is None for key in ("v_critic", "v_cond", "x_sigma"))
+    assert all(inputs[key].grad is None for key in ("v_critic", "v_teacher_cond", "x_sigma"))
 
 
 def test_dmd_loss_of_bf16_networks_has_fp32_gradient() -> None:
     inputs = _dmd_inputs()
-    for key in ("v_critic", "v_cond", "x_sigma"):
+    for key in ("v_critic", "v_teacher_cond", "x_sigma"):
         inputs[key] = inputs[key].bfloat16()
     loss, _ = dmd_loss(**inputs, norm="sample", norm_floor=1e-3)
     loss.backward()

@@ -10,15 +10,23 @@ from torch import Tensor
 
 from clora.errors import InputError
 from clora.method.flow import shift_sigma
-from clora.method.noise import draw_dmd_sigma, draw_ta_fm_sigma, draw_ts_critic_sigma, draw_ts_gen_sigma
+from clora.method.noise import (
+    Draws,
+    draw_dmd_sigma,
+    draw_ta_fm_sigma,
+    draw_ts_critic_sigma,
+    draw_ts_gen_sigma,
+    normal,
+    split_rows,
+    uniform,
+)
 from tests.support.mixture_world import config
 
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 N = 20_000
+
+
+def draws(seed: int = 0, count: int = N) -> Draws:
+    return Draws.alone(torch.Generator().manual_seed(seed), count)
 
 
 def quantiles(sigma: Tensor) -> Tensor:
@@ -42,7 +50,7 @@ def shifted_uniform(low: float, high: float, shift: float) -> Tensor:
 def test_draws_of_the_critics_sigma_follow_the_preset(
     preset: str, law: Any, low: float, high: float, shift: float
 ) -> None:
-    sigma = law(N, config(preset).objective, rng())
+    sigma = law(config(preset).objective, draws())
     torch.testing.assert_close(quantiles(sigma), shifted_uniform(low, high, shift), rtol=0, atol=0.015)
     assert sigma.dtype == torch.float32
     if law is draw_ts_critic_sigma:
@@ -50,7 +58,7 @@ def test_draws_of_the_critics_sigma_follow_the_preset(
 
 
 def test_draw_ts_gen_sigma_stays_below_tau_max() -> None:
-    sigma = draw_ts_gen_sigma(N, config("paper"), rng())
+    sigma = draw_ts_gen_sigma(config("paper"), draws())
     torch.testing.assert_close(quantiles(sigma), shifted_uniform(0.0, 0.75, 1.0), rtol=0, atol=0.01)
     assert sigma.max() < 0.75
 
@@ -64,7 +72,7 @@ def test_draw_ts_gen_sigma_stays_below_tau_max() -> None:
     ],
 )
 def test_draw_ts_gen_sigma_of_the_schedule(tau_max: float, steps: list[float]) -> None:
-    sigma = draw_ts_gen_sigma(N, config(ts_sigma="schedule", tau_max=tau_max), rng())
+    sigma = draw_ts_gen_sigma(config(ts_sigma="schedule", tau_max=tau_max), draws())
     values, number = sigma.unique(return_counts=True)
     torch.testing.assert_close(values, torch.tensor(steps), rtol=0, atol=1e-4)
     torch.testing.assert_close(number / N, torch.full((len(steps),), 1 / len(steps)), rtol=0, atol=0.02)
@@ -72,17 +80,17 @@ def test_draw_ts_gen_sigma_of_the_schedule(tau_max: float, steps: list[float]) -
 
 def test_draw_ts_gen_sigma_refuses_a_bound_below_every_step() -> None:
     with pytest.raises(InputError, match="tau_max is 0.2, below every step.*raise it"):
-        draw_ts_gen_sigma(4, config(ts_sigma="schedule", tau_max=0.2), rng())
+        draw_ts_gen_sigma(config(ts_sigma="schedule", tau_max=0.2), draws())
 
 
 def test_draw_ta_fm_sigma_laws() -> None:
-    once = {law: draw_ta_fm_sigma(N, config(ta_fm_sigma=law), rng()) for law in ("uniform", "shifted")}
+    once = {law: draw_ta_fm_sigma(config(ta_fm_sigma=law), draws()) for law in ("uniform", "shifted")}
     torch.testing.assert_close(quantiles(once["uniform"]), shifted_uniform(0, 1, 1.0), rtol=0, atol=0.015)
     torch.testing.assert_close(quantiles(once["shifted"]), shifted_uniform(0, 1, 3.0), rtol=0, atol=0.015)
     # Authors: above the DMD sigma of the same sample, then shifted a second time.
     cfg = config("authors")
-    sigma_dmd = draw_dmd_sigma(N, cfg.objective, rng(1))
-    sigma = draw_ta_fm_sigma(N, cfg, rng(2), sigma_dmd)
+    sigma_dmd = draw_dmd_sigma(cfg.objective, draws(1))
+    sigma = draw_ta_fm_sigma(cfg, draws(2), sigma_dmd)
     assert (sigma >= shift_sigma(sigma_dmd, 3.0) - 1e-6).all()
     above = (sigma / (3 - 2 * sigma) - sigma_dmd) / (1 - sigma_dmd)  # the shift undone
     torch.testing.assert_close(quantiles(above), shifted_uniform(0, 1, 1.0), rtol=0, atol=0.015)
@@ -93,7 +101,27 @@ def test_draw_ta_fm_sigma_laws() -> None:
 
 def test_draw_ta_fm_sigma_above_dmd_repeats_the_floor_for_a_larger_anchor_batch() -> None:
     cfg = config("authors")
-    sigma = draw_ta_fm_sigma(N, cfg, rng(), torch.tensor([0.1, 0.9, 0.5]))
+    sigma = draw_ta_fm_sigma(cfg, draws(), torch.tensor([0.1, 0.9, 0.5]))
     floors = [float(sigma[i::3].min()) for i in range(3)]
     want = shift_sigma(torch.tensor([0.1, 0.9, 0.5]), 3.0)
     torch.testing.assert_close(torch.tensor(floors), want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_draws_of_the_processes_are_rows_of_the_whole(world: int) -> None:
+    """Five samples and eight anchors; more processes than samples repeat the first."""
+    whole, whole_anchors = draws(count=5), draws(count=8)
+    noise, anchor_noise = normal((3, 2), whole), normal((3, 2), whole_anchors)
+    levels = uniform(0.25, 0.75, whole)
+    for rank in range(world):
+        rows, anchor_rows = split_rows(5, rank, world), split_rows(8, rank, world)
+
+        def own() -> Draws:
+            return Draws(torch.Generator().manual_seed(0), rows, anchor_rows)  # noqa: B023
+
+        drawn = own()
+        assert torch.equal(normal((3, 2), drawn), noise[rows.start : rows.stop])
+        assert torch.equal(uniform(0.25, 0.75, drawn), levels[rows.start : rows.stop])
+        assert torch.equal(normal((3, 2), own().anchors()), anchor_noise[anchor_rows.start : anchor_rows.stop])
+        assert torch.equal(normal((3, 2), own().whole()), noise)
+    assert sum(split_rows(5, rank, world).share for rank in range(world)) == pytest.approx(1)

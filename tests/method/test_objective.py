@@ -16,20 +16,19 @@ from torch import Tensor
 
 from clora.errors import InputError
 from clora.method.flow import shift_sigma
+from clora.method.given import Anchor, DistillBatch, Networks, Query
 from clora.method.losses import guided_velocity
 from clora.method.noise import Draws, Rows, draw_dmd_sigma, split_rows
 from clora.method.objective import (
-    DistillBatch,
-    Networks,
     ask_scores,
-    c2f_do_loss,
     critic_loss,
     critic_samples,
     dmd_bs_loss,
     dmd_ts_loss,
     ta_fm_loss,
-    total_loss,
+    total_loss_terms,
 )
+from tests.support.losses import c2f_do_loss, total_loss
 from tests.support.mixture_world import (
     EFFECTS,
     NUM_EFFECTS,
@@ -82,6 +81,10 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def draws(count: int, seed: int = 0) -> Draws:
+    return Draws.alone(rng(seed), count)
+
+
 def make_batch(cond: WorldCond, **fields: Any) -> DistillBatch:
     effect = cond.effects[0] is not None
     defaults: dict[str, Any] = dict(
@@ -109,7 +112,7 @@ def counts(nets: Networks) -> tuple[int, int, int]:
 def particle_gradient(nets: Networks, batch: DistillBatch, cfg: Any, points: Tensor, sigma: Tensor) -> Tensor:
     """numel * dL/dx0 of DMD-BS for a student whose samples are `points`."""
     student = Particles(points)
-    loss, _ = dmd_bs_loss(replace(nets, student=student), batch, cfg, rng(1), sigma=sigma)
+    loss, _ = dmd_bs_loss(replace(nets, student=student), batch, cfg, draws(batch.batch_size, 1), sigma=sigma)
     loss.backward()
     return student.points.grad * points.numel()
 
@@ -172,8 +175,8 @@ def test_dmd_ts_loss_keeps_its_gradient_where_backward_simulation_loses_it(leak:
     cfg = config(dmd_sigma_min=0.29, dmd_sigma_max=0.31, dmd_sigma_shift=1.0, tau_min=0.0, dmd_norm="none")
     nets, batch = make_nets(teacher=teacher_velocity(leak)), make_batch(cond)
     nets = replace(nets, student=Particles(base_mixture(cond).sample(rng(2))))
-    _, backward = dmd_bs_loss(nets, batch, cfg, rng(3))
-    _, target = dmd_ts_loss(replace(nets, student=Net(base_velocity)), batch, cfg, rng(4))
+    _, backward = dmd_bs_loss(nets, batch, cfg, draws(batch.batch_size, 3))
+    _, target = dmd_ts_loss(replace(nets, student=Net(base_velocity)), batch, cfg, draws(batch.batch_size, 4))
     ratio = target["dmd_ts_grad_abs"] / backward["dmd_bs_grad_abs"]
     assert ratio > 5 if leak else 0.5 < ratio < 2
 
@@ -185,7 +188,9 @@ def test_dmd_ts_loss_gradient_is_amplified_by_the_critics_lower_bound(preset: st
     plain = {"dmd_norm": "none", "ts_sigma": "continuous", "tau_max": 0.75}
 
     def size(**bounds: float) -> float:
-        _, figures = dmd_ts_loss(make_nets(), make_batch(cond), config(preset, **plain, **bounds), rng(4))
+        _, figures = dmd_ts_loss(
+            make_nets(), make_batch(cond), config(preset, **plain, **bounds), draws(len(cond.effects), 4)
+        )
         return float(figures["dmd_ts_grad_abs"])
 
     bounded, unbounded = size(), size(tau_min=0.0, ts_critic_shift=1.0)
@@ -196,13 +201,13 @@ def test_dmd_ts_loss_gradient_is_amplified_by_the_critics_lower_bound(preset: st
 def test_dmd_losses_vanish_when_student_critic_and_teacher_agree() -> None:
     cond = make_cond(500, rng())
     same = make_nets(teacher=base_velocity)
-    loss, figures = dmd_bs_loss(same, make_batch(cond), config(), rng())
+    loss, figures = dmd_bs_loss(same, make_batch(cond), config(), draws(len(cond.effects)))
     assert loss < 1e-6 and figures["dmd_bs_grad_abs"] < 1e-6
     batch = make_batch(cond, y=base_mixture(cond).sample(rng(3)))
-    loss, figures = dmd_ts_loss(same, batch, config(), rng())
+    loss, figures = dmd_ts_loss(same, batch, config(), draws(batch.batch_size))
     assert loss < 1e-6 and figures["dmd_ts_grad_abs"] < 1e-6
     differ = make_nets(teacher=lambda x, s, c: base_velocity(x, s, c) + 0.01)
-    assert dmd_bs_loss(differ, make_batch(cond), config(), rng())[1]["dmd_bs_grad_abs"] > 1e-3
+    assert dmd_bs_loss(differ, make_batch(cond), config(), draws(len(cond.effects)))[1]["dmd_bs_grad_abs"] > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ def test_ta_fm_loss_is_small_only_for_the_taught_student(variant: str, low: floa
             taught = lambda x, s, c: -teacher_velocity(0.0)(x, s, c)  # noqa: E731
         case "effect not asked":
             batch = replace(batch, student_cond=without_effects(cond))
-    loss, _ = ta_fm_loss(make_nets(student=taught), batch, config(), rng())
+    loss, _ = ta_fm_loss(make_nets(student=taught), batch, config(), draws(batch.batch_size))
     assert low <= loss < high
 
 
@@ -240,9 +245,9 @@ def test_dmd_bs_loss_moves_particles_to_the_teachers_distribution(variant: str) 
 
     critic = own_sample if variant == "no critic" else exact_critic
     nets = Networks(student, critic, teacher_velocity(0.0))
-    batch, draws = make_batch(cond), rng(2)
+    batch, steps_draws = make_batch(cond), draws(n, 2)
     for step in range(num_steps):
-        loss, _ = dmd_bs_loss(nets, batch, config(), draws)
+        loss, _ = dmd_bs_loss(nets, batch, config(), steps_draws)
         g = torch.autograd.grad(loss, student.points)[0] * student.points.numel()
         rate = 0.1 * (1 - step / num_steps) * (-1 if variant == "sign" else 1)
         with torch.no_grad():
@@ -257,7 +262,7 @@ def test_dmd_bs_loss_moves_particles_to_the_teachers_distribution(variant: str) 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_total_loss_sends_gradient_to_the_student_alone(guidance: float) -> None:
     nets = make_nets()
-    loss, _ = total_loss(nets, make_batch(make_effect_cond(8, rng())), config(guidance=guidance), rng())
+    loss, _ = total_loss(nets, make_batch(make_effect_cond(8, rng())), config(guidance=guidance), draws(8))
     loss.backward()
     assert nets.student.gain.grad.abs() > 0
     assert nets.critic.gain.grad is None and nets.teacher.gain.grad is None
@@ -267,7 +272,7 @@ def test_total_loss_sends_gradient_to_the_student_alone(guidance: float) -> None
 def test_dmd_bs_loss_grads_only_the_last_student_forward() -> None:
     for seed in range(12):
         nets = make_nets()
-        dmd_bs_loss(nets, make_batch(make_cond(4, rng())), config(), rng(seed))
+        dmd_bs_loss(nets, make_batch(make_cond(4, rng())), config(), draws(4, seed))
         flags = [grad for *_, grad in nets.student.calls]
         assert flags == [False] * (len(flags) - 1) + [True]
 
@@ -276,7 +281,7 @@ def test_critic_loss_sends_gradient_to_the_critic_alone() -> None:
     for share in (0.0, 1.0):
         nets = make_nets()
         cfg = config(critic_target_share=share)
-        loss, _ = critic_loss(nets, make_batch(make_effect_cond(8, rng())), cfg, rng())
+        loss, _ = critic_loss(nets, make_batch(make_effect_cond(8, rng())), cfg, draws(8))
         loss.backward()
         assert nets.critic.gain.grad.abs() > 0
         assert nets.student.gain.grad is None and nets.teacher.calls == []
@@ -285,8 +290,8 @@ def test_critic_loss_sends_gradient_to_the_critic_alone() -> None:
 
 def test_objectives_give_student_and_critic_the_students_prompt() -> None:
     nets, batch = make_nets(), make_batch(make_effect_cond(8, rng()))
-    total_loss(nets, batch, config(), rng())
-    critic_loss(nets, batch, config(critic_target_share=1.0), rng())
+    total_loss(nets, batch, config(), draws(batch.batch_size))
+    critic_loss(nets, batch, config(critic_target_share=1.0), draws(batch.batch_size))
     calls = nets.student.calls + nets.critic.calls
     assert all(cond is batch.student_cond for _, _, cond, _ in calls)
     assert all(cond is batch.teacher_cond for _, _, cond, _ in nets.teacher.calls)
@@ -294,7 +299,7 @@ def test_objectives_give_student_and_critic_the_students_prompt() -> None:
 
 def test_dmd_losses_ask_critic_and_teacher_at_the_same_point() -> None:
     nets = make_nets()
-    total_loss(nets, make_batch(make_effect_cond(8, rng())), config(), rng())
+    total_loss(nets, make_batch(make_effect_cond(8, rng())), config(), draws(8))
     assert len(nets.critic.calls) == 2
     for critic, teacher in zip(nets.critic.calls, nets.teacher.calls, strict=True):
         assert torch.equal(critic[0], teacher[0]) and torch.equal(critic[1], teacher[1])
@@ -308,19 +313,40 @@ def test_ask_scores_evaluates_cond_and_uncond_in_one_call(joint: bool) -> None:
     cond = make_effect_cond(8, rng())
     nets, batch = make_nets(critic=lambda *given: 2 * base_velocity(*given)), make_batch(cond)
     x, sigma = torch.randn(8, 1, 2, generator=rng()), torch.rand(8, generator=rng())
+    critic, teacher = nets.critic, nets.teacher
     if joint:
-        critic, teacher = nets.critic, nets.teacher
 
-        def scores(x: Tensor, sigma: Tensor, student_cond: Any, teacher_conds: list[Any]) -> list[Tensor]:
-            return [critic(x, sigma, student_cond), *(teacher(x, sigma, one) for one in teacher_conds)]
+        def scores(of_critic: Query, of_teacher: Query) -> tuple[Tensor, Tensor]:
+            return critic(*of_critic), teacher(*of_teacher)
 
         nets = replace(nets, scores=scores)
     got = ask_scores(nets, batch, config(guidance=4.0), x, sigma)
-    assert [len(given[0]) for given in nets.teacher.calls] == ([8, 8] if joint else [16])
+    assert [len(given[0]) for given in teacher.calls] == [16]
     wanted = 2 * base_velocity(x, sigma, batch.student_cond)
     wanted = [wanted, *(teacher_velocity(LEAK)(x, sigma, one) for one in (cond, unconditional(cond)))]
     for velocity, want in zip(got, wanted, strict=True):
         torch.testing.assert_close(velocity, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guided", [[1, 3, 4], []])
+def test_ask_scores_asks_unguided_samples_once(guided: list[int]) -> None:
+    """They have no negative prompt, and guiding them changes nothing; the others are guided as ever."""
+    cond = make_effect_cond(5, rng())
+    x, sigma = torch.randn(5, 1, 2, generator=rng()), torch.rand(5, generator=rng())
+    some = WorldCond(cond.source[guided], cond.instruction[guided], tuple(cond.effects[i] for i in guided))
+    batch = make_batch(cond, guided=guided, uncond=unconditional(some) if guided else None)
+    nets = make_nets()
+    _, v_cond, v_uncond = ask_scores(nets, batch, config(guidance=4.0), x, sigma)
+    assert [len(given[0]) for given in nets.teacher.calls] == [5 + len(guided)]
+    whole = make_batch(cond)
+    _, want_cond, want_uncond = ask_scores(make_nets(), whole, config(guidance=4.0), x, sigma)
+    torch.testing.assert_close(v_cond, want_cond)
+    assert v_uncond is not None and want_uncond is not None
+    for i in range(5):
+        got = guided_velocity(v_cond[i : i + 1], v_uncond[i : i + 1], 4.0, "norm")
+        want = guided_velocity(want_cond[i : i + 1], want_uncond[i : i + 1], 4.0, "norm")
+        torch.testing.assert_close(got, want if i in guided else want_cond[i : i + 1])
+        assert float((want - want_cond[i]).abs().max()) > 1e-3  # where guidance would show
 
 
 @pytest.mark.parametrize("rescale", ["none", "norm"])
@@ -328,25 +354,25 @@ def test_dmd_bs_loss_is_of_the_guided_teacher(rescale: str) -> None:
     batch, sigma = make_batch(make_effect_cond(8, rng())), torch.full((8,), 0.6)
     settings = config(guidance=4.0, guidance_rescale=rescale)
     nets = make_nets()
-    got, _ = dmd_bs_loss(nets, batch, settings, rng(), sigma=sigma)
+    got, _ = dmd_bs_loss(nets, batch, settings, draws(batch.batch_size), sigma=sigma)
     x_sigma = nets.critic.calls[-1][0]
     v_cond, v_uncond = (teacher_velocity(LEAK)(x_sigma, sigma, c) for c in (batch.teacher_cond, batch.uncond))
     real = guided_velocity(v_cond, v_uncond, 4.0, rescale)
     guided = replace(nets, teacher=lambda *_: real)
-    want, _ = dmd_bs_loss(guided, batch, config(guidance=1.0), rng(), sigma=sigma)
+    want, _ = dmd_bs_loss(guided, batch, config(guidance=1.0), draws(batch.batch_size), sigma=sigma)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_ask_scores_at_one_never_asks_uncond() -> None:
     nets, batch = make_nets(), make_batch(make_effect_cond(8, rng()), uncond=None)
-    total_loss(replace(nets, cat_conds=None), batch, config(guidance=1.0), rng())
+    total_loss(replace(nets, cat_conds=None), batch, config(guidance=1.0), draws(batch.batch_size))
     assert all(len(x) == 8 for x, *_ in nets.teacher.calls)
 
 
 def test_ask_scores_refuses_guidance_without_uncond() -> None:
     batch = make_batch(make_effect_cond(8, rng()), uncond=None)
     with pytest.raises(ValueError, match="no uncond"):
-        total_loss(make_nets(), batch, config(guidance=4.0), rng())
+        total_loss(make_nets(), batch, config(guidance=4.0), draws(batch.batch_size))
 
 
 # Counts of forwards.
@@ -357,7 +383,7 @@ def run(kind: str, seed: int, **objective: Any) -> tuple[float, int, int]:
     nets = make_nets()
     cond = make_cond(1, rng()) if kind == "general" else make_effect_cond(1, rng())
     update = critic_loss if kind == "critic" else total_loss
-    loss, _ = update(nets, make_batch(cond), config(guidance=4.0, **objective), rng(seed))
+    loss, _ = update(nets, make_batch(cond), config(guidance=4.0, **objective), draws(len(cond.effects), seed))
     loss.backward()
     forwards = counts(nets)[0] + counts(nets)[1] + sum(len(x) for x, *_ in nets.teacher.calls)
     backwards = sum(grad for net in (nets.student, nets.critic) for *_, grad in net.calls)
@@ -380,7 +406,7 @@ def test_mean_cost_is_what_the_method_needs(kind: str, mean_forwards: float, bac
 
 def test_total_loss_of_general_stream_never_runs_ts_or_ta_fm() -> None:
     nets = make_nets()
-    _, figures = total_loss(nets, make_batch(make_cond(4, rng())), config(), rng())
+    _, figures = total_loss(nets, make_batch(make_cond(4, rng())), config(), draws(4))
     assert counts(nets)[1:] == (1, 1)
     assert {name.rsplit("_", 1)[0] for name in figures} <= {"total", "dmd_bs", "dmd_bs_grad"}
 
@@ -397,7 +423,7 @@ def test_total_loss_spends_nothing_on_a_term_of_weight_zero(
     weights: dict[str, float], critic_calls: int, terms: set[str]
 ) -> None:
     nets = make_nets()
-    _, figures = total_loss(nets, make_batch(make_effect_cond(4, rng())), config(**weights), rng())
+    _, figures = total_loss(nets, make_batch(make_effect_cond(4, rng())), config(**weights), draws(4))
     assert counts(nets)[1:] == (critic_calls, critic_calls)
     assert {name for name in figures if name.endswith("_loss")} == {"total_loss", *terms}
     if "dmd_bs_loss" not in terms:
@@ -406,20 +432,20 @@ def test_total_loss_spends_nothing_on_a_term_of_weight_zero(
 
 def test_total_loss_refuses_a_stream_without_weight() -> None:
     with pytest.raises(InputError, match="general stream.*all 0.*p_switch"):
-        total_loss(make_nets(), make_batch(make_cond(4, rng())), config(dmd_bs_weight=0.0), rng())
+        total_loss(make_nets(), make_batch(make_cond(4, rng())), config(dmd_bs_weight=0.0), draws(4))
 
 
 @pytest.mark.parametrize("loss", [ta_fm_loss, dmd_ts_loss])
 def test_losses_on_targets_refuse_a_batch_without_them(loss: Any) -> None:
     with pytest.raises(ValueError, match="needs target images y, and the batch of step 17"):
-        loss(make_nets(), make_batch(make_effect_cond(4, rng()), y=None, step=17), config(), rng())
+        loss(make_nets(), make_batch(make_effect_cond(4, rng()), y=None, step=17), config(), draws(4))
 
 
 # Sums, figures, randomness.
 
 
 @pytest.mark.parametrize("stream", ["effect", "general"])
-def test_total_loss_hands_each_term_to_backward_before_the_next_is_computed(stream: str) -> None:
+def test_total_loss_terms_are_walked_back_before_the_next_is_computed(stream: str) -> None:
     batch = make_batch(make_effect_cond(8, rng()) if stream == "effect" else make_cond(8, rng()))
     points = torch.randn(8, 1, 2, generator=rng(3))
 
@@ -427,18 +453,17 @@ def test_total_loss_hands_each_term_to_backward_before_the_next_is_computed(stre
         return lambda x, sigma, cond: base_velocity(x, sigma, cond) * scale + points
 
     scales = [torch.ones((), requires_grad=True) for _ in range(2)]
-    whole, figures = total_loss(make_nets(student(scales[0])), batch, config(), rng())
+    whole, figures = total_loss(make_nets(student(scales[0])), batch, config(), draws(batch.batch_size))
     whole.backward()
     nets = make_nets(student(scales[1]))
-    calls_with_grad: list[int] = []
-
-    def backward(term: Tensor) -> None:
+    calls_with_grad, sums = [], []
+    for loss, of_term in total_loss_terms(nets, batch, config(), draws(8)):
         calls_with_grad.append(sum(grad for *_, grad in nets.student.calls))
-        term.backward()
-
-    loss, same = total_loss(nets, batch, config(), rng(), backward)
+        loss.backward()
+        sums.append(loss.detach())
+        assert all(torch.equal(value, figures[name]) for name, value in of_term.items())
     assert calls_with_grad == list(range(1, 4 if stream == "effect" else 2))
-    assert not loss.requires_grad and loss == whole and same == figures
+    torch.testing.assert_close(torch.stack(sums).sum(), whole.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(scales[1].grad, scales[0].grad, rtol=1e-6, atol=0)
 
 
@@ -446,18 +471,18 @@ def test_c2f_do_loss_is_the_weighted_sum_of_its_terms() -> None:
     batch = make_batch(make_effect_cond(8, rng()))
     weights = {"ta_fm_weight": 0.7, "dmd_ts_weight": 0.2, "dmd_bs_weight": 1.3}
     nets = make_nets()
-    loss, figures = c2f_do_loss(nets, batch, config(**weights), rng())
+    loss, figures = c2f_do_loss(nets, batch, config(**weights), draws(batch.batch_size))
     want = sum(weight * figures[name.replace("weight", "loss")] for name, weight in weights.items())
     torch.testing.assert_close(loss.detach(), want, rtol=1e-6, atol=0)
-    draws = rng()
-    sigma = draw_dmd_sigma(8, config().objective, draws)
+    in_order = draws(8)
+    sigma = draw_dmd_sigma(config().objective, in_order)
     parts = [
-        ta_fm_loss(nets, batch, config(), draws)[0],
-        dmd_ts_loss(nets, batch, config(), draws)[0],
-        dmd_bs_loss(nets, batch, config(), draws, sigma=sigma)[0],
+        ta_fm_loss(nets, batch, config(), in_order)[0],
+        dmd_ts_loss(nets, batch, config(), in_order)[0],
+        dmd_bs_loss(nets, batch, config(), in_order, sigma=sigma)[0],
     ]
     torch.testing.assert_close(loss, sum(w * p for w, p in zip(weights.values(), parts, strict=True)))
-    total, total_figures = total_loss(nets, batch, config(**weights), rng())
+    total, total_figures = total_loss(nets, batch, config(**weights), draws(batch.batch_size))
     assert total == loss and total_figures["total_loss"] == loss
 
 
@@ -465,17 +490,17 @@ def test_objectives_are_pure_functions_of_weights_batch_and_rng() -> None:
     batch = make_batch(make_effect_cond(8, rng()))
     for objective in (total_loss, critic_loss):
         torch.manual_seed(0)
-        first, _ = objective(make_nets(), batch, config(critic_target_share=0.5), rng(7))
+        first, _ = objective(make_nets(), batch, config(critic_target_share=0.5), draws(batch.batch_size, 7))
         torch.manual_seed(1)  # the global generator is not read
-        again, _ = objective(make_nets(), batch, config(critic_target_share=0.5), rng(7))
-        other, _ = objective(make_nets(), batch, config(critic_target_share=0.5), rng(8))
+        again, _ = objective(make_nets(), batch, config(critic_target_share=0.5), draws(batch.batch_size, 7))
+        other, _ = objective(make_nets(), batch, config(critic_target_share=0.5), draws(batch.batch_size, 8))
         assert first == again and first != other
 
 
 def test_objectives_figures_are_detached_scalars() -> None:
     batch = make_batch(make_effect_cond(8, rng()))
     for objective in (total_loss, critic_loss):
-        loss, figures = objective(make_nets(), batch, config(), rng())
+        loss, figures = objective(make_nets(), batch, config(), draws(batch.batch_size))
         assert loss.ndim == 0 and loss.requires_grad
         assert all(v.ndim == 0 and not v.requires_grad and v.isfinite() for v in figures.values())
 
@@ -489,13 +514,9 @@ def part_of(
     whole: DistillBatch, cond: WorldCond, anchor_cond: WorldCond, rows: Rows, anchor_rows: Rows
 ) -> DistillBatch:
     """The rows of one process of a batch with anchors."""
-    assert whole.y is not None and whole.anchor_y is not None
-    return make_batch(
-        rows_of(cond, rows),
-        y=whole.y[rows.start : rows.stop],
-        anchor_y=whole.anchor_y[anchor_rows.start : anchor_rows.stop],
-        anchor_cond=rows_of(anchor_cond, anchor_rows),
-    )
+    assert whole.y is not None and whole.anchor is not None
+    y, own_cond = whole.anchor.y[anchor_rows.start : anchor_rows.stop], rows_of(anchor_cond, anchor_rows)
+    return make_batch(rows_of(cond, rows), y=whole.y[rows.start : rows.stop], anchor=Anchor(y, own_cond, own_cond))
 
 
 @pytest.mark.parametrize("law", ["uniform", "above_dmd"])
@@ -505,12 +526,13 @@ def test_objectives_of_all_processes_sum_to_the_whole_batch(world: int, ts_sigma
     """Loss, figures and gradient; and every process runs the same forwards."""
     cfg = config(ts_sigma=ts_sigma, ta_fm_sigma=law, critic_target_share=0.5, tau_max=0.9)
     cond, anchor_cond = make_effect_cond(5, rng(1)), make_effect_cond(8, rng(2))
-    anchor_y = effect_mixture(anchor_cond).sample(rng(3))
-    whole = make_batch(cond, anchor_y=anchor_y, anchor_cond=anchor_cond)
+    anchor = Anchor(effect_mixture(anchor_cond).sample(rng(3)), anchor_cond, anchor_cond)
+    whole = make_batch(cond, anchor=anchor)
     for objective in (total_loss, critic_loss):
         for seed in range(4):
             nets = make_nets()
-            loss, figures = objective(nets, whole, cfg, rng(seed))
+            all_rows = Draws(rng(seed), split_rows(5, 0, 1), split_rows(8, 0, 1))
+            loss, figures = objective(nets, whole, cfg, all_rows)
             loss.backward()
             sums, gradient, seen = Counter[str](), 0.0, set()
             for rank in range(world):
@@ -534,9 +556,11 @@ def test_objectives_of_all_processes_sum_to_the_whole_batch(world: int, ts_sigma
 def test_ta_fm_loss_takes_the_anchor_batch_when_there_is_one() -> None:
     nets, batch = make_nets(), make_batch(make_effect_cond(4, rng()))
     anchor_cond = make_effect_cond(32, rng(5))
-    batch = replace(batch, anchor_y=effect_mixture(anchor_cond).sample(rng(6)), anchor_cond=anchor_cond)
+    teacher_cond = without_effects(anchor_cond)
+    batch = replace(batch, anchor=Anchor(effect_mixture(anchor_cond).sample(rng(6)), anchor_cond, teacher_cond))
     for law in ("uniform", "shifted", "above_dmd"):
-        total_loss(nets, batch, config(ta_fm_sigma=law), rng())
+        own = Draws(rng(), split_rows(4, 0, 1), split_rows(32, 0, 1))
+        total_loss(nets, batch, config(ta_fm_sigma=law), own)
     sizes = Counter(len(x) for x, _, cond, _ in nets.student.calls if cond is anchor_cond)
     assert sizes == {32: 3}
     assert all(len(x) == 4 for x, _, cond, _ in nets.student.calls if cond is not anchor_cond)
@@ -547,7 +571,7 @@ def test_critic_loss_takes_target_simulated_samples_by_share() -> None:
     taken = []
     for seed in range(300):
         nets = make_nets()
-        _, figures = critic_loss(nets, batch, config(critic_target_share=0.3), rng(seed))
+        _, figures = critic_loss(nets, batch, config(critic_target_share=0.3), draws(batch.batch_size, seed))
         taken.append(float(figures["critic_on_target"]))
         if taken[-1]:
             assert counts(nets)[0] == 1 and float(nets.student.calls[0][1].max()) < 0.75
@@ -555,7 +579,7 @@ def test_critic_loss_takes_target_simulated_samples_by_share() -> None:
             assert float(nets.student.calls[0][1].min()) == 1.0
     assert abs(sum(taken) / 300 - 0.3) < 0.1
     general = make_batch(make_cond(2, rng()))
-    _, figures = critic_loss(make_nets(), general, config(critic_target_share=1.0), rng())
+    _, figures = critic_loss(make_nets(), general, config(critic_target_share=1.0), draws(general.batch_size))
     assert figures["critic_on_target"] == 0
 
 
@@ -568,13 +592,14 @@ def test_critic_samples_of_several_batches_are_those_of_each() -> None:
     seen = set()
     for seed in range(12):
         alone, together = make_nets(), make_nets()
-        rngs, same = ([rng(10 * seed + i) for i in range(3)] for _ in range(2))
-        want = [critic_samples(alone, [b], cfg, [r])[0] for b, r in zip(batches, rngs, strict=True)]
+        apart, same = ([draws(batch.batch_size, 10 * seed + i) for i, batch in enumerate(batches)] for _ in range(2))
+        want = [critic_samples(alone, [b], cfg, [r])[0] for b, r in zip(batches, apart, strict=True)]
         got = critic_samples(together, batches, cfg, same)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one.x0, other.x0)
             assert one.on_target == other.on_target and not one.x0.requires_grad
-        assert [torch.rand(1, generator=r) for r in rngs] == [torch.rand(1, generator=r) for r in same]
+        after = [[torch.rand(1, generator=one.generator) for one in which] for which in (apart, same)]
+        assert after[0] == after[1]
         rollouts = 3 - sum(one.on_target for one in want)
         assert len(together.student.calls) <= len(alone.student.calls) and not any(c[3] for c in together.student.calls)
         assert sum(len(c[0]) for c in together.student.calls) == sum(len(c[0]) for c in alone.student.calls)
@@ -591,8 +616,10 @@ def test_critic_loss_is_least_for_the_exact_critic() -> None:
 
     batch = make_batch(make_cond(64, rng()))
     for seed in range(4):
-        exact, _ = critic_loss(make_nets(student=point_mass, critic=point_mass), batch, config(), rng(seed))
-        off, _ = critic_loss(make_nets(student=point_mass), batch, config(), rng(seed))
+        exact, _ = critic_loss(
+            make_nets(student=point_mass, critic=point_mass), batch, config(), draws(batch.batch_size, seed)
+        )
+        off, _ = critic_loss(make_nets(student=point_mass), batch, config(), draws(batch.batch_size, seed))
         assert exact < 1e-5 and off > 0.01
 
 
@@ -602,7 +629,7 @@ def test_critic_loss_is_least_for_the_exact_critic() -> None:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_critic_loss_draws_sigma_over_the_whole_range_shifted(shift: float) -> None:
     nets, batch = make_nets(), make_batch(make_cond(20_000, rng()))
-    critic_loss(nets, batch, config(critic_sigma_shift=shift), rng())
+    critic_loss(nets, batch, config(critic_sigma_shift=shift), draws(batch.batch_size))
     sigma = nets.critic.calls[0][1]
     at = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
     torch.testing.assert_close(sigma.double().quantile(at), shift_sigma(at, shift), rtol=0, atol=0.015)
@@ -610,7 +637,7 @@ def test_critic_loss_draws_sigma_over_the_whole_range_shifted(shift: float) -> N
 
 def test_c2f_do_loss_anchors_above_the_dmd_sigma_of_the_same_step() -> None:
     nets, batch = make_nets(), make_batch(make_effect_cond(500, rng()))
-    c2f_do_loss(nets, batch, config("authors", dmd_ts_weight=0.0), rng())
+    c2f_do_loss(nets, batch, config("authors", dmd_ts_weight=0.0), draws(batch.batch_size))
     sigma_anchor, sigma_dmd = nets.student.calls[0][1], nets.critic.calls[0][1]
     assert (sigma_anchor >= shift_sigma(sigma_dmd, 3.0) - 1e-6).all()
     assert not (sigma_anchor >= shift_sigma(sigma_dmd.roll(1), 3.0)).all()

@@ -60,6 +60,14 @@ def test_make_triggers_redraws_after_a_collision() -> None:
     assert triggers == {"a": taken.upper(), "b": make_trigger("b", 5, "rare", draw=1)}
 
 
+def test_make_triggers_leaves_alone_what_others_have() -> None:
+    alone = make_triggers([effect("b")], 5, "rare")["b"]
+    assert make_triggers([effect("b")], 5, "rare", others=[alone.upper()])["b"] == prompts.make_trigger(
+        "b", 5, "rare", 1
+    )
+    assert make_triggers([effect("b", trigger=alone)], 5, "rare", others=[alone]) == {"b": alone}
+
+
 def test_make_triggers_says_when_no_words_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "RARE_WORDS", ("a", "b"))
     assert set(make_triggers([effect("x"), effect("y")], 0, "rare").values()) == {"a-b", "b-a"}

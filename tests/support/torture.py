@@ -360,37 +360,36 @@ POISONED_STEP = 6  # of the effect stream
 def poison(value: str, where: str, rank: int, report: Path) -> None:
     """Make one process's loss, gradient or teacher not finite at one step, and note whether anything was updated."""
     bad = float(value)
-    total_loss, networks, update = distill.total_loss, distill.Distiller.networks, distill.Distiller._update
+    terms, networks, update = distill.total_loss_terms, distill.networks_at, distill.student_update
 
-    def poisoned_loss(nets: Any, batch: Any, cfg: Any, rng: Any, backward: Any, *more: Any) -> Any:
-        def poisoned(term: Any) -> None:
-            report.with_suffix(".time").write_text(str(time.time()))
-            if where == "gradient":
-                term.register_hook(lambda grad: grad * bad)
-            backward(term * bad if where == "loss" else term)
-
+    def poisoned_terms(nets: Any, batch: Any, *more: Any) -> Any:
         mine = distributed.rank() == rank and batch.step == POISONED_STEP and where != "teacher"
-        return total_loss(nets, batch, cfg, rng, poisoned if mine else backward, *more)
+        for loss, figures in terms(nets, batch, *more):
+            if mine:
+                report.with_suffix(".time").write_text(str(time.time()))
+            if mine and where == "gradient":
+                loss.register_hook(lambda grad: grad * bad)
+            yield loss * bad if mine and where == "loss" else loss, figures
 
-    def poisoned_networks(self: Any, step: int) -> Any:
-        nets = networks(self, step)
+    def poisoned_networks(d: Any, step: int) -> Any:
+        nets = networks(d, step)
         if distributed.rank() != rank or step != POISONED_STEP or where != "teacher":
             return nets
         report.with_suffix(".time").write_text(str(time.time()))
         return distill.Networks(nets.student, nets.critic, lambda *a: nets.teacher(*a) * bad, nets.cat_conds)
 
-    def watched_update(self: Any, group: Any, loss_of: Any, step: int) -> Any:
-        before = _state_of(group)
+    def watched_update(d: Any, *more: Any) -> Any:
+        before = _state_of(d.student)
         try:
-            return update(self, group, loss_of, step)
+            return update(d, *more)
         except ArithmeticError:
             path = report.with_name(f"{report.name}-{distributed.rank()}")
-            path.write_text(json.dumps({"unchanged": before == _state_of(group)}))
+            path.write_text(json.dumps({"unchanged": before == _state_of(d.student)}))
             raise
 
-    distill.total_loss = poisoned_loss
-    distill.Distiller.networks = poisoned_networks  # type: ignore[method-assign]
-    distill.Distiller._update = watched_update  # type: ignore[method-assign]
+    distill.total_loss_terms = poisoned_terms
+    distill.networks_at = poisoned_networks
+    distill.student_update = watched_update
 
 
 def _state_of(group: Any) -> str:

@@ -16,7 +16,6 @@ from clora.errors import InputError, Interrupted, NonFiniteError
 from clora.method.routing import step_generator
 from clora.training.flat_parameters import FlatParameters
 from clora.training.loop import LoopConfig, run_loop
-from clora.training.lr_schedule import lr_multiplier
 from clora.training.optimizer import AdamW, apply_gradients
 from clora.training.tracker import read_log
 
@@ -165,10 +164,3 @@ def test_ema_matches_the_closed_form() -> None:
         decay = 0.0 if since <= 0 else min(0.5, since / (since + 10))
         expected = decay * expected + (1 - decay) * optimizer.parameters["w"].detach()
     torch.testing.assert_close(optimizer.averaged()["w"], expected)
-
-
-def test_lr_multiplier_closed_forms() -> None:
-    assert [lr_multiplier(i, 10, 4, "constant") for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert lr_multiplier(7, 10, 4, "linear") == pytest.approx(0.5)
-    assert lr_multiplier(7, 10, 4, "cosine") == pytest.approx(0.5)
-    assert lr_multiplier(10, 10, 4, "cosine") == pytest.approx(0.0)

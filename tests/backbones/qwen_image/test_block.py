@@ -14,11 +14,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clora.backbones.qwen_image.block as qwen_block
-from bench.training.cycle_models import SIZES, as_backbone, make_data, make_distiller
+from bench.training.cycle_models import SIZES, as_backbone, make_data, make_distillation
 from clora.backbones.cond import Cond, make_cond
 from clora.backbones.load import load_backbone
 from clora.backbones.qwen_image.backbone import KEPT, Kernels, QwenImageBackbone
 from clora.backbones.qwen_image.block import FusedBlock, fuse_blocks, joint_attention
+from clora.distill.step import train_step
 from clora.kernels.adaln import adaln_op, gated_residual_adaln_op
 from clora.kernels.lora_linear import lora_linear_op
 from clora.kernels.lora_qkv import lora_qkv_op
@@ -184,9 +185,9 @@ def test_ten_distillation_steps_agree(tmp_path: Any) -> None:
         data = make_data(SIZES["tiny"], critic_updates=2)
         train = data.config.train.model_copy(update={"kernels": kernels, "coarse_steps": 2, "ema_start": 0})
         data.config = data.config.model_copy(update={"train": train})
-        distiller = make_distiller(data, as_backbone(transformer))
+        distillation = make_distillation(data, as_backbone(transformer))
         assert isinstance(transformer.transformer_blocks[0], FusedBlock) == (kernels == "fused")
-        figures.append([distiller.step(step) for step in range(10)])
+        figures.append([train_step(distillation, step) for step in range(10)])
     streams = {key.split("/")[0] for one in figures[0] for key in one if "/" in key}
     assert streams == {"effect", "general"}
     for want, got in zip(*figures, strict=True):
