@@ -37,7 +37,7 @@ def raise_faults(faults: Sequence[str]) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most like `name`, None where none is."""
-    return next(iter(get_close_matches(name, list(known), 1, 0.5)), None)
+    return next(iter(get_close_matches(name, list(known), 1)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -22,8 +22,9 @@ from clora.config import Config, acceleration_of, collection_lora, load_config
 from clora.data.examples import Example
 from clora.data.image_grid import Pixels, to_uint8
 from clora.data.pairs import Pair
+from clora.distill.opened import OpenBase
 from clora.distill.run import open_bank
-from clora.distill.workspace import OpenBase, open_base
+from clora.distill.workspace import open_base
 from clora.evaluate.baselines import (
     ACCELERATION,
     COLLECTION,

@@ -21,8 +21,9 @@ from clora.config import Config, EffectConfig, acceleration_of, resolve_base
 from clora.data.dataset import effect_key, images_of, read_effects, read_general
 from clora.data.images import aspect_buckets
 from clora.data.pairs import Pair
-from clora.distill.checked_run import CheckedRun
+from clora.distill.opened import CheckedRun
 from clora.distill.stages import teaching_warnings, training_warnings
+from clora.distill.teachers import absent_files, given_loras, missing_teachers, untaught_effects
 from clora.errors import InputError, missing_files, raise_faults, shown_path
 from clora.lora.adapters import matching_linears
 from clora.lora.summary import check_lora
@@ -47,7 +48,7 @@ def check_training(config: Config) -> CheckedRun:
     _check_folders(config, found)
     found.warnings += training_warnings(config)
     _check_loras(config, shapes, found)
-    found.faults += _missing_teachers(config)
+    found.faults += missing_teachers(config)
     effects = read_effects(config, config.effects, _names(_with_targets(config)), found.faults, found.warnings)
     general = read_general(config, found.faults, found.warnings)
     _check_files(config, effects, general, found)
@@ -83,7 +84,7 @@ def check_whole(config: Config, found: Findings) -> CheckedRun:
     if any(effect.lora is None for effect in config.effects):
         found.warnings += teaching_warnings(config)
     _check_loras(config, shapes, found)
-    if untaught := _untaught(config):
+    if untaught := untaught_effects(config):
         count = f"{len(untaught)} effect{'' if len(untaught) == 1 else 's'} without a teacher"
         found.warnings.append(f"{count}, first: {untaught[0].name}; run `clora teach` before `clora train`")
     # Only teaching needs targets: a teacher makes its own.
@@ -93,13 +94,6 @@ def check_whole(config: Config, found: Findings) -> CheckedRun:
     general = read_general(config, found.faults, found.warnings)
     prompts = _check_prompts(config, config.effects, backbone, general, found)
     return CheckedRun(config, effects, general, prompts)
-
-
-def teacher_files(config: Config) -> dict[str, Path]:
-    """Each effect's teacher: its `lora`, or what `clora teach` wrote. Raises `InputErrors` with all that lack one."""
-    absent = missing_files("LoRA file", _absent(_given_loras(config)), config.folder)
-    raise_faults([*absent, *_missing_teachers(config)])
-    return {effect.name: config.teacher_path(effect) for effect in config.effects}
 
 
 def _caption_notes(config: Config, effects: Mapping[str, Sequence[Pair]]) -> list[str]:
@@ -185,7 +179,7 @@ def _check_folders(config: Config, found: Findings) -> None:
 
 def _check_loras(config: Config, shapes: Shapes | None, found: Findings) -> None:
     """Hold every LoRA file that is there against the base's linears, by its header; those missing are faults."""
-    named = _given_loras(config)
+    named = given_loras(config)
     if config.student.init_from is not None:
         named.append(("student.init_from", config.student.init_from))
     if config.student.acceleration != "base" or shapes is not None:  # of an absent base nothing can be said
@@ -194,7 +188,7 @@ def _check_loras(config: Config, shapes: Shapes | None, found: Findings) -> None
                 named.append(("student.acceleration", acceleration))
         except InputError as error:
             found.faults.append(str(error))
-    found.faults += missing_files("LoRA file", _absent(named), config.folder)
+    found.faults += missing_files("LoRA file", absent_files(named), config.folder)
     users: dict[Path, list[str]] = defaultdict(list)
     for key, path in (*named, *_taught_loras(config)):
         users[path].append(key)
@@ -209,36 +203,10 @@ def _check_loras(config: Config, shapes: Shapes | None, found: Findings) -> None
                 found.faults += [f"{keys[0]}: {fault}" for fault in error.faults]
 
 
-def _given_loras(config: Config) -> list[tuple[str, Path]]:
-    """Key and file of every effect that names its LoRA."""
-    return [(effect_key(config, e.name, "lora"), e.lora) for e in config.effects if e.lora is not None]
-
-
 def _taught_loras(config: Config) -> list[tuple[str, Path]]:
     """Effect and file of every teacher that `clora teach` has written."""
     taught = [(effect_key(config, e.name), config.teacher_path(e)) for e in config.effects if e.lora is None]
     return [(key, path) for key, path in taught if os.path.exists(path)]
-
-
-def _absent(named: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    return [(key, path) for key, path in named if not os.path.exists(path)]
-
-
-def _untaught(config: Config) -> list[EffectConfig]:
-    """The effects without a LoRA, which `clora teach` has still to make."""
-    return [e for e in config.effects if e.lora is None and not os.path.exists(config.teacher_path(e))]
-
-
-def _missing_teachers(config: Config) -> list[str]:
-    """One fault for all effects that were not taught."""
-    untaught = _untaught(config)
-    if not untaught:
-        return []
-    mend = "run `clora teach` first, or give LoRA files in 'lora'"
-    first = f"{untaught[0].name} ({shown_path(config.teacher_path(untaught[0]), config.folder)})"
-    if len(untaught) == 1:
-        return [f"{effect_key(config, untaught[0].name)}: no teacher at {config.teacher_path(untaught[0])}; {mend}"]
-    return [f"{len(untaught)} effects have no teacher, first: {first}; {mend}"]
 
 
 def _check_files(config: Config, effects: Mapping[str, list[Pair]], general: Sequence[Pair], found: Findings) -> None:

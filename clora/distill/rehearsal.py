@@ -23,9 +23,9 @@ from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
 from clora.data.pairs import Pair
 from clora.distill.networks import Models
+from clora.distill.opened import Workspace
 from clora.distill.roles import ACCELERATION, COLLECTION
 from clora.distill.targets import base_suffix, noise_seed, own_batches, read_latents
-from clora.distill.workspace import Workspace
 from clora.errors import InputError, raise_faults
 from clora.lora.catalogue import Catalogue
 from clora.lora.slots import Slot

@@ -12,14 +12,15 @@ from rich.console import Console
 from clora.config import Config, Job, acceleration_of
 from clora.data.examples import Example
 from clora.distill.batches import Batches
-from clora.distill.check import teacher_files
 from clora.distill.memory import num_blocks_kept
 from clora.distill.networks import Models
+from clora.distill.opened import OpenBase, Workspace
 from clora.distill.preview import sample_grid
 from clora.distill.roles import ACCELERATION, CRITIC, STUDENT, TARGET_BATCH
 from clora.distill.step import JOINT_TOKENS, Distillation, networks_at, train_step
 from clora.distill.targets import make_targets, targets_from_pairs
-from clora.distill.workspace import OpenBase, Workspace, trainable_group
+from clora.distill.teachers import teacher_files
+from clora.distill.workspace import trainable_group
 from clora.io.digest import hash_files
 from clora.lora.adapters import slot_to_cpu
 from clora.lora.bank import TeacherBank

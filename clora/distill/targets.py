@@ -14,7 +14,7 @@ from torch import Tensor
 from clora.data.cache import cache_key
 from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
-from clora.distill.workspace import Workspace
+from clora.distill.opened import Workspace
 from clora.errors import raise_faults
 from clora.inference.sampling import SlotsFor, sample, teacher_sampling
 from clora.method.routing import step_generator

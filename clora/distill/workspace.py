@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,38 +24,13 @@ from clora.data.cache import TensorCache
 from clora.data.dataset import hash_pairs
 from clora.data.examples import Example, ExampleEncoder
 from clora.data.pairs import Pair
-from clora.distill.checked_run import CheckedRun
+from clora.distill.opened import CheckedRun, OpenBase, Workspace
 from clora.errors import InputError, raise_faults
 from clora.lora.adapters import Adapters
-from clora.method.prompts import EffectPrompt
 from clora.training import distributed
 from clora.training.device import DTYPES, base_dtype, pick_device
 from clora.training.flat_parameters import FlatParameters
 from clora.training.optimizer import AdamW
-
-
-@dataclass(frozen=True)
-class OpenBase:
-    """A base with its adapters, and what encodes for it. Nothing of it is replaced while it is open; with
-    `dataclasses.replace` a job makes another."""
-
-    config: Config
-    backbone: Backbone
-    adapters: Adapters
-    cache: TensorCache
-    identity: str
-    encoder: ExampleEncoder
-
-
-@dataclass(frozen=True)
-class Workspace(OpenBase):
-    """An open base with a run's encoded data. `prompts` and `effects` keep the configuration's order."""
-
-    prompts: dict[str, EffectPrompt]
-    effects: dict[str, list[Example]]
-    general: list[Example]
-    hashes: dict[str, str]  # sha256 of the base and of each dataset
-
 
 # A pair, its effect (None: of the general stream) and its prompts by role.
 EncodeRequest = tuple[Pair, str | None, dict[str, str]]

@@ -21,9 +21,10 @@ from torch import Tensor
 from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, Grid, make_cond
 from clora.backbones.load import linear_shapes, load_backbone
+from clora.config import build_config
 from clora.errors import raise_faults
 from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue
-from clora.inference.sampling import Sampling, default_sampling, sample
+from clora.inference.sampling import Sampling, sample, teacher_sampling
 from clora.lora.catalogue import Catalogue
 from clora.lora.files import LoraFile, read_lora
 
@@ -194,3 +195,11 @@ def load_editor(
 def _add_lora(backbone: Backbone, file: LoraFile) -> None:
     adapters = backbone.add_adapters(list(file.modules))
     adapters.add_lora(SLOT, file.modules, dtype=backbone.dtype)
+
+
+def default_sampling(base: str, catalogue: Catalogue | None) -> Sampling:
+    """The catalogue's schedule; without a catalogue a teacher's, by the base's preset."""
+    if catalogue is not None:
+        schedule = catalogue.schedule
+        return Sampling(catalogue.sampler, schedule.num_steps, schedule.shift)
+    return teacher_sampling(build_config({"base": base, "output_dir": "."}))

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, cat_conds
-from clora.config import Config, build_config
-from clora.lora.catalogue import Catalogue
+from clora.config import Config
 from clora.lora.slots import Slot
 from clora.method.flow import Velocity, few_step_sigmas
 from clora.method.losses import GuidanceRescale, guided_velocity
@@ -68,14 +67,6 @@ def teacher_sampling(config: Config) -> Sampling:
         targets.guidance_rescale,
         config.objective.negative_prompt,
     )
-
-
-def default_sampling(base: str, catalogue: Catalogue | None) -> Sampling:
-    """The catalogue's schedule; without a catalogue a teacher's, by the base's preset."""
-    if catalogue is not None:
-        schedule = catalogue.schedule
-        return Sampling(catalogue.sampler, schedule.num_steps, schedule.shift)
-    return teacher_sampling(build_config({"base": base, "output_dir": "."}))
 
 
 def sampling_sigmas(backbone: Backbone, sampling: Sampling, num_tokens: int) -> Tensor:

@@ -26,8 +26,9 @@ from clora.data.examples import Example
 from clora.data.image_grid import Grid, Pixels, grid_image, to_uint8
 from clora.data.pairs import Pair
 from clora.distill.check import check_teaching
+from clora.distill.opened import OpenBase
 from clora.distill.run import open_bank
-from clora.distill.workspace import OpenBase, open_base, open_workspace
+from clora.distill.workspace import open_base, open_workspace
 from clora.errors import InputErrors
 from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, Method, methods, sample_examples
 from clora.evaluate.exact import Outputs, evaluate_methods

@@ -22,7 +22,8 @@ from clora.data.examples import Example
 from clora.data.image_grid import grid_image
 from clora.data.images import cover_crop, load_image
 from clora.data.pairs import Pair
-from clora.distill.workspace import OpenBase, open_base
+from clora.distill.opened import OpenBase
+from clora.distill.workspace import open_base
 from clora.errors import did_you_mean, raise_faults
 from clora.evaluate.baselines import COLLECTION, Method, collection_method, sample_examples
 from clora.evaluate.metrics.image import PSNR_CAP, hf_ratio, l1, psnr, ssim

@@ -17,6 +17,7 @@ from clora.config import Config, acceleration_of
 from clora.data.examples import Example
 from clora.distill.check import check_training
 from clora.distill.networks import Models
+from clora.distill.opened import Workspace
 from clora.distill.rehearsal import FewStepTeachers, deal_names, rehearsal_examples, rehearsal_targets
 from clora.distill.roles import ACCELERATION, COLLECTION, CRITIC, STUDENT
 from clora.distill.run import (
@@ -29,7 +30,7 @@ from clora.distill.run import (
     targets_of,
 )
 from clora.distill.step import Distillation
-from clora.distill.workspace import Workspace, open_workspace
+from clora.distill.workspace import open_workspace
 from clora.errors import raise_faults
 from clora.io.digest import hash_files
 from clora.lora.adapters import slot_to_cpu

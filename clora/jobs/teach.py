@@ -18,7 +18,8 @@ from torch import Tensor
 from clora.config import Config
 from clora.data.examples import Example, collate, group_by_size
 from clora.distill.check import check_teaching
-from clora.distill.workspace import Workspace, open_workspace, trainable_group
+from clora.distill.opened import Workspace
+from clora.distill.workspace import open_workspace, trainable_group
 from clora.errors import InputError
 from clora.lora.adapters import slot_to_cpu
 from clora.lora.files import write_lora

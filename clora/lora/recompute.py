@@ -9,12 +9,11 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from clora.lora.adapters import Adapters
 from clora.lora.slots import SlotChoice
 
 
-def checkpoint_fn(adapters: Adapters, keep: Sequence[Any] = (), whole: Sequence[nn.Module] = ()) -> Callable[..., Any]:
-    """A `gradient_checkpointing_func` for diffusers whose recomputation sees the forward's slot choice.
+def checkpoint_fn(choice: SlotChoice, keep: Sequence[Any] = (), whole: Sequence[nn.Module] = ()) -> Callable[..., Any]:
+    """A `gradient_checkpointing_func` for diffusers whose recomputation sees the forward's `choice` of slots.
 
     The backward pass usually runs after `use` was left (and on another thread on CUDA); without this the
     blocks would be recomputed as the base. What the operators in `keep` gave is kept and not computed again; such a
@@ -23,7 +22,7 @@ def checkpoint_fn(adapters: Adapters, keep: Sequence[Any] = (), whole: Sequence[
     not_again = {id(module) for module in whole}
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        again = _SamePlan(adapters.choice)
+        again = _SamePlan(choice)
         if not keep:
             return nullcontext(), again
         keeping, kept = create_selective_checkpoint_contexts(list(keep))

@@ -25,8 +25,9 @@ import clora.distill.workspace as workspace_module
 from clora.backbones.load import linear_shapes, load_backbone
 from clora.cli.commands import app
 from clora.config import Config
-from clora.distill.check import check_teaching, check_training, teacher_files
-from clora.distill.checked_run import CheckedRun
+from clora.distill.check import check_teaching, check_training
+from clora.distill.opened import CheckedRun
+from clora.distill.teachers import teacher_files
 from clora.distill.workspace import open_base, open_workspace
 from clora.errors import InputError, InputErrors
 from clora.jobs.teach import teach
@@ -198,7 +199,7 @@ def test_check_training_holds_loras_against_the_students_targets(
     with pytest.raises(InputErrors) as caught:
         check_training(config)
     first, second = caught.value.faults
-    assert first.startswith("effects.0 (warm): ") and "are not on this transformer" in first
+    assert first.startswith("effects.0 (warm): ") and "is not on this transformer" in first
     assert second.startswith("effects.1 (cold): ")
     config = make_config(random_base, dataset, taught, "student.targets=[to_w]")
     with pytest.raises(InputErrors, match=r"student\.targets: target 'to_w' matches no linear layer"):
@@ -301,10 +302,10 @@ def test_open_base_reads_no_data_and_keeps_the_encoders(random_base: Path, tmp_p
     """Effects may lack pairs and teachers: whoever opens a base samples from it."""
     config = make_config(random_base, tmp_path / "none", tmp_path / "run")
     base = open_base(config, Console(quiet=True))
-    assert base.config is config and base.backbone.adapters is base.adapters
+    assert base.config == config.with_targets(base.backbone.default_targets) and base.backbone.adapters is base.adapters
     assert base.backbone.pipeline.text_encoder is not None
     assert not (tmp_path / "run").exists()
-    linears = [name for name in linear_shapes(random_base) if name.endswith(tuple(config.student.targets))]
+    linears = [name for name in linear_shapes(random_base) if name.endswith(tuple(base.config.student.targets))]
     assert list(base.adapters.module_shapes) == linears
     assert all(not p.requires_grad for p in base.backbone.transformer.parameters())
     assert base.backbone.dtype == torch.float32

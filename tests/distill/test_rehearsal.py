@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from clora.data.examples import collate
 from clora.distill.networks import Models
+from clora.distill.opened import Workspace
 from clora.distill.rehearsal import FewStepTeachers, deal_names, rehearsal_examples, rehearsal_targets
 from clora.distill.roles import ACCELERATION, COLLECTION, STUDENT
 from clora.distill.run import open_bank
-from clora.distill.workspace import Workspace, open_workspace
+from clora.distill.workspace import open_workspace
 from clora.errors import InputErrors
 from clora.lora.catalogue import Catalogue, CatalogueEntry, read_catalogue
 from clora.lora.files import read_lora

@@ -12,6 +12,8 @@ from rich.console import Console
 from clora.config import Config
 from clora.data.examples import collate
 from clora.distill import targets
+from clora.distill.check import check_teaching
+from clora.distill.opened import Workspace
 from clora.distill.targets import make_targets
 from clora.distill.workspace import open_workspace
 from clora.inference.sampling import Sampling, sample
@@ -19,6 +21,11 @@ from tests.support.small_job import make_config, write_dataset
 
 QUIET = Console(quiet=True)
 HASHES = {"warm": "0" * 64, "cold": "1" * 64}
+
+
+def opened(config: Config) -> Workspace:
+    """A workspace on the effects' sources alone; nothing is asked of their teachers."""
+    return open_workspace(check_teaching(config, config.effects), QUIET)
 
 
 def no_teacher(effects: Any) -> list[None]:
@@ -39,7 +46,7 @@ def made_anew(config: Config, monkeypatch: pytest.MonkeyPatch) -> int:
         count += cond.batch_size
         return sample(backbone, cond, *args, **kwargs)
 
-    workspace = open_workspace(config, QUIET, general=False)
+    workspace = opened(config)
     with monkeypatch.context() as patched:
         patched.setattr(targets, "sample", counted)
         make_targets(workspace, no_teacher, HASHES, QUIET, 4)
@@ -50,7 +57,7 @@ def test_make_targets_samples_by_targets_and_not_by_the_objective(
     random_base: Path, dataset: Path, tmp_path: Path
 ) -> None:
     told = ["targets.guidance=3", "targets.shift=2", "targets.per_source=2", "objective.guidance_rescale=none"]
-    workspace = open_workspace(make_config(random_base, dataset, tmp_path / "run", *told), QUIET, general=False)
+    workspace = opened(make_config(random_base, dataset, tmp_path / "run", *told))
     filled = make_targets(workspace, no_teacher, HASHES, QUIET, 4)
     example = filled["cold"][1]
     assert len(example.y) == 2 and not torch.equal(*example.y)

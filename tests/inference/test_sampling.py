@@ -16,19 +16,13 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
 
 from clora.backbones.base_schedule import base_sigmas
+from clora.backbones.cond import make_cond
 from clora.backbones.load import load_backbone
 from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import build_config, resolve_base
 from clora.errors import InputError
-from clora.inference.sampling import (
-    Sampling,
-    default_sampling,
-    few_step_sampling,
-    follow,
-    sample,
-    sampling_sigmas,
-    teacher_sampling,
-)
+from clora.inference.editor import default_sampling
+from clora.inference.sampling import Sampling, few_step_sampling, follow, sample, sampling_sigmas, teacher_sampling
 from clora.method.flow import few_step_sigmas
 from tests.support.random_base import write_random_base
 
@@ -146,7 +140,7 @@ def conds(backbone: QwenImageBackbone, images: list[Image.Image], prompt: str, n
     refs = [backbone.encode_references([image]) for image in images]
     grid = backbone.grid(backbone.output_size(images[-1]))
     for text in (prompt, negative):
-        yield backbone.make_cond(backbone.encode_prompts([text], [images]), refs, grid)
+        yield make_cond(backbone.encode_prompts([text], [images]), refs, grid)
 
 
 @pytest.mark.parametrize("num_images", [1, 2])

@@ -28,8 +28,7 @@ from clora.data.images import load_image
 from clora.errors import InputError, InputErrors, Stopped, WriteError
 from clora.inference.edit_plan import EditRequest, plan_edit, result_paths, size_notes, with_collection
 from clora.inference.edit_prompts import Job, edit_prompt
-from clora.inference.editor import Editor, load_editor
-from clora.inference.sampling import default_sampling
+from clora.inference.editor import Editor, default_sampling, load_editor
 from clora.jobs import edit
 from clora.jobs.edit import edit_files
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection

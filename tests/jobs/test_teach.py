@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from rich.console import Console
 import clora.jobs.teach as teaching
 from clora.config import Config, build_config
 from clora.data.examples import Example, collate, group_by_size
-from clora.distill.workspace import Workspace, open_workspace
+from clora.distill.check import check_teaching
+from clora.distill.opened import Workspace
+from clora.distill.workspace import open_workspace
 from clora.errors import InputError
 from clora.jobs.teach import Batch, draw_batch, teach
 from clora.lora.adapters import Adapters
@@ -182,7 +185,7 @@ def same_eps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_draw_batch_of_one_size_draws_in_one_stroke(random_base: Path, data: Path, tmp_path: Path) -> None:
     """Shares without a caption, noise levels, noise: in this order, as runs of one size always had them."""
     config = configure(random_base, data, tmp_path / "run", ["square"])
-    workspace = open_workspace(config, QUIET, general=False)
+    workspace = open_workspace(check_teaching(config, config.effects), QUIET)
     examples = workspace.effects["square"] * 2
     batch = draw_batch(workspace, examples, 7)
     rng = step_generator(config.seed, 7, "teach/noise", "cpu")
@@ -208,7 +211,8 @@ def test_teach_joint_drops_no_sample(
 
 
 def test_collate_refuses_examples_of_different_sizes(random_base: Path, data: Path, tmp_path: Path) -> None:
-    workspace = open_workspace(configure(random_base, data, tmp_path / "run", list(EFFECTS)), QUIET, general=False)
+    config = configure(random_base, data, tmp_path / "run", list(EFFECTS))
+    workspace = open_workspace(check_teaching(config, config.effects), QUIET)
     first, second = workspace.effects["square"][0], workspace.effects["wide"][0]
     for pair in ((first, second), (second, first)):
         with pytest.raises(ValueError, match=r"different sizes cannot share a batch: (square|wide) on s0\.png .*group"):
@@ -252,7 +256,13 @@ def test_a_caption_counts_where_it_is_learned_from_alone(random_base: Path, tmp_
     """It changes the teacher and the data that `teach` belongs to; distillation neither encodes nor hashes it."""
     write_effect(tmp_path / "data" / "told", [(64, 64)] * 2, captions=True)
     config = configure(random_base, tmp_path / "data", tmp_path / "run", ["told"], "train.checkpointing_steps=1")
-    before = open_workspace(config, QUIET, general=False), open_workspace(config, QUIET, general=False, captions=True)
+
+    def opened() -> tuple[Workspace, Workspace]:
+        """What distillation opens, and what teaching does."""
+        run = check_teaching(config, config.effects)
+        return open_workspace(replace(run, captions=False), QUIET), open_workspace(run, QUIET)
+
+    before = opened()
     assert [set(e.texts) - {"student", "teacher", "negative"} for e in before[0].effects["told"]] == [set(), set()]
     assert [set(e.texts) - {"student", "teacher", "negative"} for e in before[1].effects["told"]] == [
         set(),
@@ -263,7 +273,7 @@ def test_a_caption_counts_where_it_is_learned_from_alone(random_base: Path, tmp_
     first = teach(config)["told"].read_bytes()
     rows = tmp_path / "data" / "told" / "metadata.jsonl"
     rows.write_text(rows.read_text().replace("make picture 1 negative", "turn it told"))  # the effect's own prompt
-    after = open_workspace(config, QUIET, general=False), open_workspace(config, QUIET, general=False, captions=True)
+    after = opened()
     assert after[0].hashes == before[0].hashes != before[1].hashes and after[1].hashes == after[0].hashes
     assert "caption" not in after[1].effects["told"][1].texts
     with pytest.raises(InputError, match="pairs of told changed since"):

@@ -358,7 +358,7 @@ def test_checkpoint_fn_same_gradients(rows: Any, zero_cond_t: bool) -> None:
             for i, parameter in enumerate(adapters.parameters("u")):
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
         if checkpointed:
-            model.enable_gradient_checkpointing(checkpoint_fn(adapters))
+            model.enable_gradient_checkpointing(checkpoint_fn(adapters.choice))
         rng = torch.Generator().manual_seed(1)
         with adapters.use(rows):
             out = model(

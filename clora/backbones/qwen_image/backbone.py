@@ -127,7 +127,7 @@ class QwenImageBackbone:
             self.transformer.enable_gradient_checkpointing()
         else:
             whole = self.blocks[max(0, len(self.blocks) - num_blocks_kept) :]
-            self.transformer.enable_gradient_checkpointing(checkpoint_fn(self.adapters, KEPT, whole))
+            self.transformer.enable_gradient_checkpointing(checkpoint_fn(self.adapters.choice, KEPT, whole))
 
     def use_kernels(self, kernels: Kernels) -> None:
         """With "auto" blocks are fused on a GPU, where the ops are kernels; elsewhere they are plain torch, and
