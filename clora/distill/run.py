@@ -102,6 +102,7 @@ def run_distillation(
         checkpoints_total_limit=config.train.checkpoints_total_limit,
         max_seconds=config.train.max_train_seconds,
         log_every=config.train.log_every,
+        stages=(0, distiller.coarse_steps),
         report_to=config.train.report_to,
         resume=resume,
         identity=identity,

@@ -229,6 +229,7 @@ def _loop(workspace: Workspace, job: Job, steps: int, resume: str | None) -> Loo
         fingerprint=config.fingerprint(job, distributed.world_size()),
         checkpoints_total_limit=config.train.checkpoints_total_limit,
         log_every=config.train.log_every,
+        stages=(0,),
         report_to=config.train.report_to,
         resume=resume,
         identity=workspace.hashes,

@@ -111,6 +111,7 @@ class LoopConfig:
     checkpoints_total_limit: int | None = 2
     max_seconds: float | None = None
     log_every: int = 10
+    stages: tuple[int, ...] = ()  # the steps before which a stage begins, for the log
     report_to: str = "none"
     resume: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)  # hashes of what a checkpoint belongs to: base, teachers
@@ -273,6 +274,7 @@ def _tracker(config: LoopConfig, step: int, sums: Mapping[str, list[float]]) -> 
         step,
         sums,
         writes=distributed.is_main(),
+        stages=config.stages,
     )
 
 
