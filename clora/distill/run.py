@@ -90,7 +90,8 @@ def run_distillation(
     identity = workspace.hashes | {f"teacher of {name}": sha256 for name, sha256 in teachers.items()}
     write_run(config, job, identity)
     train = config.train
-    loop = loop_config(config, job, train.max_train_steps, identity, resume, train.max_train_seconds)
+    stages = (0, distillation.batches.coarse_steps)
+    loop = loop_config(config, job, train.max_train_steps, identity, resume, train.max_train_seconds, stages)
     try:
         run_loop(loop, groups, one_step, on_step, console)
     finally:

@@ -26,6 +26,7 @@ from clora.data.examples import Example
 from clora.data.image_grid import Grid, Pixels, grid_image, to_uint8
 from clora.data.pairs import Pair
 from clora.distill.check import check_teaching
+from clora.distill.forwards import distillation_forwards, joint_step_forwards
 from clora.distill.opened import OpenBase
 from clora.distill.run import open_bank
 from clora.distill.workspace import open_base, open_workspace
@@ -33,6 +34,7 @@ from clora.errors import InputErrors
 from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, Method, methods, sample_examples
 from clora.evaluate.exact import Outputs, evaluate_methods
 from clora.evaluate.report import Curve, MethodRow, PhaseRow, Report, write_report
+from clora.io.atomic import write_text
 from clora.jobs.teach import JOINT as JOINT_FOLDER
 from clora.jobs.teach import teach, teach_joint
 from clora.jobs.train import train
@@ -102,11 +104,15 @@ class Phases:
 
     def run(self, name: str, work: Callable[[], Any]) -> None:
         """Do `work` unless it was done before; record seconds (over all attempts) and peak memory in MB."""
+        begun = name in self.rows
         row = self.rows.setdefault(name, {"seconds": 0.0, "peak_memory_mb": 0.0, "done": False})
         if row["done"]:
             self._console.print(f"[dim]{name}: done before[/dim]")
             return
         self._console.rule(name)
+        if begun:
+            self._console.print(f"{name}: was interrupted after {row['seconds']:.0f} s, and goes on")
+        self._write()  # that it has begun, should it be killed
         started = time.perf_counter()
         try:
             work()
@@ -114,7 +120,10 @@ class Phases:
         finally:
             row["seconds"] += time.perf_counter() - started
             row["peak_memory_mb"] = max(row["peak_memory_mb"], peak_memory_mb())
-            self._path.write_text(json.dumps(self.rows, indent=1))
+            self._write()
+
+    def _write(self) -> None:
+        write_text(self._path, json.dumps(self.rows, indent=1))
 
 
 def peak_memory_mb() -> float:
@@ -170,13 +179,11 @@ def check(config: Config) -> None:
 
 
 def train_joint(config: Config, console: Console) -> None:
-    """The "N-in-1 FM" baseline: as many steps as fit the seconds that distillation took, its learning rate, its EMA.
+    """The "N-in-1 FM" baseline: as many steps as the forwards of the distillation allow, its learning rate, its EMA.
 
-    A flow-matching step costs what a step of the coarse stage costs, and the log tells how long those took.
+    They are counted from the configuration, so that the baseline does not depend on how busy the machine was.
     """
-    log = read_log(config.output_dir / "train")
-    coarse = next(row for row in reversed(log) if row["step"] <= config.train.coarse_steps)
-    steps = round(log[-1]["seconds"] / (coarse["seconds"] / coarse["step"]))
+    steps = round(distillation_forwards(config) / joint_step_forwards(config))
     train = config.train
     same = {"max_train_steps": steps, "learning_rate": train.coarse_learning_rate or train.learning_rate}
     config = config.model_copy(update={"teach": config.teach.model_copy(update=same)})

@@ -113,6 +113,7 @@ class LoopConfig:
     checkpoints_total_limit: int | None = 2
     max_seconds: float | None = None
     log_every: int = 10
+    stages: tuple[int, ...] = ()  # the steps before which a stage begins, for the log
     report_to: str = "none"
     resume: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)  # hashes of what a checkpoint belongs to: base, teachers
@@ -127,6 +128,7 @@ def loop_config(
     identity: Mapping[str, str],
     resume: str | None = None,
     max_seconds: float | None = None,
+    stages: tuple[int, ...] = (0,),
 ) -> LoopConfig:
     """The loop of a job that writes under `output_dir/JOB`; checkpoints and log as `train` says."""
     train = config.train
@@ -139,6 +141,7 @@ def loop_config(
         checkpoints_total_limit=train.checkpoints_total_limit,
         max_seconds=max_seconds,
         log_every=train.log_every,
+        stages=stages,
         report_to=train.report_to,
         resume=resume,
         identity=identity,
@@ -304,6 +307,7 @@ def _tracker(config: LoopConfig, step: int, sums: Mapping[str, list[float]]) -> 
         step,
         sums,
         writes=distributed.is_main(),
+        stages=config.stages,
     )
 
 

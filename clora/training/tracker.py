@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor
 from clora.io.atomic import write_text
 
 Figures = Mapping[str, float | Tensor]
+SHORT_STAGE = 50  # steps below which a curve of every tenth says nothing
 
 
 class Tracker:
     """Writes figures to `folder/log.jsonl` and to a board (`report_to`: none, tensorboard or wandb, offline).
 
-    A line holds the means since the line before; it comes every `log_every` steps and at step `last`. `step`: the
-    one a run goes on from, with `sums` as they were then. With `writes` False figures are only summed: of several
+    A line holds the means since the line before; it comes every `log_every` steps, at the end of each stage and at step
+    `last`, and at every step of a stage of fewer than 50. `stages`: the steps before which one begins. `step`: the one
+    a run goes on from, with `sums` as they were then. With `writes` False figures are only summed: of several
     processes one writes.
 
     A line that the disk refuses is kept and written with the next one; `faults` says why, once.
@@ -36,10 +39,14 @@ class Tracker:
         step: int = 0,
         sums: Mapping[str, list[float]] | None = None,
         writes: bool = True,
+        stages: Sequence[int] = (),
     ) -> None:
         self._title, self._folder = title, folder
         self._report_to = report_to if writes else "none"
         self._log_every, self._last, self._writes = log_every, last, writes
+        edges = sorted({stage for stage in stages if stage < last} | {last}) if stages else []
+        self._ends = set(edges[1:])
+        self._short = [(start, end) for start, end in pairwise(edges) if end - start < SHORT_STAGE]
         self.sums = {name: list(values) for name, values in (sums or {}).items()}
         self.faults: list[str] = []
         self._waiting: list[str] = []
@@ -69,7 +76,7 @@ class Tracker:
         """Take one step's figures in."""
         for name, value in figures.items():
             self.sums.setdefault(name, []).append(float(value))
-        if step % self._log_every and step != self._last:
+        if not self._is_due(step):
             return
         means = {name: sum(values) / len(values) for name, values in self.sums.items()}
         self.sums.clear()
@@ -81,6 +88,11 @@ class Tracker:
                 self._board.add_scalar(name, value, step)
         elif self._board is not None:
             self._board.log(means, step=step)
+
+    def _is_due(self, step: int) -> bool:
+        if step % self._log_every == 0 or step == self._last or step in self._ends:
+            return True
+        return any(start < step <= end for start, end in self._short)
 
     def _write(self, line: str) -> None:
         self._waiting.append(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -361,3 +362,21 @@ def test_edit_writes_the_images(workplace: Path, random_base: Path) -> None:
         (False, True),
         (True, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_run_command_limits_the_spinning_of_threads_before_torch_is_loaded(
+    given: dict[str, str], expected: str | None
+) -> None:
+    code = (
+        "import os, sys; from clora.cli import commands, app\n"
+        "assert 'torch' not in sys.modules\n"
+        "app.app = lambda *a, **k: None\n"
+        "app.run_command([]); print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(expected)

@@ -113,6 +113,17 @@ def test_run_loop_keeps_the_figures_of_an_unfinished_log_line(tmp_path: Path) ->
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
+def test_run_loop_logs_short_stages_at_every_step_and_the_end_of_each(tmp_path: Path) -> None:
+    """Stages of 65, 8 and 60 steps, a line every ten: the short one has eight points, none is of two stages."""
+    run(tmp_path, 133, log_every=10, stages=(0, 65, 73))
+    steps = [row["step"] for row in read_log(tmp_path)]
+    assert steps == [10, 20, 30, 40, 50, 60, 65, *range(66, 74), 80, 90, 100, 110, 120, 130, 133]
+    run(tmp_path / "plain", 33, log_every=10)
+    assert [row["step"] for row in read_log(tmp_path / "plain")] == [10, 20, 30, 33]
+    run(tmp_path / "short", 33, log_every=10, stages=(0, 33))
+    assert [row["step"] for row in read_log(tmp_path / "short")] == list(range(1, 34))
+
+
 def test_run_loop_mends_a_log_line_that_was_cut_off(tmp_path: Path) -> None:
     run(tmp_path, 4)
     log = tmp_path / "log.jsonl"

@@ -1,0 +1,47 @@
+"""How many forwards of the transformer a distillation needs, from its configuration alone.
+
+The unit is the forward of one sample; a backward counts as two. Where chance decides (how far a sample is rolled out,
+where the critic's samples come from) the mean is counted. What the prompts and encoders cost is left out.
+"""
+
+from __future__ import annotations
+
+from clora.config import Config
+from clora.method.routing import Stream, draw_stream
+
+BACKWARD = 2  # forwards
+
+
+def distillation_forwards(config: Config) -> float:
+    """Of all steps of `clora train` on one process, with effects and with general data where p_switch is below 1."""
+    train, objective = config.train, config.objective
+    coarse = min(train.coarse_steps, train.max_train_steps)
+    total = float(coarse * train.gradient_accumulation_steps * joint_step_forwards(config))
+    for step in range(coarse, train.max_train_steps):
+        total += full_step_forwards(config, draw_stream(config.seed, step, objective.p_switch))
+    return total
+
+
+def joint_step_forwards(config: Config) -> int:
+    """Of a flow-matching step on as many samples as TA-FM has: a coarse batch, and a step of `teach_joint`."""
+    return (config.train.anchor_batch_size or config.train.batch_size) * (1 + BACKWARD)
+
+
+def full_step_forwards(config: Config, stream: Stream) -> float:
+    """Of a step of the full objective: `critic_updates` updates of the critic, then one of the student (Eq. 9)."""
+    train, objective = config.train, config.objective
+    rollout = (config.schedule.num_steps + 1) / 2  # left at a step drawn evenly, which is a forward too
+    share = objective.critic_target_share if stream == "effect" else 0.0
+    sample = share + (1 - share) * rollout
+    critic = train.critic_updates * (1 + BACKWARD) + (train.critic_updates - train.critic_reuse) * sample
+    scores = 2 + (objective.guidance != 1.0)  # of critic and teacher
+    student = 0.0
+    if objective.dmd_bs_weight or train.critic_reuse:
+        student += rollout
+    if objective.dmd_bs_weight:
+        student += BACKWARD + scores
+    batches = train.batch_size * (critic + student)
+    if stream == "effect":
+        batches += train.batch_size * (1 + BACKWARD + scores) * bool(objective.dmd_ts_weight)
+        batches += joint_step_forwards(config) * bool(objective.ta_fm_weight)
+    return train.gradient_accumulation_steps * batches

@@ -1,0 +1,66 @@
+"""The forwards of a distillation, by formula and as hooks count them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import clora.method.objective as objective
+from bench.training.cycle_counts import counted
+from clora.config import build_config
+from clora.distill.check import check_training
+from clora.distill.forwards import distillation_forwards, full_step_forwards, joint_step_forwards
+from clora.distill.run import make_distillation, open_bank, targets_of
+from clora.distill.step import train_step
+from clora.distill.workspace import open_workspace
+from clora.jobs.teach import teach, teach_joint
+from tests.support.small_job import make_config, write_dataset
+
+QUIET = Console(quiet=True)
+
+
+def test_full_step_forwards_closed_forms() -> None:
+    """Two samples, eight steps: rollouts of 4.5 forwards on average; guidance asks the teacher twice."""
+    plain = ["objective.guidance=1", "train.batch_size=2", "train.critic_updates=3", "train.anchor_batch_size=5"]
+    config = build_config({"preset": "clora", "output_dir": "o"}, Path(), [*plain, "objective.critic_target_share=0.5"])
+    assert full_step_forwards(config, "general") == 2 * (3 * (4.5 + 3) + 4.5 + 2 + 2)
+    effect = 2 * (3 * (0.5 + 0.5 * 4.5 + 3) + (4.5 + 2 + 2) + (1 + 2 + 2)) + 5 * 3
+    assert full_step_forwards(config, "effect") == effect and joint_step_forwards(config) == 15
+    guided = build_config({"preset": "clora", "output_dir": "o"}, Path(), [*plain[1:], "objective.guidance=4"])
+    assert full_step_forwards(guided, "effect") == effect + 2 * 2
+    steps = ["train.coarse_steps=4", "train.max_train_steps=10", "objective.p_switch=1"]
+    whole = build_config({"preset": "clora", "output_dir": "o"}, Path(), [*plain, *steps])
+    assert distillation_forwards(whole) == 4 * 15 + 6 * effect
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("train.critic_reuse=true", "objective.guidance=2")])
+def test_distillation_forwards_equals_what_hooks_count(
+    random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    """Three steps of the sampler, always left at the middle one, as on average; no chance in the critic's samples."""
+    monkeypatch.setattr(objective, "exit_step", lambda num_steps, rng: num_steps // 2)
+    fixed = ("objective.critic_target_share=0", "targets.source=pairs", "train.max_train_steps=8", *overrides)
+    config = make_config(random_base, write_dataset(tmp_path / "data"), tmp_path / "run", *fixed)
+    teach(config)
+    workspace = open_workspace(check_training(config), QUIET)
+    bank = open_bank(workspace)
+    assert bank is not None
+    workspace = replace(workspace, effects=targets_of(workspace, bank, QUIET))
+    distillation = make_distillation(workspace, bank)
+    assert {distillation.batches.stream(step) for step in range(2, 8)} == {"effect", "general"}
+    with counted([workspace.backbone.transformer], []) as events:
+        for step in range(8):
+            train_step(distillation, step)
+    assert forwards(events) == distillation_forwards(config)
+    bank.close()
+    with counted([workspace.backbone.transformer], []) as events:
+        teach_joint(workspace, None, QUIET)
+    assert forwards(events) == config.teach.max_train_steps * joint_step_forwards(config)
+
+
+def forwards(events: list[tuple[str, int]]) -> int:
+    return sum(samples * (2 if kind == "backward" else 1) for kind, samples in events)
