@@ -21,17 +21,16 @@ from clora.config.schema import (
     EvalConfig,
     ExtendConfig,
     GeneralConfig,
-    Job,
     LoraConfig,
     ObjectiveConfig,
     PromptsConfig,
-    Quantize,
     ScheduleConfig,
     Section,
     TargetsConfig,
     TeachConfig,
     TrainConfig,
 )
+from clora.config.types import Job, Quantize
 
 __all__ = [
     "PRESETS", "BaseConfig", "BaseSidecar", "BucketConfig", "Config", "EffectConfig", "EvalConfig",

@@ -6,54 +6,48 @@ The defaults are those of the preset `clora`, whose file explains them; a test h
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo
 from pydantic import field_validator as field_check
 from pydantic import model_validator as section_check
 
 from clora.config.fingerprint import digest_of, felt_values, relative_values
+from clora.config.types import (
+    Acceleration,
+    Count,
+    Decay,
+    DmdNorm,
+    EffectName,
+    Guidance,
+    Job,
+    Kernels,
+    LrScheduler,
+    Natural,
+    NonNegative,
+    Positive,
+    Preset,
+    Quantize,
+    Rank,
+    Rescale,
+    SaveDtype,
+    Share,
+    StepCounts,
+    Suffixes,
+    TaFmSigma,
+    TargetSource,
+    Text,
+    Tracker,
+    TsSigma,
+    Url,
+    UserPath,
+    beside_the_file,
+    repeats,
+)
 
 PRESETS = ("clora", "paper", "authors", "tiny")
-
-
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    """Make a relative path absolute from the folder of the configuration file (`~` is the home folder)."""
-    folder = (info.context or {}).get("folder")
-    path = path.expanduser()
-    return path if folder is None else Path(os.path.normpath(Path(folder) / path))
-
-
-UserPath = Annotated[Path, AfterValidator(_beside_the_file)]
-Acceleration = Annotated[Literal["base"] | UserPath | None, Field(union_mode="left_to_right")]
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-StepCounts = Annotated[list[Count], Field(min_length=1)]
-Suffixes = Annotated[list[Text], Field(min_length=1)]
-Natural = Annotated[int, Field(ge=0)]
-Rank = Annotated[int, Field(ge=1, le=1024)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Guidance = Annotated[float, Field(ge=1)]
-EffectName = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-Url = Annotated[str, Field(pattern=r"^https?://")]
-LrScheduler = Literal["constant", "cosine", "linear"]
-TargetSource = Literal["teachers", "pairs"]
-SaveDtype = Literal["bfloat16", "float16", "float32"]
-TsSigma = Literal["continuous", "schedule"]
-TaFmSigma = Literal["uniform", "shifted", "above_dmd"]
-Rescale = Literal["none", "norm"]
-DmdNorm = Literal["sample", "none"]
-Tracker = Literal["none", "tensorboard", "wandb"]
-Quantize = Literal["none", "int8"]
-Kernels = Literal["auto", "reference", "fused"]
-Job = Literal["train", "teach", "joint", "extend"]
-Preset = Literal["clora", "paper", "authors", "tiny"]
 
 
 def doc(description: str, *, numerics: bool = True, **limits: Any) -> Any:
@@ -86,7 +80,7 @@ class BaseConfig(Section):
     def _folder_or_hub_id(cls, model: str, info: ValidationInfo) -> str:
         folder = Path((info.context or {}).get("folder", "."))
         if model != "tiny" and (model.startswith((".", "/", "~")) or os.path.isdir(folder / model)):
-            return str(_beside_the_file(Path(model), info))
+            return str(beside_the_file(Path(model), info))
         return model
 
 
@@ -342,8 +336,8 @@ class Config(Section):
     @section_check(mode="after")
     def _fits_together(self) -> Config:
         # Names become file names, and not every file system tells upper from lower case.
-        faults = _repeats("name", (effect.name for effect in self.effects))
-        faults += _repeats("trigger", (effect.trigger for effect in self.effects if effect.trigger))
+        faults = repeats("name", (effect.name for effect in self.effects))
+        faults += repeats("trigger", (effect.trigger for effect in self.effects if effect.trigger))
         if self.train.shard_base and self.base.quantize != "none":
             faults.append("'train.shard_base': a quantized base cannot be split; leave it out, or base.quantize")
         if self.train.offload_base and not self.train.shard_base:
@@ -402,10 +396,3 @@ class Config(Section):
         if self.train.lr_scheduler == "constant":
             del values["train"]["max_train_steps"]
         return relative_values(values, self.folder)
-
-
-def _repeats(what: str, values: Iterable[str]) -> list[str]:
-    spelled = list(values)
-    counts = Counter(text.casefold() for text in spelled)
-    repeated = sorted({text.casefold() for text in spelled if counts[text.casefold()] > 1})
-    return [f"{what} '{text}' is used by {counts[text]} effects; rename all but one" for text in repeated]
