@@ -40,6 +40,7 @@ def example(effect: str | None, number: int, height: int = 2) -> Example:
         ((height, 2),),
         {role: torch.full((3, 5), text_of(effect, role)) for role in ROLES},
         y=() if effect is None else (torch.full((height * 2, 4), place),),
+        key=(effect, str(number)),
     )
 
 

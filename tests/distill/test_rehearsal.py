@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from clora.data.examples import collate
+from clora.distill.check import check_training
 from clora.distill.networks import Models
 from clora.distill.opened import Workspace
 from clora.distill.rehearsal import FewStepTeachers, deal_names, rehearsal_examples, rehearsal_targets
@@ -42,7 +43,7 @@ def place(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(random_base: Path, place: Path) -> tuple[Workspace, Catalogue]:
     """A workspace of the new effect whose collection is in its slot."""
     config = make_config(random_base, place, place / "out")
-    workspace = open_workspace(config, QUIET, keep_encoders=True)
+    workspace = open_workspace(check_training(config), QUIET, keep_encoders=True)
     collection = place / "collection.safetensors"
     workspace.adapters.add_lora(COLLECTION, read_lora(collection).modules)
     return workspace, read_catalogue(collection)

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from clora.distill.batches import Batches
+from clora.distill.check import check_training
 from clora.distill.roles import ACCELERATION, CRITIC, STUDENT
 from clora.distill.run import make_distillation, open_bank
 from clora.distill.step import Distillation, coarse_step, full_step, networks_at, start_critic, train_step
@@ -29,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(inputs: Path, case: str = "paper-full", **train: Any) -> Distillation:
     config = make_config(inputs, inputs / "out", case).with_values(train=train)
-    workspace = open_workspace(config, Console(quiet=True))
+    workspace = open_workspace(check_training(config), Console(quiet=True))
     workspace = replace(workspace, effects=targets_from_pairs(workspace.effects))
     return make_distillation(workspace, open_bank(workspace))
 
