@@ -119,7 +119,7 @@ def gradients(d: Distillation, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
 
     def keep(group: Any, factor: float, where: str) -> float:
         for name in group.parameters:
-            if (grad := group.gradient(name)) is not None:
+            if (grad := group.flat.gradient(name)) is not None:
                 found[name] = grad.clone()
         group.forget_gradients()
         return 0.0

@@ -63,7 +63,7 @@ def test_make_targets_samples_by_targets_and_not_by_the_objective(
     assert len(example.y) == 2 and not torch.equal(*example.y)
     cond, uncond = (collate([example], role, workspace.backbone.device) for role in ("teacher", "negative"))
     for draw in range(2):
-        (seed,) = [targets._seed(key) for key in [targets._keys(workspace, example, HASHES)[draw]]]
+        (seed,) = [targets.noise_seed(key) for key in [targets._keys(workspace, example, HASHES)[draw]]]
         args = workspace.backbone, cond, [None]
         wanted = sample(*args, Sampling("euler", 2, 2.0, 3.0, "norm", ""), [seed], uncond)[0]
         torch.testing.assert_close(example.y[draw], wanted, rtol=0, atol=1e-4)

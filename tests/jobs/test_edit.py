@@ -59,7 +59,7 @@ def random_modules(base: Path, suffixes: tuple[str, ...], seed: int = 0) -> dict
     """Large updates, so that they show in pixels; of mixed ranks, alpha unequal to rank."""
     rng = torch.Generator().manual_seed(seed)
     modules = {}
-    for i, (name, (N, K)) in enumerate(linear_shapes(base).items()):
+    for i, (name, (N, K)) in enumerate(sorted(linear_shapes(base).items())):
         if name.endswith(suffixes):
             rank = 1 + i % 3
             A, B = torch.randn(rank, K, generator=rng), torch.randn(N, rank, generator=rng)
@@ -437,7 +437,7 @@ def test_load_editor_of_a_base_that_is_nowhere_is_one_clear_error(tmp_path: Path
         tmp_path / "a.safetensors",
         {"transformer_blocks.0.attn.to_q": LoraModule(torch.ones(1, 1), torch.ones(1, 1), 1.0)},
     )
-    with pytest.raises(InputError, match="base owner/nowhere: cannot be loaded (?s:.*); check the name"):
+    with pytest.raises(InputError, match="base owner/nowhere: .*(on this machine|cannot be loaded)"):
         load_editor("owner/nowhere", tmp_path / "a.safetensors")
 
 

@@ -102,7 +102,7 @@ def test_evaluate_collection_does_not_depend_on_the_batch(random_base: Path, col
 def test_evaluate_collection_lists_all_faults_before_loading(
     random_base: Path, collection: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "open_workspace", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(job, "open_base", lambda *_, **__: pytest.fail("the base was loaded"))
     (pairs / "cold" / "source" / "1.png").unlink()
     asked = config(random_base, pairs, ("warm", "cold", "wram"))
     warm = asked.effects[0].model_copy(update={"pairs": None})
@@ -110,7 +110,7 @@ def test_evaluate_collection_lists_all_faults_before_loading(
         evaluate_collection(asked.model_copy(update={"effects": [warm, *asked.effects[1:]]}), collection)
     faults = caught.value.faults
     assert len(faults) == 3
-    assert "effect warm: has no pairs" in faults[0] and "1" in faults[1]
-    assert "effect wram: is not in" in faults[2] and "did you mean 'warm'?" in faults[2]
+    assert "effect wram: is not in" in faults[0] and "did you mean 'warm'?" in faults[0]
+    assert "(warm): has no pairs" in faults[1] and "1" in faults[2]
     with pytest.raises(InputErrors, match="effects: are none"):
         evaluate_collection(asked.model_copy(update={"effects": []}), collection)
