@@ -121,7 +121,7 @@ def gradients(d: Distillation, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
         for name in group.parameters:
             if (grad := group.flat.gradient(name)) is not None:
                 found[name] = grad.clone()
-        group.forget_gradients()
+        group.flat.forget_gradients()
         return 0.0
 
     monkeypatch.setattr("clora.distill.step.apply_gradients", keep)

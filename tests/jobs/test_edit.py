@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from clora.backbones.load import linear_shapes
 from clora.backbones.qwen_image.pipeline import StillImageProcessor, pass_token_types
 from clora.data.images import load_image
 from clora.errors import InputError, InputErrors, Stopped, WriteError
@@ -59,9 +58,14 @@ def random_modules(base: Path, suffixes: tuple[str, ...], seed: int = 0) -> dict
     """Large updates, so that they show in pixels; of mixed ranks, alpha unequal to rank."""
     rng = torch.Generator().manual_seed(seed)
     modules = {}
-    for i, (name, (N, K)) in enumerate(sorted(linear_shapes(base).items())):
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel.from_config(
+            QwenImageTransformer2DModel.load_config(base, subfolder="transformer")
+        )
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for i, (name, linear) in enumerate(linears):
         if name.endswith(suffixes):
-            rank = 1 + i % 3
+            rank, N, K = 1 + i % 3, linear.out_features, linear.in_features
             A, B = torch.randn(rank, K, generator=rng), torch.randn(N, rank, generator=rng)
             modules[name] = LoraModule(A / K**0.5, B * 2, 0.5 + i % 2)
     return modules
