@@ -114,10 +114,7 @@ class LoraConfig(Section):
 
     rank: Annotated[Rank, doc("Rank of the update.")] = 128
     alpha: Annotated[Positive, doc("The update is scaled by alpha / rank.")] = 128
-    targets: Annotated[
-        Suffixes | None,
-        doc("Module-name suffixes it covers; null: attention, MLPs and modulation, as the base calls them."),
-    ] = None
+    targets: Annotated[Suffixes | None, doc("Module-name suffixes it covers; null: the base's own list.")] = None
     init_from: Annotated[UserPath | None, doc("LoRA file to start from; null: a fresh adapter.")] = None
     acceleration: Annotated[
         Acceleration, doc("Few-step LoRA joined to the student after the coarse steps; 'base': the base's own.")

@@ -98,10 +98,11 @@ def transformer_footprint(
     layers, D = int(config.get("num_layers", 60)), heads * per_head
     channels, text_width = int(config.get("in_channels", 64)), int(config.get("joint_attention_dim", 3584))
     out_channels = int(config.get("patch_size", 2)) ** 2 * int(config.get("out_channels", 16) or channels)
-    attention = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
-    block = {"img_mod.1": (6 * D, D), "txt_mod.1": (6 * D, D)} | {f"attn.{name}": (D, D) for name in attention}
-    for stream in ("img", "txt"):
-        block |= {f"{stream}_mlp.net.0.proj": (MLP * D, D), f"{stream}_mlp.net.2": (D, MLP * D)}
+    # In the module's own order.
+    attention = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0", "to_add_out")
+    block = {"img_mod.1": (6 * D, D)} | {f"attn.{name}": (D, D) for name in attention}
+    block |= {"img_mlp.net.0.proj": (MLP * D, D), "img_mlp.net.2": (D, MLP * D)}
+    block |= {"txt_mod.1": (6 * D, D), "txt_mlp.net.0.proj": (MLP * D, D), "txt_mlp.net.2": (D, MLP * D)}
     linears = {
         "time_text_embed.timestep_embedder.linear_1": (D, 256),
         "time_text_embed.timestep_embedder.linear_2": (D, D),
