@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -28,11 +29,21 @@ settings.load_profile("clora")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if (big := item.get_closest_marker("big")) and not os.environ.get("CI"):
+            if (reason := too_big(big.args[0], psutil.virtual_memory().available / 1e9)) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def too_big(needed_gb: float, available_gb: float) -> str | None:
+    """Why a test that needs so much memory is left out: the suite runs on two processes, beside a user's own work."""
+    if available_gb >= 2 * needed_gb:
+        return None
+    return (
+        f"needs {needed_gb:g} GB of memory, {available_gb:.1f} are free of the {2 * needed_gb:g} wanted; CI=1 runs it"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from clora.jobs.train import train
 from clora.lora.catalogue import read_catalogue
 from clora.lora.files import read_lora
 from clora.training.tracker import read_log
+from tests.conftest import too_big
 from tests.support.random_base import write_random_base
 
 FULL_WIDTH = {
@@ -27,6 +28,7 @@ FULL_WIDTH = {
 
 
 @pytest.mark.slow
+@pytest.mark.big(10)
 def test_train_runs_at_full_width(tmp_path: Path) -> None:
     base = write_random_base(tmp_path / "base", area=32 * 32, dtype=torch.bfloat16, **FULL_WIDTH)
     rng = np.random.default_rng(0)
@@ -64,3 +66,8 @@ def test_train_runs_at_full_width(tmp_path: Path) -> None:
     assert len(modules) == 2 * 14
     rows = read_log(tmp_path / "run" / "train")
     assert rows and all(np.isfinite(value) for row in rows for value in row.values())
+
+
+def test_too_big_wants_twice_what_a_test_needs() -> None:
+    assert too_big(10, 20) is None
+    assert too_big(10, 19.9) == "needs 10 GB of memory, 19.9 are free of the 20 wanted; CI=1 runs it"

@@ -16,6 +16,10 @@ import clora.jobs.teach as teaching
 from clora.jobs.demo import Phases, run_demo
 from clora.training.tracker import read_log
 
+# Smaller still than the smoke size, and saved at every step.
+TINY = ("train.checkpointing_steps=1", "train.max_train_steps=4", "train.coarse_steps=2", "train.critic_updates=1",
+        "train.batch_size=1", "train.anchor_batch_size=2", "teach.max_train_steps=4", "targets.num_steps=2",
+        "schedule.num_steps=2")  # fmt: skip
 PHASES = ("dataset", "validate", "teach", "distil", "joint-fm", "sample", "score")
 
 
@@ -37,7 +41,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("dataset", demo, "write_effect_pairs", 1),
         ("validate", demo, "validate_config", 0),
         ("teach", teaching, "apply_gradients", 3),
-        ("distil", step, "apply_gradients", 8),
+        ("distil", step, "apply_gradients", 3),
         ("joint-fm", teaching, "apply_gradients", 3),
         ("sample", demo, "sample_held_out", 2),
         ("score", demo, "evaluate_methods", 0),
@@ -51,8 +55,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.timeout(900)
 def test_demo_goes_on_when_interrupted_in_each_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smoke = demo.SCALES["smoke"]
-    often = demo.Scale(smoke.pairs, smoke.eval_sources, (*smoke.overrides, "train.checkpointing_steps=2"))
-    monkeypatch.setitem(demo.SCALES, "smoke", often)
+    monkeypatch.setitem(demo.SCALES, "smoke", demo.Scale(2, 1, (*smoke.overrides, *TINY)))
 
     def run(out: str) -> str:
         console = Console(width=200)
