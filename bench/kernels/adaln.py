@@ -91,9 +91,9 @@ def make_cases(name: str, shape: tuple[int, int, int], dtype: torch.dtype, index
     ]
 
 
-def all_cases(device: str) -> list[Case]:
+def all_cases(device: str, size: str) -> list[Case]:
     torch._functorch.config.donated_buffer = False  # else a compiled backward runs only once a forward
-    shape = (1, 8192, 3072) if device == "cuda" else (1, 256, 384)
+    shape = (1, 8192, 3072) if size == "full" else (1, 256, 384)
     return [
         case
         for name in OPS

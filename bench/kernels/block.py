@@ -149,9 +149,9 @@ def using(adapters: Adapters, block: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def all_cases(device: str) -> list[Case]:
+def all_cases(device: str, size_name: str) -> list[Case]:
     torch._functorch.config.donated_buffer = False  # else a compiled backward runs only once a forward
-    size = FULL if device == "cuda" else SMALL
+    size = FULL if size_name == "full" else SMALL
     models, adapters = make_models(random_transformer(size, device), size.rank)
     assert adapters is not None
     if device == "cuda":

@@ -74,8 +74,8 @@ def make_cases(shape: tuple[int, int, int], device: str) -> list[Case]:
     ]
 
 
-def all_cases(device: str) -> list[Case]:
-    shapes = [(1, 4096, 64), (8, 4096, 64)] if device == "cuda" else [(1, 256, 64)]
+def all_cases(device: str, size: str) -> list[Case]:
+    shapes = [(1, 4096, 64), (8, 4096, 64)] if size == "full" else [(1, 256, 64)]
     return [case for shape in shapes for case in make_cases(shape, device)]
 
 

@@ -1,6 +1,7 @@
 """One forward of the whole transformer, random weights: `python -m bench.kernels.forward [--json] [--rounds N]`.
 
-60 layers of full width, 1024 x 1024 pixels with one reference (8192 image tokens), 512 text tokens, batch 1, bf16.
+60 layers of full width, or 20 with `--size full-20`, 1024 x 1024 pixels with one reference (8192 image tokens), 512
+text tokens, batch 1, bf16.
 "merged" is the transformer alone, as after a LoRA is merged into its weights; "rank 128" has an unmerged adapter on
 every linear, PEFT's in diffusers' ways. "eager" is diffusers as it comes, "compiled" diffusers with the fastest
 attention here and `compile_repeated_blocks`, "ours" clora's blocks, "ours_compiled" those compiled likewise. All hold
@@ -24,8 +25,11 @@ from bench.kernels.timing import Case, run
 from bench.training.cycle_models import CHANNELS, Size, random_transformer
 from clora.backbones.qwen_image.block import fastest_attention
 
-FULL_DEPTH = replace(FULL, transformer={"num_layers": 60})
-SMALL_DEPTH = replace(SMALL, transformer={**SMALL.transformer, "num_layers": 2})
+SIZES = {
+    "small": replace(SMALL, transformer={**SMALL.transformer, "num_layers": 2}),
+    "full-20": replace(FULL, transformer={"num_layers": 20}),
+    "full": replace(FULL, transformer={"num_layers": 60}),
+}
 
 
 def forward(transformer: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
@@ -84,11 +88,11 @@ def make_case(transformer: Any, size: Size, rank: int | None, device: str) -> Ca
     return Case(name, partial(check, SMALL, device, size.dtype), ways, *count(models["eager"], inputs))
 
 
-def all_cases(device: str) -> list[Case]:
-    size = FULL_DEPTH if device == "cuda" else SMALL_DEPTH
+def all_cases(device: str, size_name: str) -> list[Case]:
+    size = SIZES[size_name]
     transformer = random_transformer(size, device)  # whose weights all ways of both cases hold
     return [make_case(transformer, size, rank, device) for rank in (None, size.rank)]
 
 
 if __name__ == "__main__":
-    run("forward", __doc__, all_cases)
+    run("forward", __doc__, all_cases, tuple(SIZES))

@@ -172,9 +172,9 @@ def make_cases(
     ]
 
 
-def all_cases(device: str) -> list[Case]:
+def all_cases(device: str, size: str) -> list[Case]:
     torch._functorch.config.donated_buffer = False  # else a compiled backward runs only once a forward
-    tokens, widths, rank = (8192, WIDTHS, 128) if device == "cuda" else (256, ((384, 384),), 16)
+    tokens, widths, rank = (8192, WIDTHS, 128) if size == "full" else (256, ((384, 384),), 16)
     batches = [(1, K, N, [0]) for K, N in widths] + [(3, *widths[0], slots) for slots in ([0, 0, 0], [0, 1, 2])]
     return [
         case

@@ -216,9 +216,9 @@ def make_cases(shape: Shape, rank: int, slots: list[int], dtype: torch.dtype, de
     ]
 
 
-def all_cases(device: str) -> list[Case]:
+def all_cases(device: str, size: str) -> list[Case]:
     torch._functorch.config.donated_buffer = False  # else a compiled backward runs only once a forward
-    tokens, rank = ((512, 8192, 24, 128), 128) if device == "cuda" else ((16, 256, 3, 128), 16)
+    tokens, rank = ((512, 8192, 24, 128), 128) if size == "full" else ((16, 256, 3, 128), 16)
     return [
         case
         for slots in ([0], [0, 1, 2])

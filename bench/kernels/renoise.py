@@ -43,10 +43,9 @@ def make_case(shape: tuple[int, int, int], device: str) -> Case:
     return Case("x".join(map(str, shape)), gate, ways, numel * (4 + 2 + 4 + 8), numel * FLOPS)
 
 
-def all_cases(device: str) -> list[Case]:
-    return [
-        make_case(shape, device) for shape in ([(1, 4096, 64), (8, 4096, 64)] if device == "cuda" else [(1, 256, 64)])
-    ]
+def all_cases(device: str, size: str) -> list[Case]:
+    shapes = [(1, 4096, 64), (8, 4096, 64)] if size == "full" else [(1, 256, 64)]
+    return [make_case(shape, device) for shape in shapes]
 
 
 if __name__ == "__main__":

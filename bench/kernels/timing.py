@@ -2,7 +2,8 @@
 
 On a GPU all ways are timed, and a row says what share it reaches of two ceilings that are measured with it: torch's
 copy of 1 GiB, and cuBLAS's bf16 product of matrices of 8192. On a CPU kernels cannot run: there the public function,
-which takes the reference, and the eager way are timed, so that the code is proved and the counts are given.
+which takes the reference, and the eager way are timed, so that the code is proved and the counts are given. `--size
+small` is for a CPU, and the default there.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clora.io.atomic import write_text
 
 WARM_UP_ROUNDS = 3
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2 cache
@@ -108,8 +112,11 @@ def matmul_tflop_per_s(rounds: int) -> float:
     return 2 * MATMUL_SIZE**3 / time_in_turns(runs, rounds, "cuda")["matmul"]["median_us"] / 1e6
 
 
-def measure(bench: str, cases: Sequence[Case], rounds: int) -> dict[str, Any]:
-    """The bench's document: a row a case, with the shares of the ceilings on a GPU."""
+def measure(
+    bench: str, cases: Sequence[Case], rounds: int, keep: Callable[[dict[str, Any]], None] = lambda document: None
+) -> dict[str, Any]:
+    """The bench's document: a row a case, with the shares of the ceilings on a GPU. `keep` is given what there is of it
+    after each row."""
     on_gpu = torch.cuda.is_available()
     document: dict[str, Any] = {
         "bench": bench,
@@ -132,19 +139,50 @@ def measure(bench: str, cases: Sequence[Case], rounds: int) -> dict[str, Any]:
             row["share_of_copy"] = round(case.bytes / ours / 1e3 / document["copy_gb_per_s"], 3)
             row["share_of_matmul"] = round(case.flops / ours / 1e6 / document["matmul_tflop_per_s"], 3)
         document["rows"].append(row)
+        keep(document)
     return document
 
 
-def run(bench: str, description: str, make_cases: Callable[[str], list[Case]]) -> None:
-    """A bench's command line: measure the cases of `make_cases(device)` and print them."""
+def run(
+    bench: str,
+    description: str,
+    make_cases: Callable[[str, str], list[Case]],
+    sizes: Sequence[str] = ("small", "full"),
+) -> None:
+    """A bench's command line: measure the cases of `make_cases(device, size)` and print them. The first of the sizes is
+    for a CPU, the last is a GPU's unless another is chosen."""
+    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--size", choices=sizes, default=sizes[-1] if on_gpu else sizes[0])
+    parser.add_argument("--cases", default="", help="those with this text in their names alone")
+    parser.add_argument("--ways", nargs="+", help="these alone, and ours")
+    parser.add_argument("--out", type=Path, help="JSON file, written anew after each case")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    cases = make_cases("cuda" if torch.cuda.is_available() else "cpu")
-    report(measure(bench, cases, options.rounds), options.json)
+    made = make_cases("cuda" if on_gpu else "cpu", options.size)
+    cases = chosen(made, options.cases, options.ways)
+    if not cases:
+        parser.error(f"--cases: no name has {options.cases!r}; there are: {'; '.join(case.name for case in made)}")
+
+    def keep(document: dict[str, Any]) -> None:
+        if options.out is not None:
+            write_text(options.out, json.dumps(document, indent=1) + "\n")
+
+    document = measure(bench, cases, options.rounds, keep) | {"complete": True}
+    keep(document)
+    report(document, options.json)
+
+
+def chosen(cases: Sequence[Case], text: str, ways: Sequence[str] | None) -> list[Case]:
+    """The cases with `text` in their names, with "ours", what a CPU needs and the ways named; all where None is."""
+    kept = [case for case in cases if text in case.name]
+    if ways is None:
+        return kept
+    wanted = {"ours", *ways, *(ON_CPU if not torch.cuda.is_available() else ())}
+    return [replace(case, variants={w: run for w, run in case.variants.items() if w in wanted}) for case in kept]
 
 
 def report(document: dict[str, Any], as_json: bool) -> None:

@@ -14,10 +14,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from clora.io.atomic import write_text
 from clora.method.flow import few_step_sigmas
 from clora.method.samplers import few_step_sample, few_step_sample_ref, sample_noise
 
@@ -63,14 +65,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--size", choices=("small", "full"), default="full", help="small: the first shape alone")
+    parser.add_argument("--out", type=Path, help="file for the JSON document as well")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(shape, options.device, options.rounds) for shape in SHAPES]
+    shapes = SHAPES[:1] if options.size == "small" else SHAPES
+    rows = [measure(shape, options.device, options.rounds) for shape in shapes]
+    name = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
+    document = {"bench": "sampler", "device": name, "torch": torch.__version__, "num_steps": NUM_STEPS}
+    document |= {"rounds": options.rounds, "rows": rows, "complete": True}
+    if options.out is not None:
+        write_text(options.out, json.dumps(document, indent=1) + "\n")
     if options.json:
-        name = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-        about = {"bench": "sampler", "device": name, "torch": torch.__version__}
-        print(json.dumps({**about, "num_steps": NUM_STEPS, "rounds": options.rounds, "rows": rows}, indent=1))
+        print(json.dumps(document, indent=1))
         return
     print(f"{'batch x tokens x channels':>27}  {'compiled':>10}  {'python':>10}  {'draw':>10}")
     print(f"{'':>27}  {'microseconds a step (median)':>34}")

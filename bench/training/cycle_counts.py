@@ -99,7 +99,8 @@ def rehearse(size: Size, device: str, rehearsals: int = REHEARSALS) -> Rehearsal
     for stream in STREAMS:
         for done, step in enumerate(steps_of(ours.batches, stream)):
             kinds = {kind: len(work) for kind, work in seen["ours"].items()}
-            if done >= rehearsals and all(kinds[kind] == num_exits for kind in ("critic", f"{stream}_generator")):
+            drawn = all(kinds.get(kind) == num_exits for kind in ("critic", f"{stream}_generator"))
+            if done >= (size.rehearsals or rehearsals) and (drawn or size.rehearsals):
                 break
             with counted([ours.models.backbone.transformer], [ours.student, ours.critic]) as events:
                 full_step(ours, step)

@@ -52,6 +52,7 @@ class Size:
     dtype: torch.dtype
     rounds: int
     encoder_layers: int = 0  # of the text encoder that the authors' schedule runs anew; 0 leaves it out
+    rehearsals: int | None = None  # cycles of each stream that are counted; None: until every exit step was drawn
     authors_fit: bool = True  # on the machine this size is for
     memory_budget_gb: float | None = None  # of ours; None takes what the machine has
     quantize: Quantize = "none"  # ours alone, as the next
@@ -76,9 +77,11 @@ _HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
 # Settings of ours for little memory.
 LEAN: dict[str, Any] = {"quantize": "int8", "adam_moments": "bfloat16"}
 SIZES = {
+    "small": Size({**TRANSFORMER_CONFIG, "num_layers": 1}, (4, 4), 8, 4, torch.float32, rounds=2, rehearsals=3),
     "tiny": Size(TRANSFORMER_CONFIG, (8, 8), 24, 32, torch.float32, rounds=5),
     "full-width-2": Size({"num_layers": 2}, (4, 4), 16, 128, torch.bfloat16, rounds=2),
-    # 1024 x 1024 pixels. The real encoder has 28 layers beside the transformer's 60, hence 9 beside 20.
+    "full-width-4": Size({"num_layers": 4}, (64, 64), 512, 128, torch.bfloat16, rounds=3, encoder_layers=2),
+    # 1024 x 1024 pixels, as above. The real encoder has 28 layers beside the transformer's 60, hence 9 beside 20.
     "full-width-20": Size({"num_layers": 20}, (64, 64), 512, 128, torch.bfloat16, rounds=5, encoder_layers=9),
     # Three copies and their adapters take more than the 141 GB of an H200.
     "full-width-60": Size(

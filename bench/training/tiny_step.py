@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, make_cond
 from clora.backbones.load import load_backbone
+from clora.io.atomic import write_text
 
 BATCH, GRID, WIDTH, RANK = 24, (8, 8), 96, 32
 SLOT = "student"
@@ -35,11 +37,11 @@ def make_backbone(dtype: str, attention: str, device: str) -> Backbone:
     return backbone
 
 
-def make_inputs(device: str) -> tuple[torch.Tensor, torch.Tensor, Cond]:
+def make_inputs(device: str, batch: int) -> tuple[torch.Tensor, torch.Tensor, Cond]:
     """Latents, sigma and a cond of prompts of 22 to 27 tokens with one reference image."""
-    texts = [torch.randn(22 + i % 6, WIDTH, device=device) for i in range(BATCH)]
-    latents = torch.randn(2, BATCH, GRID[0] * GRID[1], 64, device=device)
-    return latents[0], torch.rand(BATCH, device=device), make_cond(texts, [(latents[1], GRID)], GRID)
+    texts = [torch.randn(22 + i % 6, WIDTH, device=device) for i in range(batch)]
+    latents = torch.randn(2, batch, GRID[0] * GRID[1], 64, device=device)
+    return latents[0], torch.rand(batch, device=device), make_cond(texts, [(latents[1], GRID)], GRID)
 
 
 def clock(device: str) -> float:
@@ -49,9 +51,9 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def measure(device: str, rounds: int) -> list[dict[str, Any]]:
+def measure(device: str, rounds: int, batch: int) -> list[dict[str, Any]]:
     """One row a variant."""
-    x, sigma, cond = make_inputs(device)
+    x, sigma, cond = make_inputs(device, batch)
     backbones = {variant: make_backbone(*variant, device) for variant in VARIANTS}
     times: dict[tuple[str, str], list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
     for index in range(rounds + 1):
@@ -64,7 +66,7 @@ def measure(device: str, rounds: int) -> list[dict[str, Any]]:
                 times[variant].append((forward - started, clock(device) - started))
     rows = []
     for (dtype, attention), values in times.items():
-        forward_ms, both_ms = (round(statistics.median(v) / BATCH * 1e3, 2) for v in zip(*values, strict=True))
+        forward_ms, both_ms = (round(statistics.median(v) / batch * 1e3, 2) for v in zip(*values, strict=True))
         rows.append({"dtype": dtype, "attention": attention, "forward_ms": forward_ms, "with_backward_ms": both_ms})
     return rows
 
@@ -73,14 +75,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", choices=("small", "full"), default="full", help="small: two samples, not 24")
+    parser.add_argument("--out", type=Path, help="file for the JSON document as well")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = measure(arguments.device, arguments.rounds)
+    rows = measure(arguments.device, arguments.rounds, 2 if arguments.size == "small" else BATCH)
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
+    document = {"bench": "tiny_step", "device": name, "torch": torch.__version__, "rows": rows, "complete": True}
+    if arguments.out is not None:
+        write_text(arguments.out, json.dumps(document, indent=1) + "\n")
     if arguments.json:
-        name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
-        print(json.dumps({"bench": "tiny_step", "device": name, "torch": torch.__version__, "rows": rows}, indent=1))
+        print(json.dumps(document, indent=1))
         return
     for row in rows:
         print(

@@ -61,6 +61,7 @@ from bench.training.cycle_models import (
 )
 from clora.distill.batches import Batches
 from clora.distill.step import full_step
+from clora.io.atomic import write_text
 from clora.method.routing import Stream
 
 Figures = dict[str, Any]
@@ -185,10 +186,19 @@ def matmul_ceiling(size: Size, device: str) -> float:
     return 2 * rows * width * 4 * width / statistics.median(seconds[1:])
 
 
-def measure(size: Size, runs: Sequence[Run], device: str, rounds: int) -> Figures:
-    """Everything but the heading of the bench's document."""
+def measure(size: Size, runs: Sequence[Run], device: str, rounds: int, keep: Callable[[Figures], None]) -> Figures:
+    """Everything but the heading of the bench's document; `keep` is given what there is of it after each phase."""
     rehearsal = rehearse(size, device)
+    found: Figures = {
+        "counts": {
+            schedule: {kind: asdict(work) for kind, work in kinds.items()}
+            for schedule, kinds in rehearsal.counts.items()
+        }
+    }
+    keep(found)
     peaks = peak_memories(runs, size, device)
+    found["peak_memory_mb"] = {run: round(peak / 1e6) for run, peak in peaks.items()}
+    keep(found)
     ceiling, flops_of = matmul_ceiling(size, device), flops(size)
     seconds = time_cycles(size, runs, rehearsal.steps, rounds, device)
     rows = [
@@ -199,13 +209,10 @@ def measure(size: Size, runs: Sequence[Run], device: str, rounds: int) -> Figure
     ]
     ratios = {run: ratio(run, rows, peaks) for run in runs if run != "authors"} if "authors" in runs else {}
     return {
-        "counts": {
-            schedule: {kind: asdict(work) for kind, work in kinds.items()}
-            for schedule, kinds in rehearsal.counts.items()
-        },
+        "counts": found["counts"],
         "ratio": ratios.get("lean", ratios.get("exact")),
         "ratios": ratios,
-        "peak_memory_mb": {run: round(peak / 1e6) for run, peak in peaks.items()},
+        "peak_memory_mb": found["peak_memory_mb"],
         "matmul_tflops": round(ceiling / 1e12, 3),
         "cycles": rows,
     }
@@ -265,6 +272,7 @@ def main() -> None:
         "--runs", nargs="+", choices=RUNS, help="all, on a GPU all but lean: what fits beside each other"
     )
     parser.add_argument("--rounds", type=int, help="timed cycles of each run and stream, at least 2")
+    parser.add_argument("--out", type=Path, help="JSON file, written anew after each phase")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = SIZES[options.size]
@@ -276,7 +284,7 @@ def main() -> None:
     runs = [run for run in fitting if run in wanted]
     rounds = max(2, options.rounds or size.rounds)
     started = time.perf_counter()
-    document = {
+    heading = {
         "bench": "train_cycle",
         "size": options.size,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
@@ -285,9 +293,15 @@ def main() -> None:
         "rank": size.rank,
         "sequence": size.sequence,
         "rounds": rounds,
-        **measure(size, runs, device, rounds),
     }
-    document["seconds"] = round(time.perf_counter() - started)
+
+    def keep(figures: Figures) -> None:
+        if options.out is not None:
+            write_text(options.out, json.dumps(heading | figures, indent=1) + "\n")
+
+    document = heading | measure(size, runs, device, rounds, keep)
+    document |= {"seconds": round(time.perf_counter() - started), "complete": True}
+    keep(document)
     if options.json:
         print(json.dumps(document, indent=1))
     else:
