@@ -39,7 +39,9 @@ def optimum(
     states, begin, end = x_s.repeat(QUADRATURE, 1, 1), s.repeat(QUADRATURE), s_next.repeat(QUADRATURE)
     v = world.velocity(x_s, s).requires_grad_()
     for _ in range(40):
-        loss, _ = segment_mean_loss(lambda x, sigma: v.repeat(QUADRATURE, 1, 1), every.velocity, states, begin, end, u)
+        loss, _ = segment_mean_loss(
+            lambda x, sigma, v=v: v.repeat(QUADRATURE, 1, 1), every.velocity, states, begin, end, u
+        )
         (grad,) = torch.autograd.grad(loss, v)
         v = (v.detach() - 0.3 * grad * v.numel()).requires_grad_()
     return v.detach()
