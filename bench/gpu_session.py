@@ -169,7 +169,7 @@ def print_plan(names: Sequence[str]) -> None:
         part = PARTS[name]
         beside = ", beside the next ones" if part.beside else ""
         print(f"{name:18s} {part.seconds:4d} s, at most {part.limit:4d} s{beside}: {' '.join(part.command)[:90]}")
-    print(f"{'in all':18s} {planned_seconds(tuple(names)):4d} s planned")
+    print(f"{'in all':18s} {planned_seconds(tuple(names)):4d} s planned, one after the other")
 
 
 def main() -> None:

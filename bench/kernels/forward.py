@@ -1,12 +1,12 @@
 """One forward of the whole transformer, random weights: `python -m bench.kernels.forward [--json] [--rounds N]`.
 
 60 layers of full width, or 20 with `--size full-20`, 1024 x 1024 pixels with one reference (8192 image tokens), 512
-text tokens, batch 1, bf16.
-"merged" is the transformer alone, as after a LoRA is merged into its weights; "rank 128" has an unmerged adapter on
-every linear, PEFT's in diffusers' ways. "eager" is diffusers as it comes, "compiled" diffusers with the fastest
-attention here and `compile_repeated_blocks`, "ours" clora's blocks, "ours_compiled" those compiled likewise. All hold
-the same weights. Bytes are a floor: every weight once, and every block's hidden states in and out. Checked first at a
-narrow width, as in `bench.kernels.block`. Without a GPU two narrow layers run, and ours is plain torch.
+text tokens, batch 1, bf16. "merged" is the transformer alone, as after a LoRA is merged into its weights; "rank 128"
+has an unmerged adapter on every linear, PEFT's in diffusers' ways. "eager" is diffusers as it comes, "compiled"
+diffusers with the fastest attention here and `compile_repeated_blocks`, "ours" clora's blocks, "ours_compiled" those
+compiled likewise. All hold the same weights. Bytes are a floor: every weight once, and every block's hidden states in
+and out. Checked first at a narrow width, as in `bench.kernels.block`. Without a GPU two narrow layers run, and ours is
+plain torch.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def split_bf16_master(value: Tensor) -> tuple[Tensor, Tensor]:
-    """An fp32 tensor as bfloat16 (to nearest, ties away from zero) and the int16 that `join` makes it whole with."""
+    """An fp32 tensor as bfloat16 (to nearest, ties away from zero), and the int16 remainder from which
+    `merge_bf16_master` restores it."""
     bits = value.contiguous().view(torch.int32)
     low = bits.to(torch.int16)  # the lower half as a signed number: what is above the nearest bfloat16, or below
     high = (bits - low).bitwise_right_shift_(16).to(torch.int16)
@@ -15,7 +16,7 @@ def split_bf16_master(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_bf16_master(high: Tensor, low: Tensor) -> Tensor:
-    """The inverse of `split`, bit for bit."""
+    """The inverse of `split_bf16_master`, bit for bit."""
     bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     return bits.add_(low).view(torch.float32)
 
