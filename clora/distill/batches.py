@@ -92,7 +92,7 @@ class Batches:
         examples, anchors = self._examples(step, stream, role, part, parts)
         rows, anchor_rows = _own_rows(examples), _own_rows(anchors) if anchors else None
         draws = Draws(self.generator(step, purpose or f"{role}/{part}"), rows, anchor_rows)
-        return self._collate(step, stream, examples, anchors, draws), draws
+        return self._collate(step, stream, f"{role}/{part}", examples, anchors, draws), draws
 
     def generator(self, step: int, purpose: str) -> torch.Generator:
         """The random numbers of a purpose at `step`, on the device."""
@@ -147,19 +147,19 @@ class Batches:
         return picked
 
     def _collate(
-        self, step: int, stream: Stream, examples: list[Example], anchors: list[Example], draws: Draws
+        self, step: int, stream: Stream, part: str, examples: list[Example], anchors: list[Example], draws: Draws
     ) -> DistillBatch:
-        """This process's rows on the device."""
+        """This process's rows on the device. `part`: whose part of the step they are, ROLE/PART."""
         student_role = "student" if self.config.objective.aop else "teacher"
         own, y = _of_rows(examples, draws.rows), None
         if stream == "effect":
-            y = self._draw_targets(step, examples, draws.rows)
+            y = self._draw_targets(step, part, examples, draws.rows)
         guided = [i for i, e in enumerate(own) if "negative" in e.texts] if self.config.objective.guidance != 1 else []
         own_anchors, anchor = [], None
         if draws.anchor_rows is not None:
             own_anchors = _of_rows(anchors, draws.anchor_rows)
             anchor = Anchor(
-                self._draw_targets(step, anchors, draws.anchor_rows),
+                self._draw_targets(step, f"anchor/{part}", anchors, draws.anchor_rows),
                 collate(own_anchors, student_role, self.device),
                 collate(own_anchors, "teacher", self.device),
             )
@@ -177,9 +177,10 @@ class Batches:
             guided=guided,
         )
 
-    def _draw_targets(self, step: int, examples: list[Example], rows: Rows) -> Tensor:
-        """One of the target images (several noises per source) of each example of `rows`, stacked (B, T, C)."""
-        rng = step_generator(self.config.seed, step, "targets", "cpu")
+    def _draw_targets(self, step: int, part: str, examples: list[Example], rows: Rows) -> Tensor:
+        """One of the target images (several noises per source) of each example of `rows`, stacked (B, T, C). Each part
+        of a step draws its own."""
+        rng = step_generator(self.config.seed, step, f"targets/{part}", "cpu")
         chosen = []
         for example in examples:
             if not example.y:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from clora.backbones.cond import Cond
 from clora.data.cache import cache_key
 from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
@@ -27,14 +26,14 @@ from clora.distill.opened import Workspace
 from clora.distill.roles import ACCELERATION, COLLECTION
 from clora.distill.targets import base_suffix, noise_seed, own_batches, read_latents
 from clora.errors import InputError, raise_faults
+from clora.inference.sampling import few_step_sampling, sample
 from clora.lora.catalogue import Catalogue
 from clora.lora.slots import Slot
-from clora.method.flow import few_step_sigmas, velocity_target
+from clora.method.flow import velocity_target
 from clora.method.given import DistillBatch, Networks, Query
 from clora.method.losses import velocity_loss
 from clora.method.noise import DistillConfig, Draws
 from clora.method.objective import Loss, anchor_of, noise_anchor, own_share
-from clora.method.samplers import few_step_sample
 from clora.training import distributed
 
 REHEARSAL_VERSION = "rehearsal/1"
@@ -103,7 +102,7 @@ def rehearsal_targets(
     Cached as in `targets.make_targets`, under a hash of the collection. Several processes share the work.
     """
     backbone, schedule = workspace.backbone, catalogue.schedule
-    sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
+    sampling = few_step_sampling(schedule.num_steps, schedule.shift)
     how = f"{REHEARSAL_VERSION}/{collection_hash}/{schedule.num_steps}/{schedule.shift}{base_suffix(workspace)}"
     prompts = {entry.name: entry.prompt for entry in catalogue.effects}
     keys = {
@@ -111,18 +110,13 @@ def rehearsal_targets(
         for name, pool in examples.items()
         for example in pool
     }
-
-    def velocity(x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
-        return backbone.velocity(x_BTC, sigma_B, cond, [COLLECTION])
-
     missing = [example for example, key in keys.items() if workspace.cache.read(key) is None]
     distributed.barrier()  # before any process writes, so that all see the same missing
     batches = list(in_batches(missing, workspace.config.eval.batch_size))
     own = own_batches(batches, equally_many=workspace.config.train.shard_base)
     for batch in track(own, "rehearsal", console=console, transient=True):
-        shape = (batch[0].num_tokens, backbone.token_channels)
         cond, seeds = collate(batch, "teacher", backbone.device), [noise_seed(keys[example]) for example in batch]
-        y = few_step_sample(velocity, cond, shape, sigmas, seeds, backbone.device)
+        y = sample(backbone, cond, [COLLECTION], sampling, seeds)
         for example, latents in zip(batch, y.cpu(), strict=True):
             workspace.cache.write(keys[example], {"latents": latents.contiguous()})
     distributed.barrier()

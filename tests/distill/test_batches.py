@@ -194,6 +194,16 @@ def test_batches_of_an_update_have_samples_and_numbers_of_their_own() -> None:
         assert one.samples == other.samples
 
 
+def test_draw_gives_every_part_of_a_step_targets_of_its_own() -> None:
+    """`targets.per_source` > 1: which of an image's noises is drawn differs between roles, parts and TA-FM's batch."""
+    batches = make_batches("train.gradient_accumulation_steps=2", "train.critic_updates=1", general=False)
+    noises = tuple(torch.full((4, 4), float(k)) for k in range(100))
+    batches = replace(batches, effects={n: [replace(e, y=noises) for e in p] for n, p in batches.effects.items()})
+    drawn = [*batches.of_critic(0, "effect", 1), *batches.of_student(0, "effect")]
+    ys = [batch.y for batch, _ in drawn] + [batch.anchor.y[:4] for batch, _ in drawn if batch.anchor is not None]
+    assert len(ys) == 6 == len({tuple(y[:, 0, 0].tolist()) for y in ys if y is not None})
+
+
 def test_deal_says_how_often_an_effect_comes_up() -> None:
     batches = make_batches(general=False, deal=["red", "red", "red", "blue"])
     counts = Counter(
