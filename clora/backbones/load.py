@@ -88,6 +88,13 @@ def linear_shapes(base: str | Path, revision: str | None = None) -> dict[str, tu
     return dict(read_footprint(base, revision).linears)
 
 
+def shipped_linear_shapes(base: str | Path) -> dict[str, tuple[int, int]] | None:
+    """`linear_shapes` of a well-known hub id, without the hub; None for every other base."""
+    folder = resolve_base(base)
+    known = not isinstance(folder, Path) and _shipped(folder).is_file()
+    return linear_shapes(base) if known else None
+
+
 def encoder_parameters(base: str | Path, revision: str | None = None) -> dict[str, int]:
     """Parameters of the VAE ("vae") and the text encoder ("text_encoder"), from their configurations."""
     configs = _configurations(base, revision, ("vae", "text_encoder"))
@@ -105,12 +112,15 @@ def _configurations(base: str | Path, revision: str | None, components: Sequence
     with the encoders' `parameters`."""
     folder = resolve_base(base)
     if not isinstance(folder, Path):
-        shipped = SHAPES / f"{folder.replace('/', '--')}.json"
-        if shipped.is_file():
-            return _json(base, shipped)
+        if _shipped(folder).is_file():
+            return _json(base, _shipped(folder))
         folder = hub_folder(folder, revision)
     found: dict[str, Any] = {name: _json(base, folder / name / "config.json") for name in components}
     return found | {"_class_name": _json(base, folder / "model_index.json").get("_class_name")}
+
+
+def _shipped(hub_id: str) -> Path:
+    return SHAPES / f"{hub_id.replace('/', '--')}.json"
 
 
 def _json(base: str | Path, path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import constants, try_to_load_from_cache
 
 from clora.backbones.base import Backbone
-from clora.backbones.load import linear_shapes, load_backbone
+from clora.backbones.load import linear_shapes, load_backbone, shipped_linear_shapes
 from clora.config import Config, EffectConfig, acceleration_of, resolve_base
 from clora.data.dataset import effect_key, images_of, read_effects, read_general
 from clora.data.images import aspect_buckets
@@ -47,7 +47,7 @@ def check_training(config: Config) -> CheckedRun:
     backbone, shapes = _check_base(config, found)
     _check_folders(config, found)
     found.warnings += training_warnings(config)
-    _check_loras(config, shapes, found)
+    _check_loras(config, shapes, backbone is not None, found)
     found.faults += missing_teachers(config)
     effects = read_effects(config, config.effects, _names(_with_targets(config)), found.faults, found.warnings)
     general = read_general(config, found.faults, found.warnings)
@@ -83,7 +83,7 @@ def check_whole(config: Config, found: Findings) -> CheckedRun:
     found.warnings += training_warnings(config)
     if any(effect.lora is None for effect in config.effects):
         found.warnings += teaching_warnings(config)
-    _check_loras(config, shapes, found)
+    _check_loras(config, shapes, backbone is not None, found)
     if untaught := untaught_effects(config):
         count = f"{len(untaught)} effect{'' if len(untaught) == 1 else 's'} without a teacher"
         found.warnings.append(f"{count}, first: {untaught[0].name}; run `clora teach` before `clora train`")
@@ -119,14 +119,15 @@ def _with_targets(config: Config) -> list[EffectConfig]:
 
 def _check_base(config: Config, found: Findings) -> tuple[Backbone | None, Shapes | None]:
     """The base without its weights, for tokens and sizes, and the shapes (N, K) of the linears that
-    `student.targets` names; None where the base is not on this machine, or not sound."""
+    `student.targets` names. None where the base is not sound or not on this machine; of a well-known one that is not,
+    the shapes of all its linears."""
     on_hub = False
     try:
         base = resolve_base(config.base.model)
         on_hub = not isinstance(base, Path)
         folder = base if isinstance(base, Path) else _snapshot(config, found)
         if folder is None:
-            return None, None
+            return None, shipped_linear_shapes(base)
         backbone = load_backbone(folder, components=(), quantize=config.base.quantize)
         shapes = linear_shapes(folder)
     except InputError as error:
@@ -177,12 +178,12 @@ def _check_folders(config: Config, found: Findings) -> None:
         found.faults.append(str(error))
 
 
-def _check_loras(config: Config, shapes: Shapes | None, found: Findings) -> None:
+def _check_loras(config: Config, shapes: Shapes | None, base_is_here: bool, found: Findings) -> None:
     """Hold every LoRA file that is there against the base's linears, by its header; those missing are faults."""
     named = given_loras(config)
     if config.student.init_from is not None:
         named.append(("student.init_from", config.student.init_from))
-    if config.student.acceleration != "base" or shapes is not None:  # of an absent base nothing can be said
+    if config.student.acceleration != "base" or base_is_here:  # of an absent base nothing can be said
         try:
             if (acceleration := acceleration_of(config)) is not None:
                 named.append(("student.acceleration", acceleration))
@@ -198,7 +199,7 @@ def _check_loras(config: Config, shapes: Shapes | None, found: Findings) -> None
             found.warnings.append(f"{what}; is that meant?")
         if os.path.exists(path):
             try:
-                check_lora(path, shapes)
+                found.warnings += [f"{keys[0]}: {note}" for note in check_lora(path, shapes).notes]
             except InputError as error:
                 found.faults += [f"{keys[0]}: {fault}" for fault in error.faults]
 

@@ -216,6 +216,25 @@ def test_lora_files_are_held_against_the_base(home: Path) -> None:
     assert "clay.safetensors" in fault and "to_q" in fault
 
 
+def test_lora_files_are_held_against_a_known_base_that_is_not_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small files fit the small base of the other tests, and none of the 3072 wide linears of the real one."""
+    monkeypatch.setattr(checking.constants, "HF_HUB_OFFLINE", False)
+    found = report(home, base="Qwen/Qwen-Image-Edit-2511")
+    assert [fault.split(":")[0] for fault in found.faults] == ["effects.0.lora", "effects.1.lora"]
+    assert all("to_q" in fault and "3072" in fault for fault in found.faults)
+    assert "not in the local hub cache" in found.warnings[0]
+    assert report(home, base="owner/of-unknown-shapes").faults == []
+
+
+def test_what_a_lora_file_holds_besides_is_a_warning(home: Path) -> None:
+    lone = {"diffusion_model.transformer_blocks.0.attn.to_k.alpha": torch.tensor(4.0)}
+    lora(home / "loras" / "clay.safetensors", **lone)
+    found = report(home)
+    assert found.faults == []
+    (warning,) = found.warnings
+    assert warning.startswith("effects.0.lora: ") and "to_k.alpha belongs to no matrix" in warning
+
+
 def test_folders_are_checked(home: Path) -> None:
     (home / "file").touch()
     found = report(home, "output_dir=file/out", "data_roots=[nowhere]", "train.buckets.max_area=100")
