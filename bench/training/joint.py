@@ -24,8 +24,9 @@ from bench.training.train_cycle import flops
 from clora.distill.step import Distillation, networks_at
 from clora.method.given import CriticSample
 from clora.method.noise import Draws, exit_step
-from clora.method.objective import ask_scores, critic_samples
+from clora.method.objective import critic_samples
 from clora.method.routing import step_generator
+from clora.method.scores import ask_scores
 
 STEPS = 8  # of preset authors
 Way = Callable[[], Iterable[Tensor | None]]

@@ -12,11 +12,10 @@ from clora.config.base_folder import (
     resolve_base,
 )
 from clora.config.load import acceleration_of, build_config, known_keys, load_config, load_preset
-from clora.config.schema import (
-    PRESETS,
+from clora.config.schema import PRESETS, Config
+from clora.config.sections import (
     BaseConfig,
     BucketConfig,
-    Config,
     EffectConfig,
     EvalConfig,
     ExtendConfig,
@@ -30,12 +29,12 @@ from clora.config.schema import (
     TeachConfig,
     TrainConfig,
 )
-from clora.config.types import Job, Quantize
+from clora.config.types import Job, Quantize, Sampler
 
 __all__ = [
     "PRESETS", "BaseConfig", "BaseSidecar", "BucketConfig", "Config", "EffectConfig", "EvalConfig",
     "ExtendConfig", "GeneralConfig", "Job", "LoraConfig", "ObjectiveConfig", "PromptsConfig", "Quantize",
-    "ScheduleConfig", "Section", "TargetsConfig", "TeachConfig", "TrainConfig", "acceleration_lora",
+    "Sampler", "ScheduleConfig", "Section", "TargetsConfig", "TeachConfig", "TrainConfig", "acceleration_lora",
     "acceleration_of", "base_identity", "build_config", "collection_lora", "default_preset", "general_data",
     "known_keys", "load_config", "load_preset", "read_sidecar", "resolve_base",
 ]  # fmt: skip

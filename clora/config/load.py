@@ -17,11 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from clora.config.base_folder import acceleration_lora, default_preset
-from clora.config.schema import (
-    PRESETS,
-    BaseConfig,
-    Config,
-)
+from clora.config.schema import PRESETS, Config
+from clora.config.sections import BaseConfig
 from clora.errors import InputError, InputErrors, did_you_mean, nearest
 from clora.io.text import check_yaml, read_rows, read_yaml
 

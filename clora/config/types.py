@@ -62,6 +62,10 @@ Rescale = Literal["none", "norm"]
 
 DmdNorm = Literal["sample", "none"]
 
+Imitation = Literal["segment_mean", "same_step"]
+
+Sampler = Literal["consistency", "euler"]
+
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 Quantize = Literal["none", "int8"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,14 +103,16 @@ class Batches:
         """The effects whose teachers this process asks at `step`, in the order of its batches; none where the base is
         the teacher, or there is no step."""
         train, objective, stream = self.config.train, self.config.objective, self.stream(step)
-        no_teacher = stream == "general" or objective.dmd_ts_weight == objective.dmd_bs_weight == 0
-        if no_teacher or not self.coarse_steps <= step < train.max_train_steps:
+        if stream == "general" or not self.coarse_steps <= step < train.max_train_steps:
             return []
-        found: list[str | None] = []
+        matched, found = bool(objective.dmd_ts_weight or objective.dmd_bs_weight), list[Example]()
         for part in range(train.gradient_accumulation_steps):
-            examples, _ = self._examples(step, stream, "student", part, train.gradient_accumulation_steps)
-            found += [example.effect for example in _of_rows(examples, _own_rows(examples))]
-        return found
+            examples, anchors = self._examples(step, stream, "student", part, train.gradient_accumulation_steps)
+            if objective.imitation_weight and objective.imitation == "segment_mean":
+                found += _of_rows(anchors or examples, _own_rows(anchors or examples))
+            if matched:
+                found += _of_rows(examples, _own_rows(examples))
+        return [example.effect for example in found]
 
     def _examples(
         self, step: int, stream: Stream, role: Role, part: int, parts: int
@@ -154,28 +157,31 @@ class Batches:
         own, y = _of_rows(examples, draws.rows), None
         if stream == "effect":
             y = self._draw_targets(step, part, examples, draws.rows)
-        guided = [i for i, e in enumerate(own) if "negative" in e.texts] if self.config.objective.guidance != 1 else []
         own_anchors, anchor = [], None
         if draws.anchor_rows is not None:
             own_anchors = _of_rows(anchors, draws.anchor_rows)
-            anchor = Anchor(
-                self._draw_targets(step, f"anchor/{part}", anchors, draws.anchor_rows),
-                collate(own_anchors, student_role, self.device),
-                collate(own_anchors, "teacher", self.device),
-            )
+            y_anchors = self._draw_targets(step, f"anchor/{part}", anchors, draws.anchor_rows)
+            anchor = Anchor(y_anchors, **self._conds(own_anchors, student_role))
         return DistillBatch(
             stream=stream,
-            student_cond=collate(own, student_role, self.device),
-            teacher_cond=collate(own, "teacher", self.device),
-            uncond=collate([own[i] for i in guided], "negative", self.device) if guided else None,
+            **self._conds(own, student_role),
             latent_shape=(own[0].num_tokens, self.channels),
             batch_size=len(own),
             samples=[f"{example.effect or 'base'} on {example.sources[-1].name}" for example in own + own_anchors],
             step=step,
             y=y,
             anchor=anchor,
-            guided=guided,
         )
+
+    def _conds(self, own: list[Example], student_role: str) -> dict[str, Any]:
+        """What student and teacher read, and those of the samples that are guided without their condition."""
+        guided = [i for i, e in enumerate(own) if "negative" in e.texts] if self.config.objective.guidance != 1 else []
+        return {
+            "student_cond": collate(own, student_role, self.device),
+            "teacher_cond": collate(own, "teacher", self.device),
+            "uncond": collate([own[i] for i in guided], "negative", self.device) if guided else None,
+            "guided": guided,
+        }
 
     def _draw_targets(self, step: int, part: str, examples: list[Example], rows: Rows) -> Tensor:
         """One of the target images (several noises per source) of each example of `rows`, stacked (B, T, C). Each part

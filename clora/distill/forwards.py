@@ -34,7 +34,8 @@ def full_step_forwards(config: Config, stream: Stream) -> float:
     share = objective.critic_target_share if stream == "effect" else 0.0
     sample = share + (1 - share) * rollout
     critic = train.critic_updates * (1 + BACKWARD) + (train.critic_updates - train.critic_reuse) * sample
-    scores = 2 + (objective.guidance != 1.0)  # of critic and teacher
+    guided = objective.guidance != 1.0
+    scores = 2 + guided  # of critic and teacher
     student = 0.0
     if objective.dmd_bs_weight or train.critic_reuse:
         student += rollout
@@ -44,4 +45,17 @@ def full_step_forwards(config: Config, stream: Stream) -> float:
     if stream == "effect":
         batches += train.batch_size * (1 + BACKWARD + scores) * bool(objective.dmd_ts_weight)
         batches += joint_step_forwards(config) * bool(objective.ta_fm_weight)
+    if objective.imitation_weight:
+        size = train.anchor_batch_size or train.batch_size if stream == "effect" else train.batch_size
+        batches += size * imitation_forwards(config, stream)
     return train.gradient_accumulation_steps * batches
+
+
+def imitation_forwards(config: Config, stream: Stream) -> float:
+    """Of a sample of imitation: student, teacher, and the rollout to its state where it has one."""
+    objective = config.objective
+    counts = objective.imitation_steps or [config.schedule.num_steps]
+    rollout = sum((count - 1) / 2 for count in counts) / len(counts)
+    on_policy = objective.on_policy_share if stream == "effect" else 1.0
+    guided = objective.guidance != 1.0 and objective.imitation == "segment_mean"
+    return 1 + BACKWARD + (1 + guided) + on_policy * rollout

@@ -48,7 +48,7 @@ class TrainSettings:
     quantized: bool = False  # the linears of its blocks are int8
     ema: bool = True
     guided: bool = True
-    terms: tuple[bool, bool, bool] = (True, True, True)  # TA-FM, DMD-TS, DMD-BS
+    terms: tuple[bool, bool, bool, bool] = (True, True, True, False)  # TA-FM, DMD-TS, DMD-BS, imitation
     num_steps: int = 8
     critic_batches: int = 5  # of a step: critic updates times batches of each
     moments_bytes: int = 4  # of one number of AdamW's moments
@@ -121,7 +121,7 @@ def backward_workspace(footprint: Footprint, settings: TrainSettings, batch: int
 
 
 def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
-    """Bytes on each GPU of a distillation (`clora.distill.step.Distiller.full_step`), by phase."""
+    """Bytes on each GPU of a distillation (`clora.distill.step.full_step`), by phase."""
     s, e = settings, settings.base_bytes
     student, critic = trained_parameters(footprint, s)
     base = base_weights(footprint, s)
@@ -141,7 +141,9 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
         "kept for backward": saved_by_forward(footprint, s, s.batch_size),
         "workspace": backward_workspace(footprint, s, s.batch_size),
     }
-    together = s.critic_batches if s.shard_base else 1  # many tokens share a forward only where the base is in parts
+    together = (
+        max(1, s.critic_batches) if s.shard_base else 1
+    )  # many tokens share a forward only where the base is in parts
     rollouts = {"workspace": forward_workspace(footprint, s, together * s.batch_size)}
     # Each process sends a copy of its part, which comes back whole.
     optimizer = {"workspace": part_of(e * student, s.num_gpus) if s.num_gpus > 1 else 0}
@@ -154,7 +156,7 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
             "encoding": encoding,
             "targets": targets,
             "rollouts": resident | rollouts,
-            "critic update": resident | critic_update,
+            **({"critic update": resident | critic_update} if s.critic_batches else {}),
             "student update": resident | _student_update(footprint, s),
             "optimizer step": resident | optimizer,
         }
@@ -165,9 +167,10 @@ def _student_update(footprint: Footprint, settings: TrainSettings) -> dict[str, 
     """The fullest moment of a student update: each term's graph is walked before the next is built."""
     s = settings
     moments = []
-    for term, (on, batch) in enumerate(zip(s.terms, (s.anchor_batch_size, s.batch_size, s.batch_size), strict=True)):
+    sizes = (s.anchor_batch_size, s.batch_size, s.batch_size, s.anchor_batch_size)
+    for term, (on, batch) in enumerate(zip(s.terms, sizes, strict=True)):
         kept = saved_by_forward(footprint, s, batch)
-        # Distribution matching asks the teacher while its own graph waits.
+        # Distribution matching and imitation ask the teacher while their own graph waits.
         teacher = forward_workspace(footprint, s, batch * (2 if s.guided else 1)) if term else 0
         if on:
             workspace = max(backward_workspace(footprint, s, batch), teacher)
@@ -184,10 +187,10 @@ def choose_num_blocks_kept(footprint: Footprint, settings: TrainSettings, memory
 
 
 def trained_parameters(footprint: Footprint, settings: TrainSettings) -> tuple[int, int]:
-    """Trained parameters of the student (with the acceleration LoRA that joins it) and of the critic."""
+    """Trained parameters of the student (with the acceleration LoRA that joins it) and of the critic, if any."""
     rank, targets = settings.rank, settings.targets
     student = footprint.adapter_parameters(rank + settings.acceleration_rank, targets)
-    return student, footprint.adapter_parameters(rank, targets)
+    return student, footprint.adapter_parameters(rank, targets) if settings.critic_batches else 0
 
 
 def part_of(count: int, parts: int) -> int:
@@ -265,6 +268,7 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
             bool(config.effects) and objective.ta_fm_weight > 0,
             bool(config.effects) and objective.dmd_ts_weight > 0,
             objective.dmd_bs_weight > 0,
+            objective.imitation_weight > 0,
         ),
         num_steps=config.schedule.num_steps,
         checkpointing=train.gradient_checkpointing,

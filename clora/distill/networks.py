@@ -22,7 +22,8 @@ class Models:
     """The base with its adapters. `bank` holds the effects' teachers; None without effects.
 
     student: the slots that add up to it. joining: those that join it after the coarse stage. resident: effects whose
-    teacher is not in the bank but in a slot that is always there.
+    teacher is not in the bank but in a slot that is always there. accelerating: a frozen slot that makes few-step
+    teachers of the teachers, and of the base.
     """
 
     backbone: Backbone
@@ -30,6 +31,7 @@ class Models:
     student: tuple[str, ...] = (STUDENT,)
     joining: tuple[str, ...] = ()
     resident: Mapping[str, str] = field(default_factory=dict)
+    accelerating: str | None = None
 
     def networks(self, joined: bool, joint: bool) -> Networks:
         """The velocities of a step, with what joins the student if `joined`. The teacher reads a sample's effect from
@@ -40,6 +42,7 @@ class Models:
             teacher=self._teach,
             cat_conds=cat_conds,
             scores=self._score if joint else None,
+            few_step_teacher=None if self.accelerating is None else self._teach_few_steps,
         )
 
     def teacher_slots(self, effects: Sequence[str | None]) -> list[Slot]:
@@ -66,6 +69,11 @@ class Models:
     def _teach(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         return self.backbone.velocity(x_sigma, sigma, cond, self.teacher_slots(cond.effects))
 
+    def _teach_few_steps(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        assert self.accelerating is not None
+        slots = [joined(slot, self.accelerating) for slot in self.teacher_slots(cond.effects)]
+        return self.backbone.velocity(x_sigma, sigma, cond, slots)
+
     def _score(self, critic: Query, teacher: Query) -> tuple[Tensor, Tensor]:
         sizes = [len(critic.x_sigma), len(teacher.x_sigma)]
         v_critic, v_teacher = self.backbone.velocity(
@@ -75,3 +83,11 @@ class Models:
             [CRITIC] * sizes[0] + self.teacher_slots(teacher.cond.effects),
         ).split(sizes)
         return v_critic, v_teacher
+
+
+def joined(slot: Slot, other: str) -> Slot:
+    """A teacher's slot with another on top; None is the base."""
+    if slot is None:
+        return other
+    assert isinstance(slot, str)
+    return (slot, other)

@@ -23,7 +23,7 @@ def sample_grid(velocity: Velocity, backbone: Backbone, batches: Batches, most: 
     config = batches.config
     pools = list(batches.effects.values()) or [batches.general]
     picked = [pool[0] for pool in pools[:most] if pool[0].sizes == pools[0][0].sizes]
-    sampling = few_step_sampling(config.schedule.num_steps, config.schedule.shift)
+    sampling = few_step_sampling(config.schedule.num_steps, config.schedule.shift, config.schedule.sampler)
     cond = collate(picked, "student" if config.objective.aop else "teacher", backbone.device)
     x0 = follow(backbone, velocity, cond, sampling, [0] * len(picked))
     if not distributed.is_main():

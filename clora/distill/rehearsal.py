@@ -21,19 +21,18 @@ from clora.data.cache import cache_key
 from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
 from clora.data.pairs import Pair
-from clora.distill.networks import Models
+from clora.distill.networks import Models, joined
 from clora.distill.opened import Workspace
 from clora.distill.roles import ACCELERATION, COLLECTION
 from clora.distill.targets import base_suffix, noise_seed, own_batches, read_latents
 from clora.errors import InputError, raise_faults
 from clora.inference.sampling import few_step_sampling, sample
 from clora.lora.catalogue import Catalogue
-from clora.lora.slots import Slot
 from clora.method.flow import velocity_target
-from clora.method.given import DistillBatch, Networks, Query
+from clora.method.given import DistillBatch, Networks, Query, anchor_of
 from clora.method.losses import velocity_loss
-from clora.method.noise import DistillConfig, Draws
-from clora.method.objective import Loss, anchor_of, noise_anchor, own_share
+from clora.method.noise import DistillConfig, Draws, own_share
+from clora.method.objective import Loss, noise_anchor
 from clora.training import distributed
 
 REHEARSAL_VERSION = "rehearsal/1"
@@ -102,7 +101,7 @@ def rehearsal_targets(
     Cached as in `targets.make_targets`, under a hash of the collection. Several processes share the work.
     """
     backbone, schedule = workspace.backbone, catalogue.schedule
-    sampling = few_step_sampling(schedule.num_steps, schedule.shift)
+    sampling = few_step_sampling(schedule.num_steps, schedule.shift, catalogue.sampler)
     how = f"{REHEARSAL_VERSION}/{collection_hash}/{schedule.num_steps}/{schedule.shift}{base_suffix(workspace)}"
     prompts = {entry.name: entry.prompt for entry in catalogue.effects}
     keys = {
@@ -147,7 +146,8 @@ class FewStepTeachers:
     ) -> Loss:
         """In place of `objective.ta_fm_loss`, at the same points. A new effect without a few-step teacher keeps y."""
         anchor, draws = anchor_of(batch), draws.anchors()
-        eps, query = noise_anchor(anchor, cfg, draws, sigma_dmd)
+        assert anchor.y is not None
+        eps, query = noise_anchor(anchor.y, anchor.student_cond, cfg, draws, sigma_dmd)
         target = self.follow(query._replace(cond=anchor.teacher_cond), velocity_target(anchor.y, eps))
         effects = anchor.teacher_cond.effects
         weight = torch.tensor([self.weight if effect in self.models.resident else 1.0 for effect in effects])
@@ -160,7 +160,7 @@ class FewStepTeachers:
         effects = query.cond.effects
         rows = [i for i, effect in enumerate(effects) if self.accelerated or effect in self.models.resident]
         slots = [
-            slot if effects[i] in self.models.resident else _joined(slot)
+            slot if effects[i] in self.models.resident else joined(slot, ACCELERATION)
             for i, slot in zip(rows, self.models.teacher_slots([effects[i] for i in rows]), strict=True)
         ]
         # One forward also where there is none to follow: processes that share the base must run equally many.
@@ -170,9 +170,3 @@ class FewStepTeachers:
         target = v_image.clone()
         target[rows] = v_teacher[: len(rows)].to(target.dtype)
         return target
-
-
-def _joined(slot: Slot) -> Slot:
-    """A teacher with the acceleration LoRA."""
-    assert isinstance(slot, str)
-    return (slot, ACCELERATION)

@@ -16,7 +16,7 @@ from clora.distill.memory import num_blocks_kept
 from clora.distill.networks import Models
 from clora.distill.opened import OpenBase, Workspace
 from clora.distill.preview import sample_grid
-from clora.distill.roles import ACCELERATION, CRITIC, STUDENT, TARGET_BATCH
+from clora.distill.roles import ACCELERATING, ACCELERATION, CRITIC, STUDENT, TARGET_BATCH
 from clora.distill.step import JOINT_TOKENS, Distillation, networks_at, train_step
 from clora.distill.targets import make_targets, targets_from_pairs
 from clora.distill.teachers import teacher_files
@@ -73,7 +73,9 @@ def run_distillation(
     """All steps of `config.train`; checkpoints and log lie under `output_dir/JOB`. Closes the bank. Returns the sha256
     of each effect's teacher as it was at the start."""
     config = workspace.config
-    groups = {STUDENT: distillation.student, CRITIC: distillation.critic}
+    groups = {STUDENT: distillation.student}
+    if distillation.critic is not None:
+        groups[CRITIC] = distillation.critic
 
     def one_step(step: int) -> Figures:
         return train_step(distillation, step)
@@ -106,25 +108,36 @@ def make_distillation(workspace: Workspace, bank: TeacherBank | None) -> Distill
     generator = add_student(workspace)
     if config.student.init_from is not None:
         modules = read_lora(config.student.init_from, adapters.module_shapes).modules
-        for name in (STUDENT, CRITIC):
+        for name in trained_slots(config):
             adapters.init_slot(name, modules, generator)
     joining: tuple[str, ...] = ()
+    accelerating = None
     if (path := acceleration_of(config)) is not None:
-        adapters.add_lora(ACCELERATION, read_lora(path, adapters.module_shapes).modules, trainable=True)
+        modules = read_lora(path, adapters.module_shapes).modules
+        adapters.add_lora(ACCELERATION, modules, trainable=True)
         joining = (ACCELERATION,)
-    models = Models(workspace.backbone, bank, joining=joining)
+        if config.objective.imitation_weight and config.objective.imitation == "same_step":
+            adapters.add_lora(ACCELERATING, modules, dtype=workspace.backbone.dtype)
+            accelerating = ACCELERATING
+    models = Models(workspace.backbone, bank, joining=joining, accelerating=accelerating)
     return assemble(workspace, models, batches_of(workspace), [STUDENT, *joining])
 
 
 def add_student(workspace: Workspace, critic_rank: int = 0) -> torch.Generator:
-    """Add the slots of the student and of the critic, which has so many ranks more; returns the generator that drew
-    them."""
+    """Add the slots of the student and, where there is one, of the critic, which has so many ranks more; returns the
+    generator that drew them."""
     student, adapters = workspace.config.student, workspace.adapters
     generator = torch.Generator().manual_seed(workspace.config.seed)
-    for name, rank in ((STUDENT, student.rank), (CRITIC, student.rank + critic_rank)):
+    for name in trained_slots(workspace.config):
+        rank = student.rank + (critic_rank if name == CRITIC else 0)
         alpha = student.alpha * rank / student.rank
         adapters.add_stack(name, [name], rank, alpha, trainable=True, init="lora", generator=generator)
     return generator
+
+
+def trained_slots(config: Config) -> tuple[str, ...]:
+    """The student's slot and, where it has updates, the critic's."""
+    return (STUDENT, CRITIC) if config.train.critic_updates else (STUDENT,)
 
 
 def batches_of(workspace: Workspace, deal: Sequence[str] | None = None) -> Batches:
@@ -147,7 +160,9 @@ def assemble(
     if train.gradient_checkpointing:
         workspace.backbone.set_gradient_checkpointing(True, num_blocks_kept(config, processes))
     student = trainable_group(workspace.adapters, stacks, config, train.learning_rate, ema=True)
-    critic = trainable_group(workspace.adapters, [CRITIC], config, train.critic_learning_rate, gradients_of=student)
+    critic = None
+    if CRITIC in trained_slots(config):
+        critic = trainable_group(workspace.adapters, [CRITIC], config, train.critic_learning_rate, gradients_of=student)
     joint_tokens = math.inf if train.shard_base and processes > 1 else JOINT_TOKENS
     return Distillation(config, batches, models, student, critic, anchor_loss, joint_tokens)
 
@@ -170,7 +185,9 @@ def write_student(workspace: Workspace, teachers: dict[str, str]) -> Path:
     entries = catalogue_entries(config, list(workspace.prompts.values()), teachers)
     path = config.output_dir / "collection.safetensors"
     if distributed.is_main():
-        write_collection(path, modules, Catalogue(base=config.base.model, schedule=schedule, effects=entries))
+        sampler = config.schedule.sampler
+        catalogue = Catalogue(base=config.base.model, schedule=schedule, sampler=sampler, effects=entries)
+        write_collection(path, modules, catalogue)
     return path
 
 

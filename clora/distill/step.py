@@ -44,7 +44,7 @@ class Distillation:
     batches: Batches
     models: Models
     student: AdamW
-    critic: AdamW
+    critic: AdamW | None  # none where it has no updates
     anchor_loss: AnchorLoss = ta_fm_loss
     joint_tokens: float = JOINT_TOKENS
 
@@ -70,8 +70,8 @@ def train_step(d: Distillation, step: int) -> Figures:
     coarse_steps = d.batches.coarse_steps
     if step < coarse_steps:
         return coarse_step(d, step)
-    if step == coarse_steps > 0:
-        start_critic(d)
+    if step == coarse_steps > 0 and d.critic is not None:
+        start_critic(d.student, d.critic)
     return full_step(d, step)
 
 
@@ -115,6 +115,7 @@ def full_step(d: Distillation, step: int) -> Figures:
 
 def critic_update(d: Distillation, nets: Networks, step: int, rollouts: Iterable[Rollout]) -> Figures:
     """One update of the critic on the student's samples (Eq. 2)."""
+    assert d.critic is not None
     figures: Figures = {}
     where = ""
     for batch, draws, sample in rollouts:
@@ -175,14 +176,14 @@ def move(group: AdamW, name: str, factor: float, figures: Figures, where: str) -
     return distributed.sum_figures(figures) | {f"{name}_grad_norm": torch.tensor(norm)}
 
 
-def start_critic(d: Distillation) -> None:
+def start_critic(student: AdamW, critic: AdamW) -> None:
     """Give the critic the student's weights. Where it has more ranks, the student's are its last ones: below them it
     has what the student lies on."""
-    start, values = d.student.fp32_parameters(), d.critic.fp32_parameters()
+    start, values = student.fp32_parameters(), critic.fp32_parameters()
     for key, value in values.items():
         own, dim = start[key.replace(CRITIC, STUDENT, 1)], 1 if key.endswith(".A") else 2
         value.narrow(dim, value.shape[dim] - own.shape[dim], own.shape[dim]).copy_(own)
-    d.critic.assign(values)
+    critic.assign(values)
 
 
 def networks_at(d: Distillation, step: int) -> Networks:

@@ -6,7 +6,7 @@
 | teacher-8 | the effect's LoRA | 8 Euler steps |
 | teacher+accel | the effect's LoRA + the acceleration LoRA (Eq. 3) | 8 consistency steps |
 | joint-fm+accel | one flow-matching LoRA on all pairs + the acceleration LoRA | 8 consistency steps |
-| collection | ONE distilled LoRA (Eq. 4) | 8 consistency steps |
+| collection | ONE distilled LoRA (Eq. 4) | 8 steps of its own sampler |
 
 Teachers are sampled as targets are (`targets` of the configuration): by default at the base's own noise levels.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clora.backbones.base import Backbone
-from clora.config import Config
+from clora.config import Config, Sampler
 from clora.data.examples import Example, collate
 from clora.inference.sampling import Sampling, SlotsFor, few_step_sampling, sample, teacher_sampling
 from clora.lora.bank import TeacherBank
@@ -45,9 +45,9 @@ class Method:
         return self.sampling.num_forwards
 
 
-def collection_method(num_steps: int, shift: float, role: str = "student") -> Method:
+def collection_method(num_steps: int, shift: float, sampler: Sampler, role: str = "student") -> Method:
     """A collection in the slot `COLLECTION`, sampled in its own few steps."""
-    return Method(COLLECTION, 1, few_step_sampling(num_steps, shift), role, lambda effects: [COLLECTION])
+    return Method(COLLECTION, 1, few_step_sampling(num_steps, shift, sampler), role, lambda effects: [COLLECTION])
 
 
 def methods(config: Config, bank: TeacherBank, joint: bool, acceleration: bool) -> list[Method]:
@@ -67,7 +67,9 @@ def methods(config: Config, bank: TeacherBank, joint: bool, acceleration: bool) 
         found.append(Method("teacher+accel", count + 1, few, "teacher", stacked))
     if joint and acceleration:
         found.append(Method("joint-fm+accel", 2, few, "teacher", lambda effects: [(JOINT, ACCELERATION)]))
-    found.append(collection_method(steps, shift, "student" if config.objective.aop else "teacher"))
+    found.append(
+        collection_method(steps, shift, config.schedule.sampler, "student" if config.objective.aop else "teacher")
+    )
     return found
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, cat_conds
-from clora.config import Config
+from clora.config import Config, Sampler
 from clora.lora.slots import Slot
 from clora.method.flow import Velocity, few_step_sigmas
 from clora.method.losses import GuidanceRescale, guided_velocity
@@ -34,7 +33,7 @@ class Sampling:
     token gets the norm of the conditional branch, as in the stock pipeline.
     """
 
-    sampler: Literal["consistency", "euler"]
+    sampler: Sampler
     num_steps: int
     shift: float | None
     guidance: float = 1.0
@@ -51,9 +50,9 @@ class Sampling:
         return self.num_steps * (2 if self.is_guided else 1)
 
 
-def few_step_sampling(num_steps: int, shift: float) -> Sampling:
-    """How a distilled LoRA is sampled: its own schedule, noise afresh, no guidance."""
-    return Sampling("consistency", num_steps, shift)
+def few_step_sampling(num_steps: int, shift: float, sampler: Sampler = "consistency") -> Sampling:
+    """How a distilled LoRA is sampled: its own schedule and sampler, no guidance."""
+    return Sampling(sampler, num_steps, shift)
 
 
 def teacher_sampling(config: Config) -> Sampling:

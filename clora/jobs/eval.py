@@ -60,7 +60,7 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
     for name, examples in track(held.items(), "evaluating", console=console, transient=True):
         shown: list[Image] = []
         for steps in counts:
-            method = collection_method(steps, catalogue.schedule.shift)
+            method = collection_method(steps, catalogue.schedule.shift, catalogue.sampler)
             triples = _sample(workspace, config, method, examples, pairs[name])
             figures[steps][name] = _figures(triples)
             shown = [*(shown or triples[0][:2]), triples[0][2]]

@@ -28,6 +28,7 @@ from clora.distill.run import (
     open_bank,
     run_distillation,
     targets_of,
+    trained_slots,
 )
 from clora.distill.step import Distillation
 from clora.distill.workspace import open_workspace
@@ -94,11 +95,18 @@ def make_extension(
     """
     config, adapters = workspace.config, workspace.adapters
     generator = add_student(workspace, critic_rank=max(module.rank for module in below.values()))
-    adapters.init_slot(CRITIC, below, generator)
+    if CRITIC in trained_slots(config):
+        adapters.init_slot(CRITIC, below, generator)
     path = acceleration_of(config)
     if path is not None:
         adapters.add_lora(ACCELERATION, read_lora(path, adapters.module_shapes).modules)
-    models = Models(workspace.backbone, bank, student=(COLLECTION, STUDENT), resident=dict.fromkeys(old, COLLECTION))
+    models = Models(
+        workspace.backbone,
+        bank,
+        student=(COLLECTION, STUDENT),
+        resident=dict.fromkeys(old, COLLECTION),
+        accelerating=None if path is None else ACCELERATION,
+    )
     followed = FewStepTeachers(models, accelerated=path is not None, weight=config.extend.rehearsal_weight)
     batches = batches_of(workspace, deal_names(new, old, config.extend.rehearsal_share))
     anchor_loss = followed.anchor_loss if old or path is not None else ta_fm_loss
@@ -128,11 +136,10 @@ def extend_faults(collection: Path, catalogue: Catalogue, config: Config) -> lis
             faults.append(f"effect {effect.name}: the collection has its trigger {effect.trigger!r}; choose another")
     if config.base.model != catalogue.base:
         faults.append(f"base: is {config.base.model}, {collection} was distilled on {catalogue.base}; set it to that")
-    if catalogue.sampler != "consistency":
-        faults.append(f"{collection}: is sampled by {catalogue.sampler}; only consistency collections can be extended")
     given, needed = config.schedule, catalogue.schedule
-    if (given.num_steps, given.shift) != (needed.num_steps, needed.shift):
+    if (given.num_steps, given.shift, given.sampler) != (needed.num_steps, needed.shift, catalogue.sampler):
         wanted = f"schedule.num_steps={needed.num_steps} schedule.shift={needed.shift:g}"
+        wanted += f" schedule.sampler={catalogue.sampler}"
         faults.append(f"schedule: differs from the collection's; set {wanted}")
     if config.objective.aop != any(entry.trigger for entry in catalogue.effects):
         has = "no triggers" if config.objective.aop else "triggers"

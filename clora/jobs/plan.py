@@ -36,13 +36,13 @@ def communication_plan(footprint: Footprint, settings: TrainSettings) -> dict[st
     critic's rollouts of a step share their forwards until the last of them ends.
     """
     share = (settings.num_gpus - 1) / settings.num_gpus
-    ta_fm, dmd_ts, dmd_bs = settings.terms
+    ta_fm, dmd_ts, dmd_bs, imitation = settings.terms
     steps, together = settings.num_steps, settings.critic_batches
     longest = sum(1 - (step / steps) ** together for step in range(steps))  # of so many rollouts
     calls = {
         # forwards and backwards; critic and teacher are asked in one forward
-        "student": ta_fm * (1 + 1) + dmd_ts * (2 + 1) + dmd_bs * ((steps + 1) / 2 + 1 + 1),
-        "critic": longest / together + 1 + 1,
+        "student": ta_fm * (1 + 1) + dmd_ts * (2 + 1) + dmd_bs * ((steps + 1) / 2 + 1 + 1) + imitation * (2 + 1),
+        "critic": longest / max(1, together) + 1 + 1,
     }
     trained = dict(zip(("student", "critic"), trained_parameters(footprint, settings), strict=True))
     base = base_weights(footprint, settings) if settings.shard_base else 0

@@ -34,14 +34,19 @@ class Networks:
     cat_conds: Callable[[Sequence[Any]], Any] | None = None
     # The critic's answer and the teacher's in one call; None asks one after the other.
     scores: Callable[[Query, Query], tuple[Tensor, Tensor]] | None = None
+    # A teacher that samples in few steps; only `imitation: same_step` asks it.
+    few_step_teacher: Velocity | None = None
 
 
 class Anchor(NamedTuple):
-    """What TA-FM learns from: the teacher's images y (B, T, C), under the student's and the teacher's prompts."""
+    """What TA-FM and imitation learn from: the teacher's images y (B, T, C), under the student's and the teacher's
+    prompts. `y` is None in the general stream; `uncond` and `guided` as in `DistillBatch`."""
 
-    y: Tensor
+    y: Tensor | None
     student_cond: Any
     teacher_cond: Any
+    uncond: Any | None = None
+    guided: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class DistillBatch:
     samples: Sequence[str]  # what each is, for messages
     step: int
     y: Tensor | None = None  # (B, T, C), the teacher's images; None in the general stream
-    anchor: Anchor | None = None  # TA-FM's own batch, usually larger (it costs one forward); None takes this one
+    anchor: Anchor | None = None  # a batch of their own, usually larger (they cost few forwards); None takes this one
     guided: Sequence[int] | None = None  # the samples whose teacher is guided; None means all
 
 
@@ -66,3 +71,8 @@ class CriticSample(NamedTuple):
 
     x0: Tensor
     on_target: bool
+
+
+def anchor_of(batch: DistillBatch) -> Anchor:
+    """What TA-FM and imitation learn from on this batch: its own anchor, else the batch itself."""
+    return batch.anchor or Anchor(batch.y, batch.student_cond, batch.teacher_cond, batch.uncond, batch.guided)

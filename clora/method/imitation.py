@@ -9,7 +9,8 @@ an effect has several outcomes. Two targets whose optimum few steps can follow:
 - **same step** (`same_step_loss`): a teacher that samples in few steps already, an effect's LoRA with an acceleration
   LoRA on top, asked at the same state and sigma (D-OPSD, arXiv 2605.05204, with a real teacher).
 
-Both are 0 when solved, so that they measure what is still to learn of each effect.
+Both are 0 when solved, so that they measure what is still to learn of each effect. `imitation_loss` draws the states:
+those of the student's own rollout, or noised images.
 
 Shapes: latents (B, T, C), sigma (B,) fp32 with 1 = noise and 0 = data (`clora.method.flow`).
 """
@@ -17,15 +18,74 @@ Shapes: latents (B, T, C), sigma (B,) fp32 with 1 = noise and 0 = data (`clora.m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from clora.method.flow import Velocity, euler_step
-from clora.method.losses import Figures
+from clora.method.flow import add_noise, euler_step, few_step_sigmas
+from clora.method.given import Anchor, DistillBatch, Networks, anchor_of
+from clora.method.losses import Figures, velocity_loss
+from clora.method.noise import DistillConfig, Draws, chance, exit_step, fresh_noise, normal, own_share, uniform
+from clora.method.scores import ask_teacher
+from clora.method.simulate import rollout_state
 
 LEAST_SIGMA = 0.004  # below it the teacher's velocity is rounding noise
+
+
+def imitation_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draws: Draws) -> tuple[Tensor, Figures]:
+    """The loss that `objective.imitation` names, at drawn steps of a schedule. Student 1 forward, teacher 1 (2 guided);
+    a rollout has up to num_steps - 1 more.
+
+    The states are images y noised to the step's sigma, or, with chance `objective.on_policy_share` and in the general
+    stream always, those of the student's own rollout (one step for the whole batch). Where `objective.imitation_steps`
+    names several step counts, one is drawn for the batch, so that the student learns to sample in each of them.
+    """
+    asked, draws, counts = anchor_of(batch), draws.anchors(), cfg.objective.imitation_steps or [cfg.schedule.num_steps]
+    sigmas = few_step_sigmas(counts[_pick(len(counts), draws)], cfg.schedule.shift)
+    x_sigma, sigma, sigma_next = _states(nets, asked, batch.latent_shape, sigmas, cfg, draws)
+
+    def student(x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        return nets.student(x_sigma, sigma, asked.student_cond)
+
+    if cfg.objective.imitation == "same_step":
+        loss, figures = same_step_loss(student, partial(_ask_few_step_teacher, nets, asked), x_sigma, sigma)
+    else:
+        teacher = partial(ask_teacher, nets, asked, cfg)
+        u = uniform(0.0, 1.0, draws)
+        loss, figures = segment_mean_loss(student, teacher, x_sigma, sigma, sigma_next, u)
+    return own_share(loss, {"imitation_loss": loss.detach()}, draws)
+
+
+def _states(
+    nets: Networks,
+    asked: Anchor,
+    latent_shape: tuple[int, int],
+    sigmas: Tensor,
+    cfg: DistillConfig,
+    draws: Draws,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the student is asked, (B, T, C), and where each sample's step begins and ends, (B,)."""
+    device = draws.generator.device
+    if asked.y is None or chance(cfg.objective.on_policy_share, draws):
+        step, eps = exit_step(len(sigmas), draws), normal(latent_shape, draws)
+        fresh = fresh_noise(latent_shape, cfg, draws)
+        x_sigma = rollout_state(nets.student, asked.student_cond, eps, step, sigmas, fresh)
+        return x_sigma, *step_interval(sigmas, torch.full((len(x_sigma),), step, device=device))
+    steps = torch.randint(len(sigmas), (draws.rows.total,), generator=draws.generator, device=device)
+    sigma, sigma_next = step_interval(sigmas, draws.own(steps))
+    return add_noise(asked.y, normal(latent_shape, draws), sigma), sigma, sigma_next
+
+
+def _ask_few_step_teacher(nets: Networks, asked: Anchor, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+    if nets.few_step_teacher is None:
+        raise ValueError("objective.imitation is same_step, but the networks have no few_step_teacher")
+    return nets.few_step_teacher(x_sigma, sigma, asked.teacher_cond)
+
+
+def _pick(count: int, draws: Draws) -> int:
+    """One of `count`, the same for the whole batch; a single one draws nothing."""
+    return exit_step(count, draws) if count > 1 else 0
 
 
 def step_interval(sigmas: Tensor, step_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,16 +97,6 @@ def step_interval(sigmas: Tensor, step_B: Tensor) -> tuple[Tensor, Tensor]:
     """
     levels = torch.cat([sigmas, sigmas.new_zeros(1)]).to(step_B.device)
     return levels[step_B], levels[step_B + 1]
-
-
-@torch.no_grad()
-def euler_rollout(velocity: Velocity, cond: Any, eps: Tensor, step: int, sigmas: Tensor) -> Tensor:
-    """The state (B, T, C) at which deterministic sampling arrives before `step`: `step` forwards from noise eps."""
-    levels_SB = sigmas.to(eps.device)[:, None].expand(-1, len(eps))
-    x_sigma = eps
-    for k in range(step):
-        x_sigma = euler_step(x_sigma, velocity(x_sigma, levels_SB[k], cond), levels_SB[k], levels_SB[k + 1])
-    return x_sigma
 
 
 def segment_mean_loss(
@@ -74,7 +124,7 @@ def segment_mean_loss(
     with torch.no_grad():
         t = (sigma + u * (sigma_next - sigma)).clamp_min(LEAST_SIGMA)
         v_teacher = teacher(euler_step(x_sigma, v_student.detach(), sigma, t), t)
-    return _squared_error(v_student, v_teacher)
+    return velocity_loss(v_student, v_teacher)
 
 
 def same_step_loss(
@@ -87,9 +137,4 @@ def same_step_loss(
     v_student = student(x_sigma, sigma)
     with torch.no_grad():
         v_teacher = teacher(x_sigma, sigma)
-    return _squared_error(v_student, v_teacher)
-
-
-def _squared_error(v_student: Tensor, v_teacher: Tensor) -> tuple[Tensor, Figures]:
-    per_sample = (v_student.float() - v_teacher.float()).square().flatten(1).mean(1)
-    return per_sample.mean(), {"per_sample": per_sample.detach()}
+    return velocity_loss(v_student, v_teacher)

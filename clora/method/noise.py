@@ -6,7 +6,7 @@ forwards run (exit steps, chances) is drawn alike on all processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -79,6 +79,12 @@ class Draws:
         return drawn[self.rows.start : self.rows.stop]
 
 
+def own_share(loss: Tensor, figures: dict[str, Tensor], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    """A mean over this process's rows as its part of the whole batch's mean."""
+    share = draws.rows.share
+    return (loss, figures) if share == 1.0 else (loss * share, {name: v * share for name, v in figures.items()})
+
+
 # One sigma a row, (n,) fp32.
 
 
@@ -139,6 +145,11 @@ def normal(sample_shape: Sequence[int], draws: Draws) -> Tensor:
     """Standard normal numbers (n, *sample_shape), fp32, for this process's n rows."""
     generator = draws.generator
     return draws.own(torch.randn(draws.rows.total, *sample_shape, generator=generator, device=generator.device))
+
+
+def fresh_noise(sample_shape: Sequence[int], cfg: DistillConfig, draws: Draws) -> Callable[[int], Tensor] | None:
+    """The noise of the moves of a rollout (`simulate.rollout_state`); None where the schedule's sampler adds none."""
+    return None if cfg.schedule.sampler == "euler" else lambda _: normal(sample_shape, draws)
 
 
 def uniform(low: float, high: float, draws: Draws) -> Tensor:

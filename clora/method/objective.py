@@ -14,13 +14,15 @@ the critic's kind of sample) is drawn alike on all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clora.errors import InputError
 from clora.method.flow import add_noise, few_step_sigmas, shift_sigma
-from clora.method.given import Anchor, CriticSample, DistillBatch, Networks, Query
+from clora.method.given import CriticSample, DistillBatch, Networks, Query, anchor_of
+from clora.method.imitation import imitation_loss
 from clora.method.losses import Figures, dmd_loss, flow_matching_loss
 from clora.method.noise import (
     DistillConfig,
@@ -31,9 +33,12 @@ from clora.method.noise import (
     draw_ts_critic_sigma,
     draw_ts_gen_sigma,
     exit_step,
+    fresh_noise,
     normal,
+    own_share,
     uniform,
 )
+from clora.method.scores import ask_scores
 from clora.method.simulate import backward_simulate, backward_simulate_together, target_simulate
 
 Loss = tuple[Tensor, Figures]
@@ -51,8 +56,9 @@ def ta_fm_loss(
     `sigma_dmd`, of the whole batch, is read only by `ta_fm_sigma: above_dmd`; None draws it anew.
     """
     anchor, draws = anchor_of(batch), draws.anchors()
-    eps, query = noise_anchor(anchor, cfg, draws, sigma_dmd)
-    loss, _ = flow_matching_loss(nets.student(*query), anchor.y, eps)
+    y = _targets(anchor.y, "TA-FM", batch)
+    eps, query = noise_anchor(y, anchor.student_cond, cfg, draws, sigma_dmd)
+    loss, _ = flow_matching_loss(nets.student(*query), y, eps)
     return own_share(loss, {"ta_fm_loss": loss.detach()}, draws)
 
 
@@ -64,7 +70,7 @@ def total_loss_terms(
     x0_student: Tensor | None = None,
     anchor_loss: AnchorLoss = ta_fm_loss,
 ) -> Iterator[Loss]:
-    """Eq. 9, the loss of one student step, a weighted term at a time.
+    """Eq. 9, the loss of one student step, a weighted term at a time; imitation comes first, in both streams.
 
     Each term is made when it is asked for: where the one before was walked back and let go, only one graph is in
     memory. A term of weight 0 is not computed.
@@ -81,15 +87,17 @@ def total_loss_terms(
     """
     objective = cfg.objective
     effect_weights = (objective.ta_fm_weight, objective.dmd_ts_weight) if batch.stream == "effect" else ()
-    if not any((*effect_weights, objective.dmd_bs_weight)):
+    if not any((*effect_weights, objective.imitation_weight, objective.dmd_bs_weight)):
         raise InputError(
-            f"objective: step {batch.step} is of the {batch.stream} stream, whose weights are all 0: raise"
-            " one (dmd_bs_weight serves both streams), or set p_switch so that this stream is not drawn"
+            f"objective: step {batch.step} is of the {batch.stream} stream, whose weights are all 0: raise one"
+            " (dmd_bs_weight and imitation_weight serve both streams), or set p_switch so that this stream is not drawn"
         )
-    if batch.stream == "general":  # teacher = the base, adapters off
-        yield _weighted(objective.dmd_bs_weight, dmd_bs_loss(nets, batch, cfg, draws, None, x0_student))
-    else:  # teacher = effect i
+    if objective.imitation_weight:
+        yield _weighted(objective.imitation_weight, imitation_loss(nets, batch, cfg, draws))
+    if batch.stream == "effect":  # teacher = effect i
         yield from c2f_do_loss_terms(nets, batch, cfg, draws, x0_student, anchor_loss)
+    elif objective.dmd_bs_weight:  # teacher = the base, adapters off
+        yield _weighted(objective.dmd_bs_weight, dmd_bs_loss(nets, batch, cfg, draws, None, x0_student))
 
 
 def c2f_do_loss_terms(
@@ -114,7 +122,7 @@ def c2f_do_loss_terms(
 
 def dmd_ts_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draws: Draws) -> Loss:
     """Eq. 7, target-simulated distribution matching. Student 1, critic 1, teacher 1 forward (2 guided)."""
-    y_hat = _target_simulated(nets, _targets(batch, "DMD-TS"), batch, cfg, draws)
+    y_hat = _target_simulated(nets, _targets(batch.y, "DMD-TS", batch), batch, cfg, draws)
     sigma_critic = draw_ts_critic_sigma(cfg.objective, draws)
     return _match_distributions("dmd_ts", y_hat, sigma_critic, nets, batch, cfg, draws)
 
@@ -163,16 +171,13 @@ def critic_loss(
 # Their parts.
 
 
-def anchor_of(batch: DistillBatch) -> Anchor:
-    """What TA-FM learns from on this batch: its own anchor, else the batch itself. ValueError without images."""
-    return batch.anchor or Anchor(_targets(batch, "TA-FM"), batch.student_cond, batch.teacher_cond)
-
-
-def noise_anchor(anchor: Anchor, cfg: DistillConfig, draws: Draws, sigma_dmd: Tensor | None) -> tuple[Tensor, Query]:
-    """Where TA-FM asks the student: the noise (B, T, C), and the images noised with it, at drawn levels."""
+def noise_anchor(
+    y: Tensor, cond: Any, cfg: DistillConfig, draws: Draws, sigma_dmd: Tensor | None
+) -> tuple[Tensor, Query]:
+    """Where TA-FM asks the student: the noise (B, T, C), and the images y noised with it, at drawn levels."""
     sigma = draw_ta_fm_sigma(cfg, draws, sigma_dmd)
-    eps = normal(anchor.y.shape[1:], draws)
-    return eps, Query(add_noise(anchor.y, eps, sigma), sigma, anchor.student_cond)
+    eps = normal(y.shape[1:], draws)
+    return eps, Query(add_noise(y, eps, sigma), sigma, cond)
 
 
 @torch.no_grad()
@@ -188,7 +193,7 @@ def critic_samples(
     found: dict[int, CriticSample] = {}
     for i, (batch, own) in enumerate(zip(batches, draws, strict=True)):
         if batch.stream == "effect" and chance(share, own):
-            y = _targets(batch, "critic_target_share")
+            y = _targets(batch.y, "critic_target_share", batch)
             found[i] = CriticSample(_target_simulated(nets, y, batch, cfg, own), True)
     left = [i for i in range(len(batches)) if i not in found]
     samples = student_samples(nets, [batches[i] for i in left], cfg, [draws[i] for i in left])
@@ -202,7 +207,7 @@ def student_sample(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draw
     step = exit_step(len(sigmas), draws)
     first = normal(batch.latent_shape, draws)
     x0, _ = backward_simulate(
-        nets.student, batch.student_cond, first, step, sigmas, lambda _: normal(batch.latent_shape, draws)
+        nets.student, batch.student_cond, first, step, sigmas, fresh_noise(batch.latent_shape, cfg, draws)
     )
     return x0
 
@@ -224,43 +229,8 @@ def student_samples(
         [normal(batch.latent_shape, own) for batch, own in zip(batches, draws, strict=True)],
         steps,
         sigmas,
-        lambda i, _: normal(batches[i].latent_shape, draws[i]),
+        None if cfg.schedule.sampler == "euler" else lambda i, _: normal(batches[i].latent_shape, draws[i]),
     )
-
-
-def ask_scores(
-    nets: Networks, batch: DistillBatch, cfg: DistillConfig, x_sigma: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The velocities of critic, teacher, and teacher without its condition (None at guidance 1), without grad.
-
-    The teacher's two are one call; all three are where `nets.scores` is given. A sample that is not guided is asked
-    about once: without its condition its velocity counts as what it is with it, and guiding changes nothing.
-    """
-    critic, teacher = Query(x_sigma, sigma, batch.student_cond), Query(x_sigma, sigma, batch.teacher_cond)
-    rows = torch.tensor(_guided_rows(batch, cfg), dtype=torch.long, device=x_sigma.device)
-    if len(rows):
-        if batch.uncond is None or nets.cat_conds is None:
-            raise ValueError(
-                f"objective.guidance is {cfg.objective.guidance:g}, but the batch has no uncond or the networks no"
-                " cat_conds"
-            )
-        cond = nets.cat_conds([batch.teacher_cond, batch.uncond])
-        teacher = Query(torch.cat([x_sigma, x_sigma[rows]]), torch.cat([sigma, sigma[rows]]), cond)
-    with torch.no_grad():
-        if nets.scores is not None:
-            v_critic, v_teacher = nets.scores(critic, teacher)
-        else:
-            v_critic, v_teacher = nets.critic(*critic), nets.teacher(*teacher)
-    if cfg.objective.guidance == 1.0:
-        return v_critic, v_teacher, None
-    v_cond, v_guided = v_teacher.split([len(x_sigma), len(rows)])
-    return v_critic, v_cond, v_cond.index_copy(0, rows, v_guided)
-
-
-def own_share(loss: Tensor, figures: Figures, draws: Draws) -> Loss:
-    """A mean over this process's rows as its part of the whole batch's mean."""
-    share = draws.rows.share
-    return (loss, figures) if share == 1.0 else (loss * share, {name: v * share for name, v in figures.items()})
 
 
 def _match_distributions(
@@ -291,18 +261,12 @@ def _target_simulated(nets: Networks, y: Tensor, batch: DistillBatch, cfg: Disti
     return target_simulate(nets.student, y, batch.student_cond, sigma, normal(y.shape[1:], draws))
 
 
-def _guided_rows(batch: DistillBatch, cfg: DistillConfig) -> list[int]:
-    if cfg.objective.guidance == 1.0:
-        return []
-    return list(range(batch.batch_size) if batch.guided is None else batch.guided)
-
-
 def _weighted(weight: float, term: Loss) -> Loss:
     loss, figures = term
     return weight * loss, figures
 
 
-def _targets(batch: DistillBatch, what: str) -> Tensor:
-    if batch.y is None:
+def _targets(y: Tensor | None, what: str, batch: DistillBatch) -> Tensor:
+    if y is None:
         raise ValueError(f"{what} needs target images y, and the batch of step {batch.step} has none")
-    return batch.y
+    return y

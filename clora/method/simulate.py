@@ -6,12 +6,44 @@ Shapes: latents (B, T, C), sigma (B,) fp32 with 1 = noise and 0 = data (`clora.m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clora.method.flow import Velocity, add_noise, consistency_step, x0_from_velocity
+from clora.method.flow import Velocity, add_noise, consistency_step, euler_step, x0_from_velocity
+
+
+@torch.no_grad()
+def rollout_state(
+    velocity: Velocity,
+    cond: Any,
+    eps_first: Tensor,
+    step: int,
+    sigmas: Tensor,
+    fresh_noise: Callable[[int], Tensor] | None,
+) -> Tensor:
+    """The state x (B, T, C) at sigmas[step] at which few-step inference arrives: `step` forwards, without grad.
+
+    Args:
+        eps_first: (B, T, C) standard normal, the state at sigmas[0] == 1.
+        step: 0 .. num_steps - 1, shared by the batch.
+        sigmas: (num_steps,) fp32, falling, without the closing 0 (`flow.few_step_sigmas`).
+        fresh_noise: `fresh_noise(k)` gives the (B, T, C) noise of the move from step k to step k + 1, before which x0
+            is predicted (`flow.consistency_step`); None moves by deterministic Euler steps.
+
+    Raises:
+        ValueError: step is outside the schedule.
+    """
+    if not 0 <= step < len(sigmas):
+        raise ValueError(f"step {step} is outside a schedule of {len(sigmas)} steps")
+    x_sigma = eps_first
+    for k in range(step):
+        sigma, sigma_next = _levels(sigmas, k, x_sigma)
+        noise = None if fresh_noise is None else partial(fresh_noise, k)
+        x_sigma = _next_state(x_sigma, velocity(x_sigma, sigma, cond), sigma, sigma_next, noise)
+    return x_sigma
 
 
 def backward_simulate(
@@ -20,36 +52,19 @@ def backward_simulate(
     eps_first: Tensor,
     step: int,
     sigmas: Tensor,
-    fresh_noise: Callable[[int], Tensor],
+    fresh_noise: Callable[[int], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """The sample that few-step inference would have at `step` (Sec. 3; Eq. 1's x_g): noise in, x0 out.
 
-    Runs steps 0 .. step - 1 of the sampler without grad (predict x0, re-noise to the next sigma with fresh
-    noise) and leaves at `step`: step + 1 forwards. Only the last one carries grad; the state it starts from
-    is a constant, as in DMD2.
-
-    Args:
-        eps_first: (B, T, C) standard normal, the state at sigmas[0] == 1.
-        step: 0 .. num_steps - 1, shared by the batch.
-        sigmas: (num_steps,) fp32, falling, without the closing 0 (`flow.few_step_sigmas`).
-        fresh_noise: `fresh_noise(k)` gives the (B, T, C) noise of the move from step k to step k + 1.
+    Leaves the sampler at `step`: step + 1 forwards. Only the last one carries grad; the state it starts from is a
+    constant (`rollout_state`, whose arguments these are), as in DMD2.
 
     Returns:
         x0 (B, T, C) predicted at `step`, and that step's sigma (B,).
-
-    Raises:
-        ValueError: step is outside the schedule.
     """
-    if not 0 <= step < len(sigmas):
-        raise ValueError(f"step {step} is outside a schedule of {len(sigmas)} steps")
-    sigmas_SB = sigmas.to(eps_first.device)[:, None].expand(-1, eps_first.shape[0])
-    x_sigma = eps_first
-    with torch.no_grad():
-        for k in range(step):
-            v = velocity(x_sigma, sigmas_SB[k], cond)
-            x_sigma = consistency_step(x_sigma, v, sigmas_SB[k], sigmas_SB[k + 1], fresh_noise(k))
-    v = velocity(x_sigma, sigmas_SB[step], cond)
-    return x0_from_velocity(x_sigma, v, sigmas_SB[step]), sigmas_SB[step]
+    x_sigma = rollout_state(velocity, cond, eps_first, step, sigmas, fresh_noise)
+    sigma = sigmas[step].to(x_sigma.device).expand(len(x_sigma))
+    return x0_from_velocity(x_sigma, velocity(x_sigma, sigma, cond), sigma), sigma
 
 
 def backward_simulate_together(
@@ -59,13 +74,13 @@ def backward_simulate_together(
     eps_first: Sequence[Tensor],
     steps: Sequence[int],
     sigmas: Tensor,
-    fresh_noise: Callable[[int, int], Tensor],
+    fresh_noise: Callable[[int, int], Tensor] | None,
 ) -> list[Tensor]:
     """The x0 of `backward_simulate` for several batches, without grad, in one forward a sampler step for all.
 
     Args:
         conds, eps_first, steps: each batch's own. `cat_conds` joins conditions along the batch.
-        fresh_noise: `fresh_noise(i, k)` gives batch i's noise of the move from step k to step k + 1.
+        fresh_noise: `fresh_noise(i, k)` gives batch i's noise of the move from step k to step k + 1; None as there.
 
     Returns:
         Each batch's x0, predicted at its own step.
@@ -78,13 +93,26 @@ def backward_simulate_together(
             x_sigma = torch.cat([states[i] for i in going])
             v = velocity(x_sigma, sigmas[k].expand(len(x_sigma)), cat_conds([conds[i] for i in going]))
             for i, v_i in zip(going, v.split([len(states[i]) for i in going]), strict=True):
-                sigma = sigmas[k].expand(len(v_i))
                 if k == steps[i]:
-                    states[i] = x0_from_velocity(states[i], v_i, sigma)
+                    states[i] = x0_from_velocity(states[i], v_i, sigmas[k].expand(len(v_i)))
                 else:
-                    sigma_next = sigmas[k + 1].expand(len(v_i))
-                    states[i] = consistency_step(states[i], v_i, sigma, sigma_next, fresh_noise(i, k))
+                    noise = None if fresh_noise is None else partial(fresh_noise, i, k)
+                    states[i] = _next_state(states[i], v_i, *_levels(sigmas, k, v_i), noise)
     return states
+
+
+def _levels(sigmas: Tensor, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `step` begins and ends, (B,) each."""
+    begin, end = sigmas[step : step + 2].to(x.device)
+    return begin.expand(len(x)), end.expand(len(x))
+
+
+def _next_state(
+    x_sigma: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Callable[[], Tensor] | None
+) -> Tensor:
+    if noise is None:
+        return euler_step(x_sigma, v, sigma, sigma_next)
+    return consistency_step(x_sigma, v, sigma, sigma_next, noise())
 
 
 def target_simulate(velocity: Velocity, y: Tensor, cond: Any, sigma_gen_B: Tensor, eps: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def test_train_step_starts_the_critic_from_the_coarse_student(inputs: Path, monk
     d = make(inputs, "clora-full", coarse_steps=2)
     started: list[int] = []
     seen: list[str] = []
-    monkeypatch.setattr("clora.distill.step.start_critic", lambda given: started.append(1) or start_critic(given))
+    monkeypatch.setattr("clora.distill.step.start_critic", lambda *given: started.append(1) or start_critic(*given))
     monkeypatch.setattr("clora.distill.step.full_step", lambda given, step: seen.append(f"full {step}") or {})
     monkeypatch.setattr("clora.distill.step.coarse_step", lambda given, step: seen.append(f"coarse {step}") or {})
     with torch.no_grad():

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from clora.config import ObjectiveConfig, ScheduleConfig
 from clora.method.flow import euler_step, few_step_sigmas
-from clora.method.imitation import euler_rollout, same_step_loss, segment_mean_loss, step_interval
+from clora.method.given import Anchor, DistillBatch, Networks
+from clora.method.imitation import imitation_loss, same_step_loss, segment_mean_loss, step_interval
+from clora.method.noise import Draws
 from tests.support.mixture_world import Mixture, make_effect_cond, teacher_velocity
 
 NUM = 192  # particles
@@ -118,24 +125,111 @@ def test_imitation_losses_send_no_gradient_to_the_teacher() -> None:
     assert weight.grad is None and student.grad is not None
 
 
-def test_euler_rollout_stops_before_the_step() -> None:
-    world, sigmas = ring(), few_step_sigmas(4)
-    asked: list[float] = []
-
-    def velocity(x: Tensor, sigma: Tensor, cond: None) -> Tensor:
-        asked.append(float(sigma[0]))
-        return world.velocity(x, sigma)
-
-    eps = torch.randn(NUM, 1, 2, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(euler_rollout(velocity, None, eps, 0, sigmas), eps) and asked == []
-    x = euler_rollout(velocity, None, eps, 2, sigmas)
-    assert asked == sigmas[:2].tolist()
-    first = eps + (sigmas[1] - sigmas[0]) * world.velocity(eps, sigmas[:1].expand(NUM))
-    expected = first + (sigmas[2] - sigmas[1]) * world.velocity(first, sigmas[1:2].expand(NUM))
-    torch.testing.assert_close(x, expected)
-
-
 def test_step_interval_ends_at_the_data() -> None:
     sigmas = few_step_sigmas(4)
     begin, end = step_interval(sigmas, torch.tensor([0, 3, 1]))
     assert begin.tolist() == [sigmas[0], sigmas[3], sigmas[1]] and end.tolist() == [sigmas[1], 0.0, sigmas[2]]
+
+
+# Which states, whose answers: `imitation_loss`.
+
+
+class Recorder:
+    """A velocity that notes what it is asked, and answers with `gain` times the state."""
+
+    def __init__(self, gain: float) -> None:
+        self.gain = torch.tensor(gain, requires_grad=True)
+        self.calls: list[tuple[Tensor, Tensor, Any]] = []
+
+    def __call__(self, x_sigma: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+        self.calls.append((x_sigma.detach().clone(), sigma.clone(), cond))
+        return self.gain * x_sigma
+
+
+def asked_batch(y: Tensor | None, **fields: Any) -> DistillBatch:
+    stream = "general" if y is None else "effect"
+    conds = {"student_cond": ["student"], "teacher_cond": ["teacher"], "uncond": ["negative"]}
+    return DistillBatch(stream, **conds, latent_shape=(1, 2), batch_size=6, samples=[], step=0, y=y, **fields)  # type: ignore[arg-type]
+
+
+def ask(batch: DistillBatch, seed: int = 0, few: bool = False, **objective: Any) -> tuple[Tensor, Networks]:
+    nets = Networks(Recorder(0.5), Recorder(9.0), Recorder(0.25), lambda conds: [*conds[0], *conds[1]])
+    nets = replace(nets, few_step_teacher=Recorder(-1.0) if few else None)
+    cfg = SimpleNamespace(
+        objective=ObjectiveConfig(**{"guidance": 1.0, "imitation_weight": 1.0, **objective}),
+        schedule=ScheduleConfig(num_steps=4, sampler="euler"),
+    )
+    loss, figures = imitation_loss(nets, batch, cfg, Draws.alone(torch.Generator().manual_seed(seed), 6))
+    assert figures.keys() == {"imitation_loss"} and figures["imitation_loss"] == loss.detach()
+    assert nets.critic.calls == []
+    return loss, nets
+
+
+def test_imitation_loss_asks_the_student_at_noised_targets_and_the_teacher_further_down() -> None:
+    y, levels = torch.full((6, 1, 2), 100.0), few_step_sigmas(4)
+    seen = set()
+    for seed in range(8):
+        loss, nets = ask(asked_batch(y), seed)
+        ((x_s, s, cond),), ((x_t, t, teacher_cond),) = nets.student.calls, nets.teacher.calls
+        assert (cond, teacher_cond) == (["student"], ["teacher"])
+        step = (s[:, None] - levels).abs().argmin(1)
+        torch.testing.assert_close(s, levels[step])  # each sample at a step of its own
+        seen |= set(step.tolist())
+        assert ((x_s[:, 0, 0] - (1 - s) * 100).abs() <= 5 * s + 1e-4).all()  # y noised to that level
+        begin, end = step_interval(levels, step)
+        assert ((end <= t) & (t <= begin)).all()
+        torch.testing.assert_close(x_t, x_s + (t - s)[:, None, None] * 0.5 * x_s)
+        torch.testing.assert_close(loss, (0.5 * x_s - 0.25 * x_t).square().mean())
+    assert seen == {0, 1, 2, 3}
+
+
+def test_imitation_loss_on_policy_asks_at_the_states_of_the_students_rollout() -> None:
+    """Always in the general stream, which has no images; else by `on_policy_share`."""
+    levels, lengths = few_step_sigmas(4), set()
+    y = torch.full((6, 1, 2), 100.0)
+    for batch, share in ((asked_batch(None), 0.0), (asked_batch(y), 1.0)):
+        for seed in range(12):
+            _, nets = ask(batch, seed, on_policy_share=share)
+            calls = nets.student.calls
+            lengths.add(len(calls))
+            for k, (x, sigma, _) in enumerate(calls):
+                assert (sigma == levels[k]).all()
+                if k:
+                    before = calls[k - 1][0]
+                    torch.testing.assert_close(x, before + (levels[k] - levels[k - 1]) * 0.5 * before)
+            assert float(calls[0][0].abs().max()) < 6  # noise, not 100
+    assert lengths == {1, 2, 3, 4}
+
+
+def test_imitation_loss_guides_its_teacher() -> None:
+    """v_uncond + 3 (v - v_uncond), both in one call; here both are the same, so that guiding changes nothing."""
+    loss, nets = ask(asked_batch(torch.zeros(6, 1, 2)), guidance=3.0, guidance_rescale="none")
+    ((x, sigma, cond),) = nets.teacher.calls
+    assert cond == ["teacher", "negative"] and len(x) == 12 and torch.equal(x[:6], x[6:])
+    plain, _ = ask(asked_batch(torch.zeros(6, 1, 2)))
+    torch.testing.assert_close(loss, plain)
+
+
+def test_imitation_loss_same_step_asks_the_few_step_teacher_where_the_student_is() -> None:
+    loss, nets = ask(asked_batch(torch.zeros(6, 1, 2)), few=True, imitation="same_step", guidance=4.0)
+    ((x, s, _),), ((x_t, t, cond),) = nets.student.calls, nets.few_step_teacher.calls  # type: ignore[union-attr]
+    assert torch.equal(x, x_t) and torch.equal(s, t) and cond == ["teacher"] and nets.teacher.calls == []
+    torch.testing.assert_close(loss, (0.5 * x + x).square().mean())
+    with pytest.raises(ValueError, match="few_step_teacher"):
+        ask(asked_batch(torch.zeros(6, 1, 2)), imitation="same_step")
+
+
+def test_imitation_loss_draws_one_of_its_step_counts() -> None:
+    seen = Counter()
+    for seed in range(40):
+        _, nets = ask(asked_batch(torch.zeros(6, 1, 2)), seed, imitation_steps=[1, 2])
+        levels = set(nets.student.calls[0][1].tolist())
+        assert levels <= {1.0, float(few_step_sigmas(2)[1])}
+        seen["two" if len(levels) == 2 else "one"] += 1
+    assert min(seen["one"], seen["two"]) > 10
+
+
+def test_imitation_loss_learns_from_the_anchors_where_a_batch_has_some() -> None:
+    anchor = Anchor(torch.full((6, 1, 2), 100.0), ["anchor's student"], ["anchor's teacher"])
+    _, nets = ask(asked_batch(torch.zeros(6, 1, 2), anchor=anchor))
+    assert nets.student.calls[0][2] == ["anchor's student"] and nets.teacher.calls[0][2] == ["anchor's teacher"]

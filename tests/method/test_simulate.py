@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clora.method.flow import add_noise, consistency_step, few_step_sigmas, x0_from_velocity
-from clora.method.simulate import backward_simulate, backward_simulate_together, target_simulate
+from clora.method.simulate import backward_simulate, backward_simulate_together, rollout_state, target_simulate
 
 SHAPE = (2, 3, 4)
 SIGMAS = few_step_sigmas(8, 3.0)
@@ -64,6 +64,31 @@ def test_backward_simulate_together_equals_each_alone() -> None:
     assert [len(x) for x, *_ in net.calls] == [6, 3, 3, 1, 1, 1] and not any(grad for *_, grad in net.calls)
     for i, x0 in enumerate(got):
         want, _ = backward_simulate(CountingNet(), None, firsts[i], steps[i], SIGMAS, noises[i].__getitem__)
+        torch.testing.assert_close(x0, want.detach())
+
+
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_rollout_state_without_noise_is_the_stock_euler_path(step: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=SIGMAS.tolist())
+    net, first = CountingNet(), _noises()[8]
+    state = first
+    for k, t in enumerate(scheduler.timesteps[:step]):
+        with torch.no_grad():
+            state = scheduler.step(net(state, SIGMAS[k].expand(2), None), t, state).prev_sample
+    net.calls.clear()
+    got = rollout_state(net, None, first, step, SIGMAS, None)
+    assert len(net.calls) == step and not any(grad for *_, grad in net.calls)
+    torch.testing.assert_close(got, state)
+
+
+def test_backward_simulate_together_without_noise_equals_each_alone() -> None:
+    rng = torch.Generator().manual_seed(3)
+    firsts = [torch.randn(2, 3, 4, generator=rng) for _ in range(2)]
+    got = backward_simulate_together(CountingNet(), ["a", "b"], "".join, firsts, [2, 5], SIGMAS, None)
+    for x0, first, step in zip(got, firsts, (2, 5), strict=True):
+        want, _ = backward_simulate(CountingNet(), None, first, step, SIGMAS, None)
         torch.testing.assert_close(x0, want.detach())
 
 
