@@ -108,7 +108,7 @@ class Batches:
         matched, found = bool(objective.dmd_ts_weight or objective.dmd_bs_weight), list[Example]()
         for part in range(train.gradient_accumulation_steps):
             examples, anchors = self._examples(step, stream, "student", part, train.gradient_accumulation_steps)
-            if objective.imitation_weight and objective.imitation == "segment_mean":
+            if objective.imitation_weight:
                 found += _of_rows(anchors or examples, _own_rows(anchors or examples))
             if matched:
                 found += _of_rows(examples, _own_rows(examples))

@@ -179,6 +179,19 @@ def test_teachers_are_those_of_the_students_batches() -> None:
     assert make_batches("objective.dmd_ts_weight=0", "objective.dmd_bs_weight=0", general=False).teachers(6) == []
 
 
+def test_teachers_include_those_that_are_imitated() -> None:
+    imitating = ("objective.imitation_weight=1", "objective.dmd_ts_weight=0", "objective.dmd_bs_weight=0")
+    batches = make_batches(*imitating)
+    step = next(step for step in range(5, 60) if batches.stream(step) == "effect")
+    batch, _ = batches.draw(step, "effect", "student")
+    assert batch.anchor is not None
+    assert batches.teachers(step) == list(batch.anchor.teacher_cond.effects)
+    both = make_batches("objective.imitation_weight=1")
+    wanted = [*batch.anchor.teacher_cond.effects, *batch.teacher_cond.effects]
+    assert both.teachers(step) == wanted
+    assert make_batches(*imitating[1:], "objective.imitation_weight=0").teachers(step) == []
+
+
 def test_batches_of_an_update_have_samples_and_numbers_of_their_own() -> None:
     batches = make_batches("train.gradient_accumulation_steps=2", "train.critic_updates=3")
     step = steps_of(batches, "effect", 1)[0]

@@ -28,8 +28,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def make(inputs: Path, case: str = "paper-full", **train: Any) -> Distillation:
-    config = make_config(inputs, inputs / "out", case).with_values(train=train)
+def make(inputs: Path, case: str = "paper-full", objective: dict[str, Any] | None = None, **train: Any) -> Distillation:
+    config = make_config(inputs, inputs / "out", case).with_values(train=train, objective=objective or {})
     workspace = open_workspace(check_training(config), Console(quiet=True))
     workspace = replace(workspace, effects=targets_from_pairs(workspace.effects))
     return make_distillation(workspace, open_bank(workspace))
@@ -76,6 +76,42 @@ def test_full_step_updates_the_critic_so_often_and_then_the_student(
         for term in ("ta_fm", "dmd_ts", "dmd_bs")
     )
     torch.testing.assert_close(figures["effect/total_loss"], total)
+
+
+IMITATION = {"imitation_weight": 2.0, "ta_fm_weight": 0.0, "dmd_ts_weight": 0.0, "dmd_bs_weight": 0.0}
+
+
+@pytest.mark.parametrize("stream", ["effect", "general"])
+def test_full_step_of_imitation_has_no_critic(inputs: Path, stream: str) -> None:
+    """One update of the student, against the routed teacher or the base; no slot, optimizer or figure of a critic."""
+    d = make(inputs, "paper-full", IMITATION, critic_updates=0)
+    assert d.critic is None
+    step = next(step for step in range(99) if d.batches.stream(step) == stream)
+    before = {key: value.clone() for key, value in d.student.fp32_parameters().items()}
+    figures = full_step(d, step)
+    assert moved(before, d.student.fp32_parameters())
+    assert figures.keys() == {f"{stream}/{n}" for n in ("imitation_loss", "total_loss", "student_grad_norm")}
+    torch.testing.assert_close(figures[f"{stream}/total_loss"], 2.0 * figures[f"{stream}/imitation_loss"])
+
+
+def test_same_step_teachers_are_accelerated_and_stay_as_they_are(inputs: Path) -> None:
+    d = make(inputs, "clora-full", IMITATION | {"imitation": "same_step"}, critic_updates=0)
+    batch, _ = d.batches.draw(0, "effect", "student")
+    x, sigma = torch.randn(batch.batch_size, *batch.latent_shape), torch.full((batch.batch_size,), 0.5)
+    few = networks_at(d, 0).few_step_teacher
+    assert few is not None
+    slots = [(slot, ACCELERATION) for slot in d.models.teacher_slots(batch.teacher_cond.effects)]
+    with torch.no_grad():
+        start, plain = few(x, sigma, batch.teacher_cond), networks_at(d, 0).teacher(x, sigma, batch.teacher_cond)
+        wanted = d.models.backbone.velocity(x, sigma, batch.teacher_cond, slots)
+        torch.testing.assert_close(start, wanted)
+        assert float((start - plain).abs().max()) > 0.01
+    for step in range(2):
+        full_step(d, step)
+    with torch.no_grad():
+        torch.testing.assert_close(few(x, sigma, batch.teacher_cond), start, rtol=0, atol=0)
+        moved_on = d.models.backbone.velocity(x, sigma, batch.teacher_cond, slots)
+    assert float((moved_on - start).abs().max()) > 1e-4  # the student's own acceleration LoRA learned
 
 
 def test_coarse_step_leaves_the_critic_alone(inputs: Path) -> None:
