@@ -136,6 +136,7 @@ def planned_and_measured(
         "base": "tiny",
         "output_dir": "unused",
         "student": {"rank": 8, "alpha": 8},
+        "schedule": {"num_steps": 2},  # rollouts of more steps peak no higher
         "train": {"coarse_steps": 0, "critic_updates": 1, "teacher_slots": 2, **train},
     }
     config = build_config(values)

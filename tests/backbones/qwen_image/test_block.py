@@ -128,10 +128,11 @@ def load(model: str, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("model", ["tiny", pytest.param("full width", marks=pytest.mark.slow)])
 def test_fused_blocks_equal_diffusers_with_peft(model: str, texts: list[int], device: str) -> None:
     """In fp32 within 1e-5; in bf16 at most twice as far from fp32 as diffusers with PEFT is."""
-    if (model, device) == ("full width", "cpu") and texts != [5, 5]:
+    slow = (model, device) == ("full width", "cpu")
+    if slow and texts != [5, 5]:
         pytest.skip("takes a minute; the tiny base covers text of two lengths")
     ours, peft = {}, {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32,) if slow else (torch.float32, torch.bfloat16):  # few CPUs have arithmetic for bf16
         transformer = load(model, dtype).to(device)
         stock = copy.deepcopy(transformer)
         backbone, adapters, _ = backbone_of(transformer, "fused")
@@ -144,6 +145,8 @@ def test_fused_blocks_equal_diffusers_with_peft(model: str, texts: list[int], de
     assert sum(bool(want.any()) for want in exact) > 0.8 * len(exact)
     for got, want in zip(ours[torch.float32], exact, strict=True):
         assert relative_error(got, want) < 1e-5 or not (want.any() or got.any())
+    if slow:
+        return
     for got, theirs, want in zip(ours[torch.bfloat16], peft[torch.bfloat16].values(), exact, strict=True):
         assert relative_error(got, want) <= 2 * relative_error(theirs, want) + 2**-8
 
