@@ -96,8 +96,9 @@ CASES = [
     (torch.float32, {"memory_budget_gb": NO_MEMORY}),
     (torch.float32, {"memory_budget_gb": NO_MEMORY, "batch_size": 2, "anchor_batch_size": 6}),
     (torch.float32, {"gradient_checkpointing": False, "gradient_accumulation_steps": 2}),
-    (torch.bfloat16, {"gradient_checkpointing": False, "batch_size": 2}),
-    (torch.bfloat16, {"memory_budget_gb": NO_MEMORY, "batch_size": 2, "anchor_batch_size": 6}),
+    # Few CPUs have arithmetic for bf16: small batches.
+    (torch.bfloat16, {"gradient_checkpointing": False}),
+    (torch.bfloat16, {"memory_budget_gb": NO_MEMORY, "anchor_batch_size": 3}),
 ]
 
 

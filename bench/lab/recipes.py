@@ -1,0 +1,98 @@
+"""Which recipe turns N teachers into few steps? `python -m bench.lab.recipes --run runs/recipes [--figures F]`.
+
+All arms start from one coarse student (flow matching on the teachers' images) and train at about equal cost, counted in
+forwards of a sample (a backward is two). The controls have no distillation: the coarse student, the same trained on for
+the cost of an arm, both also with the base's acceleration LoRA on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bench.lab.study import Arm, Row, Study, machine, write_figures
+from clora.evaluate.exact import evaluate_methods
+from clora.tiny.dataset import effect_names
+
+COARSE = 600  # updates
+BUDGET = 20_000  # forwards of an arm after the coarse stage
+PLAIN = ("student.acceleration=null", "train.critic_updates=0", "objective.ta_fm_weight=0", "objective.dmd_ts_weight=0",
+         "objective.dmd_bs_weight=0", "train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98",
+         "train.lr_warmup_steps=20")  # fmt: skip
+IMITATE = (*PLAIN, "objective.imitation_weight=1", "objective.p_switch=1", "train.learning_rate=2e-3",
+           "schedule.sampler=euler")  # fmt: skip
+MATCH = ("train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98", "train.lr_warmup_steps=20",
+         "train.learning_rate=1e-4", "objective.ta_fm_weight=0", "objective.p_switch=0.8")  # fmt: skip
+ARMS = (
+    Arm("coarse on", (*PLAIN, "train.coarse_steps=100000", "train.coarse_learning_rate=4e-3"), "coarse"),
+    Arm("segment", (*IMITATE, "objective.imitation_steps=[8,4,2]"), "coarse"),
+    Arm("segment 2", (*IMITATE, "objective.imitation_steps=[2]"), "coarse"),
+    Arm(
+        "segment on policy", (*IMITATE, "objective.imitation_steps=[8,4,2]", "objective.on_policy_share=0.5"), "coarse"
+    ),
+    Arm("dmd", (*MATCH, "objective.dmd_ts_weight=1"), "coarse"),
+)
+
+
+def steps_for(study: Study, arm: Arm, forwards: float) -> Arm:
+    """The arm with as many updates as so many forwards allow."""
+    probe = Arm(arm.name, (*arm.overrides, "train.max_train_steps=200"), None)
+    count = max(1, round(forwards * 200 / study.forwards(probe)))
+    return Arm(arm.name, (*arm.overrides, f"train.max_train_steps={count}"), arm.start)
+
+
+def measure(study: Study, chosen: list[str], budget: float) -> dict[str, Any]:
+    study.teach()
+    study.train(Arm("coarse", (*PLAIN, f"train.coarse_steps={COARSE}", f"train.max_train_steps={COARSE}")))
+    rows = [Row("teacher", None), *(Row("teacher", n) for n in (8, 4, 2))]
+    rows += [Row("teacher", n, "consistency", accelerated=True) for n in (8, 4, 2)]
+    costs = {}
+    for who in ("coarse", *chosen):
+        if who != "coarse":
+            arm = steps_for(study, next(arm for arm in ARMS if arm.name == who), budget)
+            study.train(arm)
+            costs[who] = round(study.forwards(arm))
+        for n in (8, 4, 2):
+            if who in ("coarse", "coarse on"):
+                rows.append(Row(who, n, "consistency", accelerated=True))
+            rows.append(Row(who, n, "consistency" if who == "dmd" else "euler"))
+    scores = evaluate_methods(study.sample(rows))
+    table = [
+        {
+            "row": row.name,
+            "bcr": round(scores[row.name].bcr, 3),
+            "interval": [round(x, 3) for x in scores[row.name].bcr_interval],
+            "vsa": round(scores[row.name].vsa, 2),
+            "detail": round(scores[row.name].hf_ratio, 2),
+            "reasons": scores[row.name].reasons,
+        }
+        for row in rows
+    ]
+    return {
+        "effects": len(study.effects),
+        "scenes": {"use": study.scenes, "count": study.num_scenes},
+        "forwards": costs,
+        "machine": machine(),
+        "rows": table,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--effects", type=int, default=12)
+    parser.add_argument("--scenes", choices=("tune", "judge"), default="tune")
+    parser.add_argument("--num-scenes", type=int, default=4)
+    parser.add_argument("--arms", nargs="*", default=[arm.name for arm in ARMS])
+    parser.add_argument("--budget", type=float, default=BUDGET)
+    parser.add_argument("--figures", type=Path)
+    arguments = parser.parse_args()
+    names = effect_names(arguments.effects)
+    settings = ("targets.source=teachers",)
+    study = Study(arguments.run.resolve(), names, settings, scenes=arguments.scenes, num_scenes=arguments.num_scenes)
+    write_figures(arguments.figures, measure(study, arguments.arms, arguments.budget))
+
+
+if __name__ == "__main__":
+    main()
