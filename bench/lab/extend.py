@@ -120,7 +120,7 @@ def sample_collections(config: Config, before: Path, after: Path, scenes: dict[i
         console.print(f"sampling: {name}")
         modules = read_lora(path, workspace.adapters.module_shapes).modules
         workspace.adapters.add_lora(COLLECTION, modules)
-        method = collection_method(few, config.schedule.shift)
+        method = collection_method(few, config.schedule.shift, catalogue.sampler)
         images[name] = sample(workspace, method, old, 1)
         if name == "after":
             images[name] |= sample(workspace, method, added, NEW_NOISES)
@@ -133,7 +133,7 @@ def sample_collections(config: Config, before: Path, after: Path, scenes: dict[i
     fast = acceleration_of(config)
     assert fast is not None
     workspace.adapters.add_lora(ACCELERATION, read_lora(fast, workspace.adapters.module_shapes).modules)
-    stacked = next(m for m in methods(config, bank, joint=False, acceleration=True) if m.name == "teacher+accel")
+    stacked = next(m for m in methods(config, bank, [ACCELERATION]) if m.name == "teacher+accel")
     images["teachers, accelerated"] = sample(workspace, stacked, added, NEW_NOISES)
     return images
 

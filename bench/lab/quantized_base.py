@@ -80,7 +80,7 @@ def edit(
     workspace.backbone.free_encoders()
     modules = read_lora(collection_file(), workspace.adapters.module_shapes).modules
     workspace.adapters.add_lora(COLLECTION, modules)
-    method = collection_method(num_steps, config.schedule.shift)
+    method = collection_method(num_steps, config.schedule.shift, config.schedule.sampler)
     started = time.process_time()
     images = sample(workspace, method, examples)
     return images, num_bytes, (time.process_time() - started) / len(images)

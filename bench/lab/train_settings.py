@@ -66,7 +66,7 @@ def sample_all(config: Config, collections: dict[str, Path], scenes: dict[int, P
     workspace = open_base(config, Console(stderr=True))
     examples = {name: encode(workspace, prompts_of(path), scenes) for name, path in collections.items()}
     workspace.backbone.free_encoders()
-    method = collection_method(config.schedule.num_steps, config.schedule.shift)
+    method = collection_method(config.schedule.num_steps, config.schedule.shift, config.schedule.sampler)
     images = {}
     for name, path in collections.items():
         modules = read_lora(path, workspace.adapters.module_shapes).modules

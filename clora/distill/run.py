@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from clora.lora.adapters import slot_to_cpu
 from clora.lora.bank import TeacherBank
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.lora.files import read_lora, write_lora
-from clora.lora.module import join_modules
+from clora.lora.module import LoraModule, join_modules
 from clora.method.losses import Figures
 from clora.method.objective import AnchorLoss, ta_fm_loss
 from clora.method.prompts import EffectPrompt
@@ -87,6 +87,8 @@ def run_distillation(
                 grid = sample_grid(networks.student, distillation.models.backbone, distillation.batches)
             if grid is not None:
                 tracker.image("samples", grid, step)
+        if job == "train" and step == distillation.batches.coarse_steps < config.train.max_train_steps:
+            write_coarse(workspace, teachers)
 
     teachers = hash_files(teacher_files(config))  # as they are now: the catalogue must not depend on them at the end
     identity = workspace.hashes | {f"teacher of {name}": sha256 for name, sha256 in teachers.items()}
@@ -181,14 +183,28 @@ def write_student(workspace: Workspace, teachers: dict[str, str]) -> Path:
         if distributed.is_main():
             write_lora(path, modules, {"clora.role": "acceleration"})
         return path
+    path = config.output_dir / "collection.safetensors"
+    _write_effects(path, workspace, modules, teachers)
+    return path
+
+
+def write_coarse(workspace: Workspace, teachers: dict[str, str]) -> None:
+    """Write what the coarse stage made, without the acceleration LoRA, to `coarse.safetensors`: the student before any
+    distillation, to compare the collection with."""
+    modules = slot_to_cpu(workspace.adapters, STUDENT)  # of several processes each has it all
+    _write_effects(workspace.config.output_dir / "coarse.safetensors", workspace, modules, teachers)
+
+
+def _write_effects(
+    path: Path, workspace: Workspace, modules: Mapping[str, LoraModule], teachers: dict[str, str]
+) -> None:
+    """Write the modules with the catalogue of the run's effects; the first process does."""
+    config = workspace.config
     schedule = CatalogueSchedule(num_steps=config.schedule.num_steps, shift=config.schedule.shift)
     entries = catalogue_entries(config, list(workspace.prompts.values()), teachers)
-    path = config.output_dir / "collection.safetensors"
+    catalogue = Catalogue(base=config.base.model, schedule=schedule, sampler=config.schedule.sampler, effects=entries)
     if distributed.is_main():
-        sampler = config.schedule.sampler
-        catalogue = Catalogue(base=config.base.model, schedule=schedule, sampler=sampler, effects=entries)
         write_collection(path, modules, catalogue)
-    return path
 
 
 def catalogue_entries(

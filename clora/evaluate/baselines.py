@@ -2,10 +2,12 @@
 
 | method | adapters on the base | sampler |
 |---|---|---|
-| teacher-40x2 | the effect's LoRA | 40 Euler steps, guided |
+| teacher-40 | the effect's LoRA | 40 Euler steps; `x2` where they are guided |
 | teacher-8 | the effect's LoRA | 8 Euler steps |
 | teacher+accel | the effect's LoRA + the acceleration LoRA (Eq. 3) | 8 consistency steps |
 | joint-fm+accel | one flow-matching LoRA on all pairs + the acceleration LoRA | 8 consistency steps |
+| joint-fm (student prompts)+accel | the same, taught with the student's prompts | 8 consistency steps |
+| coarse+accel | the collection's own coarse stage + the acceleration LoRA: no distillation | 8 consistency steps |
 | collection | ONE distilled LoRA (Eq. 4) | 8 steps of its own sampler |
 
 Teachers are sampled as targets are (`targets` of the configuration): by default at the base's own noise levels.
@@ -13,8 +15,9 @@ Teachers are sampled as targets are (`targets` of the configuration): by default
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +30,7 @@ from clora.lora.bank import TeacherBank
 from clora.lora.slots import Slot
 
 ACCELERATION, JOINT, COLLECTION = "acceleration", "joint", "collection"
+JOINT_STUDENT, COARSE = "joint_student", "coarse"
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,15 @@ def collection_method(num_steps: int, shift: float, sampler: Sampler, role: str 
     return Method(COLLECTION, 1, few_step_sampling(num_steps, shift, sampler), role, lambda effects: [COLLECTION])
 
 
-def methods(config: Config, bank: TeacherBank, joint: bool, acceleration: bool) -> list[Method]:
-    """The methods that can run, in the table's order; slots named as this module's constants must be loaded."""
+STACKED = {  # one LoRA on all effects, with the acceleration LoRA on top: its slot, and which prompt it reads
+    "joint-fm+accel": (JOINT, "teacher"),
+    "joint-fm (student prompts)+accel": (JOINT_STUDENT, "student"),
+    "coarse+accel": (COARSE, "student"),
+}
+
+
+def methods(config: Config, bank: TeacherBank, loaded: Collection[str]) -> list[Method]:
+    """The methods that can run, in the table's order. `loaded`: which of this module's slots hold their LoRA."""
     count, steps, shift = len(config.effects), config.schedule.num_steps, config.schedule.shift
     many, few = teacher_sampling(config), few_step_sampling(steps, shift)
 
@@ -60,17 +71,21 @@ def methods(config: Config, bank: TeacherBank, joint: bool, acceleration: bool) 
 
     unguided = replace(many, num_steps=steps, guidance=1.0)
     found = [
-        Method(f"teacher-{many.num_steps}x2", count, many, "teacher", bank.slots_for),
+        Method(f"teacher-{many.num_steps}{'x2' if many.is_guided else ''}", count, many, "teacher", bank.slots_for),
         Method(f"teacher-{steps}", count, unguided, "teacher", bank.slots_for),
     ]
-    if acceleration:
+    if ACCELERATION in loaded:
         found.append(Method("teacher+accel", count + 1, few, "teacher", stacked))
-    if joint and acceleration:
-        found.append(Method("joint-fm+accel", 2, few, "teacher", lambda effects: [(JOINT, ACCELERATION)]))
-    found.append(
-        collection_method(steps, shift, config.schedule.sampler, "student" if config.objective.aop else "teacher")
-    )
+        for name, (slot, role) in STACKED.items():
+            if slot in loaded:
+                found.append(Method(name, 2, few, role, partial(_always, (slot, ACCELERATION))))
+    role = "student" if config.objective.aop else "teacher"
+    found.append(collection_method(steps, shift, config.schedule.sampler, role))
     return found
+
+
+def _always(slot: Slot, effects: Sequence[str | None]) -> list[Slot]:
+    return [slot]
 
 
 def sample_examples(

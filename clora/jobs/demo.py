@@ -31,7 +31,17 @@ from clora.distill.opened import OpenBase
 from clora.distill.run import open_bank
 from clora.distill.workspace import open_base, open_workspace
 from clora.errors import InputErrors
-from clora.evaluate.baselines import ACCELERATION, COLLECTION, JOINT, Method, methods, sample_examples
+from clora.evaluate.baselines import (
+    ACCELERATION,
+    COARSE,
+    COLLECTION,
+    JOINT,
+    JOINT_STUDENT,
+    STACKED,
+    Method,
+    methods,
+    sample_examples,
+)
 from clora.evaluate.exact import Outputs, evaluate_methods
 from clora.evaluate.report import Curve, MethodRow, PhaseRow, Report, write_report
 from clora.io.atomic import write_text
@@ -150,6 +160,7 @@ def run_demo(
     phases.run("teach", lambda: teach(config, resume="latest", console=console))
     phases.run("distil", lambda: train(config, resume="latest", console=console))
     phases.run("joint-fm", lambda: train_joint(config, console))
+    phases.run("joint-fm (student prompts)", lambda: train_control(config, console))
     phases.run("sample", lambda: sample_all(config, scale, out, console))
     phases.run("score", lambda: score(out))
     return report(config, out, phases)
@@ -190,6 +201,24 @@ def train_joint(config: Config, console: Console) -> None:
     teach_joint(open_workspace(check_teaching(config, config.effects), console), "latest", console)
 
 
+def train_control(config: Config, console: Console) -> None:
+    """The collection's own coarse stage, drawn out until it has cost as many forwards as the whole distillation: what
+    is left of the collection when distillation is taken away. To `joint_student/collection.safetensors`."""
+    steps = round(distillation_forwards(config) / joint_step_forwards(config))
+    out = config.output_dir / JOINT_STUDENT
+    out.mkdir(exist_ok=True)
+    if not (cache := out / "cache").exists():
+        cache.symlink_to("../cache", target_is_directory=True)  # images are encoded once
+    effects = [effect.model_dump() | {"lora": config.teacher_path(effect)} for effect in config.effects]
+    config = config.with_values(
+        output_dir=out,
+        effects=effects,
+        student={"acceleration": None},
+        train={"max_train_steps": steps, "coarse_steps": steps, "ema_start": 0},
+    )
+    train(config, resume="latest", console=console)
+
+
 def sample_all(config: Config, scale: Scale, out: Path, console: Console) -> None:
     """Every method's images of every effect on the held-out scenes, to `samples/METHOD.npz`, with times."""
     sources = {EVAL_SCENES + i: out / "data" / "held_out" / f"{i:03d}.png" for i in range(scale.eval_sources)}
@@ -228,14 +257,19 @@ def encode_held_out(workspace: OpenBase, sources: dict[int, Path]) -> dict[tuple
 def load_methods(workspace: OpenBase, out: Path) -> list[Method]:
     """Load every adapter a method needs into slots of its own."""
     adapters, accelerate = workspace.adapters, acceleration_lora(workspace.config.base.model)
-    files = {COLLECTION: out / "collection.safetensors", JOINT: out / "joint.safetensors"}
+    files = {
+        COLLECTION: out / "collection.safetensors",
+        JOINT: out / "joint.safetensors",
+        JOINT_STUDENT: out / JOINT_STUDENT / "collection.safetensors",
+        COARSE: out / "coarse.safetensors",
+    }
     if accelerate is not None:
         files[ACCELERATION] = accelerate
     for slot, path in files.items():
         adapters.add_lora(slot, read_lora(path, adapters.module_shapes).modules)
     bank = open_bank(workspace)
     assert bank is not None
-    return methods(workspace.config, bank, joint=True, acceleration=accelerate is not None)
+    return methods(workspace.config, bank, files)
 
 
 Images = dict[tuple[str, int], NDArray[np.uint8]]
@@ -266,7 +300,7 @@ def read_samples(folder: Path) -> Iterator[tuple[str, dict[str, Any], Outputs]]:
         yield path.stem, figures, outputs
 
 
-ORDER = ("teacher-40x2", "teacher-8", "teacher+accel", "joint-fm+accel", "collection")
+ORDER = ("teacher-40", "teacher-8", "teacher+accel", *STACKED, "collection")
 
 
 def score(out: Path) -> None:

@@ -14,7 +14,17 @@ from clora.backbones.load import load_backbone
 from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.config import build_config
 from clora.data.examples import Example, collate
-from clora.evaluate.baselines import COLLECTION, Method, collection_method, methods, sample_examples
+from clora.evaluate.baselines import (
+    ACCELERATION,
+    COARSE,
+    COLLECTION,
+    JOINT,
+    JOINT_STUDENT,
+    STACKED,
+    collection_method,
+    methods,
+    sample_examples,
+)
 from clora.inference.sampling import Sampling, sample
 
 
@@ -29,23 +39,28 @@ def test_methods_sample_teachers_as_targets_and_the_rest_in_few_steps() -> None:
     values = {"preset": "clora", "base": "tiny", "output_dir": ".", "schedule": {"num_steps": 4, "shift": 5.0}}
     effects = [{"name": name, "prompt": name} for name in ("a", "b", "c")]
     bank: Any = Bank()
-    found = {m.name: m for m in methods(build_config(values | {"effects": effects}), bank, True, True)}
-    assert list(found) == ["teacher-40x2", "teacher-4", "teacher+accel", "joint-fm+accel", "collection"]
-    assert {name: (m.nfe, m.num_loras) for name, m in found.items()} == {
-        "teacher-40x2": (80, 3), "teacher-4": (4, 3), "teacher+accel": (4, 4), "joint-fm+accel": (4, 2),
-        "collection": (4, 1),
+    loaded = [ACCELERATION, JOINT, JOINT_STUDENT, COARSE]
+    found = {m.name: m for m in methods(build_config(values | {"effects": effects}), bank, loaded)}
+    assert {name: (m.nfe, m.num_loras, m.role) for name, m in found.items()} == {
+        "teacher-40x2": (80, 3, "teacher"), "teacher-4": (4, 3, "teacher"), "teacher+accel": (4, 4, "teacher"),
+        "joint-fm+accel": (4, 2, "teacher"), "joint-fm (student prompts)+accel": (4, 2, "student"),
+        "coarse+accel": (4, 2, "student"), "collection": (4, 1, "student"),
     }  # fmt: skip
+    slots = {name: found[name].slots_for(["a", None]) for name in STACKED}
+    assert list(slots.values()) == [[(slot, "acceleration")] for slot in ("joint", "joint_student", "coarse")]
     few = Sampling("consistency", 4, 5.0)
     assert found["teacher-40x2"].sampling == Sampling("euler", 40, None, 4.0, "norm", " ")
     assert found["teacher-4"].sampling == Sampling("euler", 4, None, 1.0, "norm", " ")
     assert all(found[name].sampling == few for name in ("teacher+accel", "joint-fm+accel", "collection"))
     assert found["teacher+accel"].slots_for(["a", None]) == [("a", "acceleration"), "acceleration"]
     assert found["collection"].role == "student" and found["teacher-4"].role == "teacher"
-    assert [m.name for m in methods(build_config(values), bank, False, False)][-1] == "collection"
+    unguided = methods(build_config(values | {"targets": {"guidance": 1.0}}), bank, [])
+    assert [m.name for m in unguided] == ["teacher-40", "teacher-4", "collection"]
 
 
 def test_collection_method_is_the_collections_slot_in_its_own_steps() -> None:
-    method = collection_method(8, 3.0)
+    assert collection_method(4, 2.0, "euler").sampling == Sampling("euler", 4, 2.0)
+    method = collection_method(8, 3.0, "consistency")
     assert (method.name, method.num_loras, method.nfe, method.role) == ("collection", 1, 8, "student")
     assert method.sampling == Sampling("consistency", 8, 3.0) and method.slots_for(["a", "b"]) == [COLLECTION]
 

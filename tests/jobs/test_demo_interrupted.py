@@ -20,7 +20,8 @@ from clora.training.tracker import read_log
 TINY = ("train.checkpointing_steps=1", "train.max_train_steps=4", "train.coarse_steps=2", "train.critic_updates=1",
         "train.batch_size=1", "train.anchor_batch_size=2", "teach.max_train_steps=4", "targets.num_steps=2",
         "schedule.num_steps=2")  # fmt: skip
-PHASES = ("dataset", "validate", "teach", "distil", "joint-fm", "sample", "score")
+CONTROL = "joint-fm (student prompts)"
+PHASES = ("dataset", "validate", "teach", "distil", "joint-fm", CONTROL, "sample", "score")
 
 
 def stop_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +44,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("teach", teaching, "apply_gradients", 3),
         ("distil", step, "apply_gradients", 3),
         ("joint-fm", teaching, "apply_gradients", 3),
+        (CONTROL, step, "apply_gradients", 3),
         ("sample", demo, "sample_held_out", 2),
         ("score", demo, "evaluate_methods", 0),
     ):
@@ -78,7 +80,7 @@ def test_demo_goes_on_when_interrupted_in_each_phase(tmp_path: Path, monkeypatch
         before = phase
     said = run("parts")
     assert "score: was interrupted after" in said and "sample: done before" in said
-    for title in ("teach", "train", "joint"):
+    for title in ("teach", "train", "joint", "joint_student/train"):
         logs = [[row | {"seconds": 0} for row in read_log(tmp_path / out / title)] for out in ("whole", "parts")]
         assert logs[0] == logs[1] and logs[0]
     tables = []
