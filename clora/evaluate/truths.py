@@ -1,7 +1,8 @@
-"""The truth of one source of the tiny world, and verdicts on outputs: bad cases and subject alignment.
+"""The truth of one source of the tiny world: draws of every effect, and the bounds of a good output.
 
-docs/METRICS.md has the rules and how often they are right. Images are (H, W, 3) float32 RGB in [0, 1],
-H = W a multiple of 64. Shape legend: N images, K draws of an effect, F features, H W pixels.
+`clora.evaluate.verdicts` judges by them; docs/METRICS.md has the rules and how often they are right. Images are
+(H, W, 3) float32 RGB in [0, 1], H = W a multiple of 64. Shape legend: N images, K draws of an effect, F features,
+H W pixels.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from clora.evaluate.metrics.detail import Detail, detail
 from clora.evaluate.metrics.distance import cityblock, embed, energy_distance, places
-from clora.evaluate.metrics.image import LUMA, disturbed, ssim_map, ssim_window
+from clora.evaluate.metrics.image import LUMA, disturbed
 from clora.tiny.effects.table import EFFECTS, Effect, apply_effect
 from clora.tiny.world.drawing import Array, f32
 from clora.tiny.world.scenes import Rendered, render, sample_scene
@@ -22,11 +24,13 @@ from clora.tiny.world.scenes import Rendered, render, sample_scene
 SOURCE = "source"  # the class of the untouched source
 STALE_DRAWS = 64  # so many repeated outcomes in a row: an effect has no others
 NUM_FRESH = 12  # fresh draws behind every bound
-TOO_FAR = 1.3  # an output may be so many times as far as the farthest disturbed fresh draw
-DECIDED = 0.7  # and must be so many times as far from the mean outcome as the nearest draw
-CONFUSED = 0.25  # a pair is ambiguous when more than this share of fresh draws is mistaken
-
-Reason = Literal["", "wrong effect", "untouched", "too far", "mixed", "averaged"]
+# Bounds, as multiples of the median over fresh draws; the figures behind them are in docs/METRICS.md.
+TOO_FAR = 1.5  # of a disturbed draw's D
+MIXED = 2.0  # of its distance where outcomes differ
+BETWEEN = 1.75  # of that distance over the distance from the mean outcome
+DECIDED = 0.9  # of the least distance from the mean outcome that any draw has
+KEPT = 0.6  # of the detail that an undisturbed draw keeps
+NOISY = 2.0  # of the energy of its detail
 
 
 def _rng(effect: str, source_seed: int, purpose: int, index: int) -> np.random.Generator:
@@ -38,9 +42,12 @@ class Calibration(NamedTuple):
 
     far: float  # a good outcome's D to its nearest draw is at most this
     mixed: float  # the same, only where outcomes differ (inf for deterministic effects)
+    between: float  # and over its distance from the mean outcome there (inf for deterministic effects)
     decided: float  # a good outcome is at least this far from the mean outcome there (-inf for deterministic ones)
     confused: float  # share of fresh draws, gently disturbed, nearest to another class
-    structure: float  # SSIM of a fresh draw to the draws, place by place
+    kept: float  # a good outcome keeps at least this much detail
+    noisy: float  # and has at most this much energy of detail
+    subject: float  # detail of the subject that a fresh draw keeps
 
 
 class Truths:
@@ -130,17 +137,22 @@ class Truths:
             classes = self.class_distances(embed(np.stack(softer))).argmin(axis=1)
             fresh = np.stack([disturbed(clean[i % len(clean)], rng) for i in range(NUM_FRESH)])
             distances = cityblock(embed(fresh), self.features[effect]).min(axis=1)
-            mixed, decided = math.inf, -math.inf
+            mixed, between, decided = math.inf, math.inf, -math.inf
             if self.is_random(effect):
                 apart, away = self.randomness(fresh, effect)
                 least = min(away.min(), self.randomness(self.draws[effect], effect)[1].min())
-                mixed, decided = TOO_FAR * float(apart.max()), DECIDED * float(least)
+                mixed, between = MIXED * float(np.median(apart)), BETWEEN * float(np.median(apart / away))
+                decided = DECIDED * float(least)
+            kept, energy = np.median([detail(image, self.draws[effect]) for image in clean], axis=0)
             self._calibrations[effect] = Calibration(
-                far=TOO_FAR * float(distances.max()),
+                far=TOO_FAR * float(np.median(distances)),
                 mixed=mixed,
+                between=between,
                 decided=decided,
                 confused=float((classes != self.names.index(effect)).mean()),
-                structure=float(np.median([self.structure(image, effect) for image in clean[:4]])),
+                kept=KEPT * float(kept),
+                noisy=NOISY * float(energy),
+                subject=float(np.median([self.subject_detail(image, effect).kept for image in clean[:4]])),
             )
         return self._calibrations[effect]
 
@@ -163,85 +175,13 @@ class Truths:
         """The place in `draws[effect]` of the outcome nearest to an output (H, W, 3)."""
         return int(cityblock(embed(output[None]), self.features[effect])[0].argmin())
 
-    def structure(self, output: Array, effect: str) -> float:
-        """SSIM to the best draw at each place, averaged over the subject as it lies in the nearest draw."""
-        best = ssim_map(output, self.draws[effect]).max(axis=0)
-        weights = ssim_window(self.subject_mask(effect, self.nearest_draw(output, effect)))
-        return float((best * weights).sum(dtype=np.float64) / weights.sum(dtype=np.float64))
+    def subject_detail(self, output: Array, effect: str) -> Detail:
+        """`detail` of an output (H, W, 3) where the subject lies in the nearest draw."""
+        mask = self.subject_mask(effect, self.nearest_draw(output, effect))
+        return detail(output, self.draws[effect], mask)
 
     def energy_distance(self, outputs_NHW3: Array, effect: str) -> float:
         """`distribution_distance` of outputs (two or more seeds) from 32 fresh draws, embedded once."""
         if effect not in self._references:
             self._references[effect] = embed(self.fresh_draws(effect, 32, first=1000))
         return energy_distance(embed(outputs_NHW3), self._references[effect])
-
-
-class BadCase(NamedTuple):
-    """A verdict: `nearest` class, `distance` D to the asked effect's truth, `reason` ("" for a good case)."""
-
-    bad: bool
-    nearest: str
-    distance: float
-    reason: Reason
-
-
-def bad_cases(outputs_NHW3: Array, truths: Truths, effect: str) -> list[BadCase]:
-    """A verdict on each output (N, H, W, 3) of an effect. An output is bad when, in this order,
-
-    - its nearest truth is another effect's ("wrong effect") or the source ("untouched");
-    - it is farther from its truth than 1.3 times the farthest of twelve disturbed fresh draws ("too far");
-    - the same, looking only where outcomes differ ("mixed": colours or places that no outcome has);
-    - where outcomes differ, it is nearer to their mean than 0.7 times any draw, disturbed or not ("averaged").
-
-    Raises ValueError for an effect that `truths` does not hold, or an image that is not finite.
-    """
-    if effect not in truths.names[1:]:
-        raise ValueError(f"effect {effect!r} is not among the truths of source {truths.source_seed}")
-    bounds, own = truths.calibration(effect), truths.names.index(effect)
-    outputs = f32(outputs_NHW3)
-    distances = truths.class_distances(embed(outputs))
-    apart, away = truths.randomness(outputs, effect)
-    verdicts = []
-    for row, gap, decided in zip(distances, apart, away, strict=True):
-        nearest, reason = (
-            truths.names[int(row.argmin())],
-            _reason(bounds, float(row[own]), float(gap), float(decided)),
-        )
-        if nearest != effect:
-            reason = "untouched" if nearest == SOURCE else "wrong effect"
-        verdicts.append(BadCase(reason != "", nearest, float(row[own]), reason))
-    return verdicts
-
-
-def _reason(bounds: Calibration, distance: float, apart: float, away: float) -> Reason:
-    if distance > bounds.far:
-        return "too far"
-    return "mixed" if apart > bounds.mixed else "averaged" if away < bounds.decided else ""
-
-
-def bad_case(output: Array, truths: Truths, effect: str) -> BadCase:
-    """The verdict of `bad_cases` on one output (H, W, 3)."""
-    return bad_cases(output[None], truths, effect)[0]
-
-
-def vsa(output: Array, truths: Truths, effect: str) -> float:
-    """Subject alignment, 0 to 5: zero for a bad case, otherwise 5 x structure kept.
-
-    Structure is the SSIM at each place to whichever valid outcome is most alike there, averaged over the
-    subject as it lies in the nearest outcome, over the same figure of fresh draws (1 for a deterministic
-    effect).
-    """
-    if bad_case(output, truths, effect).bad:
-        return 0.0
-    return subject_structure(output, truths, effect)
-
-
-def subject_structure(output: Array, truths: Truths, effect: str) -> float:
-    """`vsa` without its first clause: 5 x structure kept, whether or not the output is a bad case."""
-    kept = truths.structure(f32(output), effect) / truths.calibration(effect).structure
-    return 5.0 * min(max(kept, 0.0), 1.0)
-
-
-def ambiguous(truths: Truths, effect: str) -> bool:
-    """Whether more than a quarter of fresh, gently disturbed truths would be taken for another class."""
-    return truths.calibration(effect).confused > CONFUSED

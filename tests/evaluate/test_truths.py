@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from clora.evaluate.metrics.image import disturbed
-from clora.evaluate.truths import Truths, ambiguous, bad_case, bad_cases, subject_structure, vsa
+from clora.evaluate.truths import Truths
+from clora.evaluate.verdicts import ambiguous, bad_case, bad_cases, subject_structure, vsa
 from clora.tiny.effects import EFFECTS
 
 FEW = (
