@@ -24,17 +24,24 @@ from clora.tiny.world.scenes import Rendered, render, sample_scene
 SOURCE = "source"  # the class of the untouched source
 STALE_DRAWS = 64  # so many repeated outcomes in a row: an effect has no others
 NUM_FRESH = 12  # fresh draws behind every bound
+NUM_SEEN = 48  # and fresh draws that no bound on where outcomes differ may refuse
 # Bounds, as multiples of the median over fresh draws; the figures behind them are in docs/METRICS.md.
 TOO_FAR = 1.5  # of a disturbed draw's D
 MIXED = 2.0  # of its distance where outcomes differ
 BETWEEN = 1.75  # of that distance over the distance from the mean outcome
 DECIDED = 0.9  # of the least distance from the mean outcome that any draw has
 KEPT = 0.6  # of the detail that an undisturbed draw keeps
-NOISY = 2.0  # of the energy of its detail
+NOISY = 2.0  # of the energy of detail of the liveliest undisturbed draw
+SEEN = 1.1  # no bound is tighter than this times the worst undisturbed draw
 
 
 def _rng(effect: str, source_seed: int, purpose: int, index: int) -> np.random.Generator:
     return np.random.default_rng((zlib.crc32(effect.encode()), source_seed, purpose, index))
+
+
+def _bound(factor: float, disturbed_N: Array, clean_N: Array) -> float:
+    """So many times the median disturbed draw, or what the worst of the undisturbed ones needs."""
+    return max(factor * float(np.median(disturbed_N)), SEEN * float(clean_N.max()))
 
 
 class Calibration(NamedTuple):
@@ -131,27 +138,29 @@ class Truths:
         `confused` counts a gentler disturbance (blur .6, noise .02, light .04) than the bounds allow.
         """
         if effect not in self._calibrations:
-            clean = self.fresh_draws(effect, NUM_FRESH if self.is_random(effect) else 1)
+            seen = self.fresh_draws(effect, NUM_SEEN if self.is_random(effect) else 1)
+            clean = seen[:NUM_FRESH]
             rng = _rng(effect, self.source_seed, 2, 0)
             softer = [disturbed(clean[i % len(clean)], rng, 0.6, 0.02, 0.04) for i in range(NUM_FRESH)]
             classes = self.class_distances(embed(np.stack(softer))).argmin(axis=1)
             fresh = np.stack([disturbed(clean[i % len(clean)], rng) for i in range(NUM_FRESH)])
-            distances = cityblock(embed(fresh), self.features[effect]).min(axis=1)
+            distances, plain = (cityblock(embed(x), self.features[effect]).min(axis=1) for x in (fresh, clean))
             mixed, between, decided = math.inf, math.inf, -math.inf
             if self.is_random(effect):
                 apart, away = self.randomness(fresh, effect)
                 least = min(away.min(), self.randomness(self.draws[effect], effect)[1].min())
-                mixed, between = MIXED * float(np.median(apart)), BETWEEN * float(np.median(apart / away))
+                gap, out = self.randomness(seen, effect)
+                mixed, between = _bound(MIXED, apart, gap), _bound(BETWEEN, apart / away, gap / out)
                 decided = DECIDED * float(least)
-            kept, energy = np.median([detail(image, self.draws[effect]) for image in clean], axis=0)
+            kept, energy = np.array([detail(image, self.draws[effect]) for image in clean]).T
             self._calibrations[effect] = Calibration(
-                far=TOO_FAR * float(np.median(distances)),
+                far=_bound(TOO_FAR, distances, plain),
                 mixed=mixed,
                 between=between,
                 decided=decided,
                 confused=float((classes != self.names.index(effect)).mean()),
-                kept=KEPT * float(kept),
-                noisy=NOISY * float(energy),
+                kept=KEPT * float(np.median(kept)),
+                noisy=NOISY * float(energy.max()),
                 subject=float(np.median([self.subject_detail(image, effect).kept for image in clean[:4]])),
             )
         return self._calibrations[effect]
