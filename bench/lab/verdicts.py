@@ -1,4 +1,4 @@
-"""How often is the verdict right? `python -m bench.lab.verdicts [--scenes N] [--json]`, five minutes of a CPU.
+"""How often is the verdict right? `python -m bench.lab.verdicts [--scenes N] [--json]`, ten minutes of a CPU.
 
 Truths of every effect that the bounds have not seen, disturbed in ways whose verdict is known, on scenes that set no
 bound: the share judged good by kind of disturbance, the reasons given, and VSA and the detail error that stand beside
@@ -26,8 +26,7 @@ from clora.backbones.load import load_backbone
 from clora.data.image_grid import grid_image
 from clora.evaluate.metrics.detail import detail
 from clora.evaluate.metrics.image import detail_error, disturbed, hf_ratio
-from clora.evaluate.truths import KEPT, Truths
-from clora.evaluate.verdicts import bad_cases, subject_structure
+from clora.evaluate.truths import KEPT, Truths, bad_cases, subject_structure
 from clora.tiny.images import to_uint8
 from clora.tiny.world.drawing import Array, f32
 

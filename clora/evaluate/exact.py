@@ -25,8 +25,7 @@ from clora.evaluate.metrics.image import (
     ssim,
 )
 from clora.evaluate.statistics import Difference, bootstrap_interval, paired_difference
-from clora.evaluate.truths import Truths
-from clora.evaluate.verdicts import ambiguous, bad_cases, subject_structure
+from clora.evaluate.truths import Truths, ambiguous, bad_cases, subject_structure
 
 Pair = tuple[str, int]  # effect, source seed
 Outputs = Mapping[Pair, Sequence[NDArray[Any]]]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from clora.data.image_grid import Grid, Pixels, png_data_uri
 from clora.evaluate.exact import MethodScores
-from clora.evaluate.verdicts import Reason
+from clora.evaluate.truths import Reason
 from clora.io.atomic import write_text
 
 REASONS = [reason for reason in get_args(Reason) if reason]
@@ -203,13 +203,13 @@ MEASURES = (
     Measure("bcr", "BCR", "bad-case rate: lower is better", "low", ".3f"),
     Measure("vsa", "VSA", "subject alignment, 0 to 5: higher is better", "high", ".2f"),
     Measure("detail_error", "Detail", "dB that fine detail is off by, either way: lower is better", "low", ".1f"),
+    Measure(
+        "hf_ratio", "HF", "high-frequency energy over the truth's, errors either way averaged: 1 is right", "one", ".2f"
+    ),
     Measure("l1", "L1", "deterministic effects: lower is better", "low", ".4f"),
     Measure("psnr", "PSNR", "dB, deterministic effects: higher is better", "high", ".1f"),
     Measure("ssim", "SSIM", "deterministic effects: higher is better", "high", ".3f"),
     Measure("energy_distance", "Energy", "random effects: 0 is right, 1 a single outcome", "low", ".3f"),
-    Measure(
-        "hf_ratio", "HF", "high-frequency energy over the truth's, errors either way averaged: 1 is right", "one", ".2f"
-    ),
     Measure("seconds_per_image", "s / image", "seconds per image", "low", ".3f"),
 )
 
