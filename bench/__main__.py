@@ -17,6 +17,7 @@ BENCHES = (
     "lab.groups",
     "lab.quantized_base",
     "lab.tiny_base",
+    "lab.verdicts",
     "serving.sampler",
     "training.joint",
     "training.tiny_step",

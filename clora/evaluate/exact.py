@@ -1,26 +1,35 @@
 """Exact scores of a method on the tiny world: bad-case rate, subject alignment, distances to the truth.
 
-Pure functions over images; nothing here runs a model. The measures are in `clora.evaluate.metrics.image` and `truths`.
+Pure functions over images; nothing here runs a model. Measures are in `clora.evaluate.metrics`.
 Images are (H, W, 3), float32 in [0, 1] or uint8. A *pair* is one effect on one source, an output per seed.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clora.evaluate.metrics.image import PSNR_CAP, as_image, hf_ratio, l1, psnr, ssim
-from clora.evaluate.statistics import bootstrap_interval
-from clora.evaluate.truths import Truths, ambiguous, bad_case, subject_structure
+from clora.evaluate.metrics.image import (
+    PSNR_CAP,
+    as_image,
+    detail_error,
+    geometric_mean,
+    hf_ratio,
+    l1,
+    psnr,
+    ssim,
+)
+from clora.evaluate.statistics import Difference, bootstrap_interval, paired_difference
+from clora.evaluate.truths import Truths, ambiguous, bad_cases, subject_structure
 
 Pair = tuple[str, int]  # effect, source seed
 Outputs = Mapping[Pair, Sequence[NDArray[Any]]]
+REFERENCE = "collection"  # the method that others are compared with, where it is among them
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,26 @@ class PairScores:
     energy_distance: float | None  # random effects with two outputs or more
 
 
+# The figures that stand together, and their values output by output: each alone can be flattered.
+FIGURES: dict[str, Callable[[PairScores], Sequence[float]]] = {
+    "bcr": lambda pair: pair.bad,
+    "vsa": lambda pair: pair.vsa,
+    "detail_error": lambda pair: [detail_error([ratio]) for ratio in pair.hf_ratio],
+}
+
+
 @dataclass(frozen=True)
 class Scores:
     """Means over outputs. None stands where nothing defines a figure.
 
-    `bcr` in [0, 1]; `vsa` in [0, 5]; `hf_ratio` the geometric mean; `l1`, `psnr` (dB) and `ssim` over
+    `bcr` in [0, 1]; `vsa` in [0, 5]; `detail_error` in dB, see `clora.evaluate.metrics.image.detail_error`;
+    `hf_ratio` the geometric mean of the ratios behind it; `l1`, `psnr` (dB) and `ssim` over
     deterministic effects only; `energy_distance` over the pairs of random effects.
     """
 
     bcr: float
     vsa: float
+    detail_error: float
     hf_ratio: float
     l1: float | None
     psnr: float | None
@@ -64,6 +83,8 @@ class MethodScores(Scores):
 
     `left_out` are the pairs whose truth cannot be told from another class: they are in none of the figures.
     `reasons` counts bad cases by reason, `confusions` the wrong outputs by effect and nearest class.
+    `differences` are those to `reference`, a method that made the same outputs, by `FIGURES`; empty where none was
+    named.
     """
 
     bcr_interval: tuple[float, float]
@@ -71,6 +92,8 @@ class MethodScores(Scores):
     reasons: dict[str, int]
     confusions: dict[str, dict[str, int]]
     per_effect: dict[str, Scores]
+    reference: str = ""
+    differences: dict[str, Difference] = field(default_factory=dict)
 
     @property
     def num_left_out(self) -> int:
@@ -82,7 +105,7 @@ def score_pair(outputs: Sequence[NDArray[Any]], truths: Truths, effect: str) -> 
     if not outputs:
         raise ValueError(f"effect {effect!r} on source {truths.source_seed} has no output to score")
     images = [as_image(output) for output in outputs]
-    verdicts = [bad_case(image, truths, effect) for image in images]
+    verdicts = bad_cases(np.stack(images), truths, effect)
     draws, exact = truths.draws[effect], not truths.is_random(effect)
     return PairScores(
         effect=effect,
@@ -121,11 +144,17 @@ def evaluate_outputs(outputs: Outputs, truths: Mapping[int, Truths]) -> MethodSc
 
 
 def evaluate_methods(
-    methods: Mapping[str, Outputs], effects: Sequence[str] | None = None, num_draws: int = 32, size: int = 64
+    methods: Mapping[str, Outputs],
+    effects: Sequence[str] | None = None,
+    num_draws: int = 32,
+    size: int = 64,
+    reference: str = REFERENCE,
 ) -> dict[str, MethodScores]:
     """`evaluate_outputs` of several methods, with the truths of only one source in memory at a time.
 
     `effects` are the classes an output may be mistaken for, besides the source: the whole world when None.
+    Each method's paired differences to the method named `reference` stand with its figures where both have a pair,
+    with as many outputs.
     """
     pairs: dict[str, list[PairScores]] = {name: [] for name in methods}
     left_out: dict[str, list[Pair]] = {name: [] for name in methods}
@@ -139,7 +168,30 @@ def evaluate_methods(
                     left_out[name].append((effect, seed))
                 else:
                     pairs[name].append(score_pair(outputs[effect, seed], truths, effect))
-    return {name: summarise(pairs[name], left_out[name]) for name in methods}
+    scores = {name: summarise(pairs[name], left_out[name]) for name in methods}
+    if reference not in methods:
+        return scores
+    return {
+        name: replace(row, reference=reference, differences=differences(pairs[name], pairs[reference]))
+        if name != reference
+        else row
+        for name, row in scores.items()
+    }
+
+
+def differences(ours: Sequence[PairScores], reference: Sequence[PairScores]) -> dict[str, Difference]:
+    """Paired differences of `FIGURES`, ours minus the reference's, over the pairs that both have outputs of.
+
+    Empty when there are none. Raises ValueError when a pair has more outputs of one than of the other.
+    """
+    others = {(pair.effect, pair.source_seed): pair for pair in reference}
+    both = [(pair, others[key]) for pair in ours if (key := (pair.effect, pair.source_seed)) in others]
+    if not both:
+        return {}
+    return {
+        name: paired_difference([values(a) for a, _ in both], [values(b) for _, b in both])
+        for name, values in FIGURES.items()
+    }
 
 
 def summarise(pairs: Sequence[PairScores], left_out: Sequence[Pair] = ()) -> MethodScores:
@@ -172,10 +224,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _scores(pairs: Sequence[PairScores]) -> Scores:
     bad = [flag for pair in pairs for flag in pair.bad]
+    ratios = [value for pair in pairs for value in pair.hf_ratio]
     return Scores(
         bcr=float(np.mean(bad)),
         vsa=float(np.mean([value for pair in pairs for value in pair.vsa])),
-        hf_ratio=math.exp(float(np.mean([math.log(value) for pair in pairs for value in pair.hf_ratio]))),
+        detail_error=detail_error(ratios),
+        hf_ratio=geometric_mean(ratios),
         l1=_mean([value for pair in pairs for value in pair.l1]),
         psnr=_mean([value for pair in pairs for value in pair.psnr]),
         ssim=_mean([value for pair in pairs for value in pair.ssim]),

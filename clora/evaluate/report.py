@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jinja2
 import numpy as np
@@ -19,9 +19,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from clora.data.image_grid import Grid, Pixels, png_data_uri
 from clora.evaluate.exact import MethodScores
+from clora.evaluate.truths import Reason
 from clora.io.atomic import write_text
 
+REASONS = [reason for reason in get_args(Reason) if reason]
 PALETTE = ("#c2410c", "#0f766e", "#1d4ed8", "#a16207", "#7e22ce", "#be123c", "#4d7c0f", "#475569")
+
+
+class Change(BaseModel):
+    """A paired difference, and its 95 % bootstrap interval (None for a single pair)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mean: float
+    interval: tuple[float, float] | None
 
 
 class MethodRow(BaseModel):
@@ -35,10 +46,11 @@ class MethodRow(BaseModel):
     bcr: float = Field(description="bad-case rate in [0, 1]")
     bcr_interval: tuple[float, float] | None = Field(None, description="95 % bootstrap interval of bcr")
     vsa: float = Field(description="subject alignment in [0, 5]")
+    detail_error: float | None = Field(None, description="dB: mean |10 log10| of output by output hf_ratio; 0 is right")
     l1: float | None = None
     psnr: float | None = Field(None, description="dB, deterministic effects only, as l1 and ssim")
     ssim: float | None = None
-    hf_ratio: float | None = Field(None, description="high-frequency energy over the truth's; 1 is right")
+    hf_ratio: float | None = Field(None, description="high-frequency energy over the truth's, geometric mean")
     energy_distance: float | None = Field(None, description="random effects; 0 is right, 1 a single outcome")
     seconds_per_image: float | None = None
     num_outputs: int = 0
@@ -48,6 +60,10 @@ class MethodRow(BaseModel):
         default_factory=dict, description="outputs nearest to another class, by effect and class"
     )
     effect_bcr: dict[str, float] = Field(default_factory=dict, description="bad-case rate of each effect")
+    reference: str = Field("", description="the method that `differences` are to, on the same outputs")
+    differences: dict[str, Change] = Field(
+        default_factory=dict, description="this method's bcr, vsa and detail_error minus the reference's"
+    )
 
     @classmethod
     def from_scores(
@@ -67,6 +83,7 @@ class MethodRow(BaseModel):
             bcr=scores.bcr,
             bcr_interval=scores.bcr_interval,
             vsa=scores.vsa,
+            detail_error=scores.detail_error,
             l1=scores.l1,
             psnr=scores.psnr,
             ssim=scores.ssim,
@@ -78,6 +95,11 @@ class MethodRow(BaseModel):
             reasons=scores.reasons,
             confusions=scores.confusions,
             effect_bcr={effect: row.bcr for effect, row in scores.per_effect.items()},
+            reference=scores.reference,
+            differences={
+                figure: Change(mean=change.mean, interval=change.interval)
+                for figure, change in scores.differences.items()
+            },
         )
 
 
@@ -180,11 +202,14 @@ MEASURES = (
     Measure("num_loras", "LoRAs", "files held by a server to offer all effects", "low", "d"),
     Measure("bcr", "BCR", "bad-case rate: lower is better", "low", ".3f"),
     Measure("vsa", "VSA", "subject alignment, 0 to 5: higher is better", "high", ".2f"),
+    Measure("detail_error", "Detail", "dB that fine detail is off by, either way: lower is better", "low", ".1f"),
+    Measure(
+        "hf_ratio", "HF", "high-frequency energy over the truth's, errors either way averaged: 1 is right", "one", ".2f"
+    ),
     Measure("l1", "L1", "deterministic effects: lower is better", "low", ".4f"),
     Measure("psnr", "PSNR", "dB, deterministic effects: higher is better", "high", ".1f"),
     Measure("ssim", "SSIM", "deterministic effects: higher is better", "high", ".3f"),
     Measure("energy_distance", "Energy", "random effects: 0 is right, 1 a single outcome", "low", ".3f"),
-    Measure("hf_ratio", "HF", "high-frequency energy over the truth's: 1 is right", "one", ".2f"),
     Measure("seconds_per_image", "s / image", "seconds per image", "low", ".3f"),
 )
 
@@ -219,6 +244,27 @@ def method_table(methods: Sequence[MethodRow]) -> list[list[Cell]]:
             column = columns[[measure.field for measure in MEASURES].index("bcr")]
             column[i] = column[i]._replace(note=f"{low:.2f} to {high:.2f}")
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def difference_table(methods: Sequence[MethodRow]) -> tuple[str, list[str], list[tuple[str, list[Cell]]]]:
+    """The reference's name, the columns' labels, and (method, cells) of every method that has paired differences.
+
+    A cell is marked where its interval leaves out 0: there the two methods differ by more than chance.
+    """
+    rows = [method for method in methods if method.differences]
+    measures = [measure for measure in MEASURES if any(measure.field in row.differences for row in rows)]
+    table = []
+    for row in rows:
+        cells = []
+        for measure in measures:
+            change = row.differences[measure.field]
+            note, apart = "", False
+            if change.interval is not None:
+                low, high = change.interval
+                note, apart = f"{low:+{measure.style}} to {high:+{measure.style}}", low > 0 or high < 0
+            cells.append(Cell(f"{change.mean:+{measure.style}}", apart, note))
+        table.append((row.name, cells))
+    return (rows[0].reference if rows else ""), [measure.label for measure in measures], table
 
 
 def _shade(rate: float) -> str:
@@ -263,7 +309,9 @@ def render_html(report: Report, grids: Sequence[Grid] = ()) -> str:
         report=report,
         measures=MEASURES,
         table=list(zip(report.methods, method_table(report.methods), strict=True)),
+        differences=difference_table(report.methods),
         effects=effect_table(report.methods),
+        reasons=REASONS,
         phases=[(phase, _duration(phase.seconds), phase.seconds / total if total else 0) for phase in report.phases],
         total=_duration(total),
         panels=[(title, Markup(curves_svg(curves))) for title, curves in panels.items()],

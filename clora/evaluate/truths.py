@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from clora.evaluate.metrics.detail import Detail, detail, detail_nearby
 from clora.evaluate.metrics.distance import cityblock, embed, energy_distance, places
-from clora.evaluate.metrics.image import LUMA, disturbed, ssim_map, ssim_window
+from clora.evaluate.metrics.image import LUMA, disturbed
 from clora.tiny.effects.table import EFFECTS, Effect, apply_effect
 from clora.tiny.world.drawing import Array, f32
 from clora.tiny.world.scenes import Rendered, render, sample_scene
@@ -22,15 +23,27 @@ from clora.tiny.world.scenes import Rendered, render, sample_scene
 SOURCE = "source"  # the class of the untouched source
 STALE_DRAWS = 64  # so many repeated outcomes in a row: an effect has no others
 NUM_FRESH = 12  # fresh draws behind every bound
-TOO_FAR = 1.3  # an output may be so many times as far as the farthest disturbed fresh draw
-DECIDED = 0.7  # and must be so many times as far from the mean outcome as the nearest draw
+NUM_SEEN = 48  # and fresh draws that no bound on where outcomes differ may refuse
+# Bounds, as multiples of the median over fresh draws; the figures behind them are in docs/METRICS.md.
+TOO_FAR = 1.5  # of a disturbed draw's D
+MIXED = 2.0  # of its distance where outcomes differ
+BETWEEN = 1.75  # of that distance over the distance from the mean outcome
+DECIDED = 0.9  # of the least distance from the mean outcome that any draw has
+KEPT = 0.6  # of the detail that an undisturbed draw keeps
+NOISY = 2.0  # of the energy of detail of the liveliest undisturbed draw
+SEEN = 1.1  # no bound is tighter than this times the worst undisturbed draw
 CONFUSED = 0.25  # a pair is ambiguous when more than this share of fresh draws is mistaken
 
-Reason = Literal["", "wrong effect", "untouched", "too far", "mixed", "averaged"]
+Reason = Literal["", "wrong effect", "untouched", "too far", "mixed", "averaged", "soft", "noisy"]
 
 
 def _rng(effect: str, source_seed: int, purpose: int, index: int) -> np.random.Generator:
     return np.random.default_rng((zlib.crc32(effect.encode()), source_seed, purpose, index))
+
+
+def _bound(factor: float, disturbed_N: Array, clean_N: Array) -> float:
+    """So many times the median disturbed draw, or what the worst of the undisturbed ones needs."""
+    return max(factor * float(np.median(disturbed_N)), SEEN * float(clean_N.max()))
 
 
 class Calibration(NamedTuple):
@@ -38,9 +51,12 @@ class Calibration(NamedTuple):
 
     far: float  # a good outcome's D to its nearest draw is at most this
     mixed: float  # the same, only where outcomes differ (inf for deterministic effects)
+    between: float  # and over its distance from the mean outcome there (inf for deterministic effects)
     decided: float  # a good outcome is at least this far from the mean outcome there (-inf for deterministic ones)
     confused: float  # share of fresh draws, gently disturbed, nearest to another class
-    structure: float  # SSIM of a fresh draw to the draws, place by place
+    kept: float  # a good outcome keeps at least this much detail
+    noisy: float  # and has at most this much energy of detail
+    subject: float  # detail of the subject that a fresh draw keeps
 
 
 class Truths:
@@ -124,23 +140,30 @@ class Truths:
         `confused` counts a gentler disturbance (blur .6, noise .02, light .04) than the bounds allow.
         """
         if effect not in self._calibrations:
-            clean = self.fresh_draws(effect, NUM_FRESH if self.is_random(effect) else 1)
+            seen = self.fresh_draws(effect, NUM_SEEN if self.is_random(effect) else 1)
+            clean = seen[:NUM_FRESH]
             rng = _rng(effect, self.source_seed, 2, 0)
             softer = [disturbed(clean[i % len(clean)], rng, 0.6, 0.02, 0.04) for i in range(NUM_FRESH)]
             classes = self.class_distances(embed(np.stack(softer))).argmin(axis=1)
             fresh = np.stack([disturbed(clean[i % len(clean)], rng) for i in range(NUM_FRESH)])
-            distances = cityblock(embed(fresh), self.features[effect]).min(axis=1)
-            mixed, decided = math.inf, -math.inf
+            distances, plain = (cityblock(embed(x), self.features[effect]).min(axis=1) for x in (fresh, clean))
+            mixed, between, decided = math.inf, math.inf, -math.inf
             if self.is_random(effect):
                 apart, away = self.randomness(fresh, effect)
                 least = min(away.min(), self.randomness(self.draws[effect], effect)[1].min())
-                mixed, decided = TOO_FAR * float(apart.max()), DECIDED * float(least)
+                gap, out = self.randomness(seen, effect)
+                mixed, between = _bound(MIXED, apart, gap), _bound(BETWEEN, apart / away, gap / out)
+                decided = DECIDED * float(least)
+            kept, energy = np.array([detail(image, self.draws[effect]) for image in clean]).T
             self._calibrations[effect] = Calibration(
-                far=TOO_FAR * float(distances.max()),
+                far=_bound(TOO_FAR, distances, plain),
                 mixed=mixed,
+                between=between,
                 decided=decided,
                 confused=float((classes != self.names.index(effect)).mean()),
-                structure=float(np.median([self.structure(image, effect) for image in clean[:4]])),
+                kept=KEPT * float(np.median(kept)),
+                noisy=NOISY * float(energy.max()),
+                subject=float(np.median([self.subject_detail(image, effect).kept for image in clean[:4]])),
             )
         return self._calibrations[effect]
 
@@ -163,11 +186,10 @@ class Truths:
         """The place in `draws[effect]` of the outcome nearest to an output (H, W, 3)."""
         return int(cityblock(embed(output[None]), self.features[effect])[0].argmin())
 
-    def structure(self, output: Array, effect: str) -> float:
-        """SSIM to the best draw at each place, averaged over the subject as it lies in the nearest draw."""
-        best = ssim_map(output, self.draws[effect]).max(axis=0)
-        weights = ssim_window(self.subject_mask(effect, self.nearest_draw(output, effect)))
-        return float((best * weights).sum(dtype=np.float64) / weights.sum(dtype=np.float64))
+    def subject_detail(self, output: Array, effect: str) -> Detail:
+        """`detail` of an output (H, W, 3) where the subject lies in the nearest draw."""
+        mask = self.subject_mask(effect, self.nearest_draw(output, effect))
+        return detail(output, self.draws[effect], mask)
 
     def energy_distance(self, outputs_NHW3: Array, effect: str) -> float:
         """`distribution_distance` of outputs (two or more seeds) from 32 fresh draws, embedded once."""
@@ -189,34 +211,48 @@ def bad_cases(outputs_NHW3: Array, truths: Truths, effect: str) -> list[BadCase]
     """A verdict on each output (N, H, W, 3) of an effect. An output is bad when, in this order,
 
     - its nearest truth is another effect's ("wrong effect") or the source ("untouched");
-    - it is farther from its truth than 1.3 times the farthest of twelve disturbed fresh draws ("too far");
-    - the same, looking only where outcomes differ ("mixed": colours or places that no outcome has);
-    - where outcomes differ, it is nearer to their mean than 0.7 times any draw, disturbed or not ("averaged").
+    - it is farther from its truth than 1.5 times the median of twelve disturbed fresh draws ("too far");
+    - the same by 2 times, looking only where outcomes differ ("mixed": colours or places that no outcome has);
+    - there it lies between outcomes rather than at one: 1.75 times as far from the nearest as they are, measured by
+      its distance from their mean, or nearer to their mean than 0.9 times any draw ("averaged");
+    - it keeps less than 0.6 of the fine detail that a fresh draw keeps, even if moved by a pixel: "soft" when it has
+      less energy of detail than the truth, otherwise "noisy", as it also is with more than twice a fresh draw's.
 
     Raises ValueError for an effect that `truths` does not hold, or an image that is not finite.
     """
     if effect not in truths.names[1:]:
         raise ValueError(f"effect {effect!r} is not among the truths of source {truths.source_seed}")
-    bounds, own = truths.calibration(effect), truths.names.index(effect)
+    bounds, own, draws = truths.calibration(effect), truths.names.index(effect), truths.draws[effect]
     outputs = f32(outputs_NHW3)
     distances = truths.class_distances(embed(outputs))
     apart, away = truths.randomness(outputs, effect)
     verdicts = []
-    for row, gap, decided in zip(distances, apart, away, strict=True):
-        nearest, reason = (
-            truths.names[int(row.argmin())],
-            _reason(bounds, float(row[own]), float(gap), float(decided)),
-        )
-        if nearest != effect:
-            reason = "untouched" if nearest == SOURCE else "wrong effect"
+    for image, row, gap, decided in zip(outputs, distances, apart, away, strict=True):
+        nearest = truths.names[int(row.argmin())]
+        reason: Reason = "untouched" if nearest == SOURCE else "wrong effect"
+        if nearest == effect:
+            reason = _misplaced(bounds, float(row[own]), float(gap), float(decided)) or _coarse(bounds, image, draws)
         verdicts.append(BadCase(reason != "", nearest, float(row[own]), reason))
     return verdicts
 
 
-def _reason(bounds: Calibration, distance: float, apart: float, away: float) -> Reason:
+def _misplaced(bounds: Calibration, distance: float, apart: float, away: float) -> Reason:
+    """Whether an output is where no outcome is."""
     if distance > bounds.far:
         return "too far"
-    return "mixed" if apart > bounds.mixed else "averaged" if away < bounds.decided else ""
+    if apart > bounds.mixed:
+        return "mixed"
+    return "averaged" if apart > bounds.between * away or away < bounds.decided else ""
+
+
+def _coarse(bounds: Calibration, output: Array, draws_KHW3: Array) -> Reason:
+    """Whether an output lacks the detail of its truth, or has other detail in its place."""
+    found = detail(output, draws_KHW3)
+    if found.kept < bounds.kept:
+        found = detail_nearby(output, draws_KHW3)
+    if found.energy > bounds.noisy:
+        return "noisy"
+    return "" if found.kept >= bounds.kept else "soft" if found.energy < 1 else "noisy"
 
 
 def bad_case(output: Array, truths: Truths, effect: str) -> BadCase:
@@ -225,11 +261,10 @@ def bad_case(output: Array, truths: Truths, effect: str) -> BadCase:
 
 
 def vsa(output: Array, truths: Truths, effect: str) -> float:
-    """Subject alignment, 0 to 5: zero for a bad case, otherwise 5 x structure kept.
+    """Subject alignment, 0 to 5: zero for a bad case, otherwise 5 x the detail of the subject that is kept.
 
-    Structure is the SSIM at each place to whichever valid outcome is most alike there, averaged over the
-    subject as it lies in the nearest outcome, over the same figure of fresh draws (1 for a deterministic
-    effect).
+    See `clora.evaluate.metrics.detail.detail`: at each place against whichever valid outcome is most alike there,
+    over the subject as it lies in the nearest outcome, and over the same figure of fresh draws.
     """
     if bad_case(output, truths, effect).bad:
         return 0.0
@@ -237,8 +272,8 @@ def vsa(output: Array, truths: Truths, effect: str) -> float:
 
 
 def subject_structure(output: Array, truths: Truths, effect: str) -> float:
-    """`vsa` without its first clause: 5 x structure kept, whether or not the output is a bad case."""
-    kept = truths.structure(f32(output), effect) / truths.calibration(effect).structure
+    """`vsa` without its first clause: 5 x detail kept, whether or not the output is a bad case."""
+    kept = truths.subject_detail(f32(output), effect).kept / truths.calibration(effect).subject
     return 5.0 * min(max(kept, 0.0), 1.0)
 
 

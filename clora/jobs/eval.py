@@ -26,7 +26,15 @@ from clora.distill.opened import OpenBase
 from clora.distill.workspace import open_base
 from clora.errors import did_you_mean, raise_faults
 from clora.evaluate.baselines import COLLECTION, Method, collection_method, sample_examples
-from clora.evaluate.metrics.image import PSNR_CAP, hf_ratio, l1, psnr, ssim
+from clora.evaluate.metrics.image import (
+    PSNR_CAP,
+    detail_error,
+    geometric_mean,
+    hf_ratio,
+    l1,
+    psnr,
+    ssim,
+)
 from clora.lora.catalogue import read_catalogue
 from clora.lora.files import read_lora
 
@@ -37,9 +45,10 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
     """Edit up to `eval.num_samples` sources of every effect once per seed and compare with their targets.
 
     Returns `{"effects": {name: figures}, "mean": {steps: figures}, "grid": path}` with figures l1, psnr (dB, an exact
-    copy counts `PSNR_CAP`), ssim, hf_ratio and `unchanged`, the share of outputs nearer to the source than to the
-    target; the means for each count of `eval.num_steps`, the effects for the first. The catalogue gives the shift, and
-    the count where none is set. The grid (source, target, an output for each count) and `eval.json` are written to
+    copy counts `PSNR_CAP`), ssim, `unchanged`, the share of outputs nearer to the source than to the target, and the
+    detail of all outputs together: hf_ratio, the geometric mean, and detail_error in dB; the means for each count of
+    `eval.num_steps`, the effects for the first. The catalogue gives the shift, and the count where none is set. The
+    grid (source, target, an output for each count) and `eval.json` are written to
     `output_dir/eval`. Raises `InputErrors` for effects that the collection does not hold, or that have no pairs to
     compare with, before the base is loaded.
     """
@@ -76,7 +85,7 @@ def evaluate_collection(config: Config, lora: Path, console: Console | None = No
 
 
 Figures = dict[str, float]
-FIGURES = ("l1", "psnr", "ssim", "hf_ratio", "unchanged")
+FIGURES = ("l1", "psnr", "ssim", "unchanged")
 
 
 def _read_all(config: Config, lora: Path, known: Collection[str]) -> dict[str, list[Pair]]:
@@ -110,7 +119,8 @@ def _pixels(path: Path, size: tuple[int, int]) -> Image:
 
 
 def _mean(rows: Collection[Figures]) -> Figures:
-    return {key: float(np.mean([row[key] for row in rows])) for key in FIGURES}
+    means = {key: float(np.mean([row[key] for row in rows])) for key in (*FIGURES, "detail_error")}
+    return means | {"hf_ratio": geometric_mean([row["hf_ratio"] for row in rows])}
 
 
 def _figures(triples: list[tuple[Image, Image, Image]]) -> Figures:
@@ -119,9 +129,10 @@ def _figures(triples: list[tuple[Image, Image, Image]]) -> Figures:
             l1(output, target),
             min(psnr(output, target), PSNR_CAP),
             ssim(output, target),
-            hf_ratio(output, target),
             float(l1(output, source) < l1(output, target)),
         )
         for source, target, output in triples
     ]
-    return {key: float(value) for key, value in zip(FIGURES, np.mean(rows, axis=0), strict=True)}
+    ratios = [hf_ratio(output, target) for _, target, output in triples]
+    means = {key: float(value) for key, value in zip(FIGURES, np.mean(rows, axis=0), strict=True)}
+    return means | {"hf_ratio": geometric_mean(ratios), "detail_error": detail_error(ratios)}

@@ -8,12 +8,15 @@ import math
 import numpy as np
 import pytest
 
+from clora.evaluate.metrics.detail import detail, detail_nearby
 from clora.evaluate.metrics.distance import distribution_distance, embed, image_distance, random_directions
 from clora.evaluate.metrics.image import (
     COLOR_WEIGHT,
     PLACE_WEIGHT,
     as_image,
+    detail_error,
     disturbed,
+    geometric_mean,
     hf_energy,
     hf_ratio,
     l1,
@@ -91,6 +94,59 @@ def test_hf_energy_is_the_power_of_fine_gratings_only() -> None:
         image = np.broadcast_to(grating[None, :, None], (64, 64, 3)).astype(np.float32)
         assert hf_energy(image) == pytest.approx(expected, abs=1e-7)
         assert hf_energy(image.transpose(1, 0, 2)) == pytest.approx(expected, abs=1e-7)
+
+
+def test_hf_energy_cuts_at_a_quarter_of_a_cycle() -> None:
+    """Of two gratings just below and above it (15 and 17 cycles in 64 pixels) the finer one's power counts."""
+    x = np.arange(64) + 0.5
+    coarse, fine = (a * np.cos(2 * np.pi * cycles / 64 * x) for a, cycles in ((0.2, 15), (0.1, 17)))
+    image = np.broadcast_to((0.5 + coarse + fine)[None, :, None], (64, 64, 3)).astype(np.float32)
+    assert hf_energy(image) == pytest.approx(0.1**2 / 2, rel=1e-4)
+
+
+def test_detail_error_adds_up_errors_both_ways() -> None:
+    """Half and twice the energy are 3 dB off each, though their geometric mean is right."""
+    assert detail_error([2.0, 0.5]) == pytest.approx(10 * math.log10(2)) and geometric_mean([2.0, 0.5]) == 1
+    assert detail_error([1.0, 0.1]) == pytest.approx(5) and detail_error([1.0]) == 0
+
+
+def _grating(contrast: float, cycles: int = 14) -> np.ndarray:
+    wave = 0.5 + contrast * np.cos(2 * np.pi * cycles / 64 * (np.arange(64) + 0.5))
+    return np.broadcast_to(wave[None, :, None], (64, 64, 3)).astype(np.float32)
+
+
+def test_detail_of_half_the_contrast_is_the_closed_form() -> None:
+    """c = v / 2 and u = v / 4 give 2 c / (u + v) = 0.8; nothing of it gives 0, its negative less."""
+    truth = _grating(0.4)[None]
+    half = detail(_grating(0.2), truth)
+    assert half.kept == pytest.approx(0.8, abs=0.01) and half.energy == pytest.approx(0.25, rel=1e-3)
+    assert detail(truth[0], truth).kept > 0.99 and detail(1 - truth[0], truth).kept < -0.99
+    assert detail(np.full_like(truth[0], 0.5), truth) == pytest.approx((0, 0), abs=1e-6)
+    assert detail(truth[0], np.full_like(truth, 0.5)).kept == pytest.approx(0, abs=1e-6)
+
+
+def test_detail_takes_the_best_draw_at_each_place() -> None:
+    """Half of one draw beside half of another keeps all of both, but where they meet."""
+    first, second = _grating(0.4, 14), _grating(0.4, 9).transpose(1, 0, 2)
+    both = np.concatenate([first[:32], second[32:]])
+    assert detail(both, np.stack([first, second])).kept > 0.85
+    assert detail(both, first[None]).kept < 0.6
+
+
+def test_detail_with_a_mask_looks_there_only() -> None:
+    truth, mask = _grating(0.4), np.zeros((64, 64), np.float32)
+    mask[:, :24] = 1
+    spoilt = truth.copy()
+    spoilt[:, 40:] = 0.5
+    assert detail(spoilt, truth[None], mask).kept > 0.98 > 0.75 > detail(spoilt, truth[None]).kept
+
+
+def test_detail_nearby_forgives_a_pixel() -> None:
+    truth = render(sample_scene(3)).image_HW3
+    moved, twice = np.roll(truth, 1, axis=1), np.roll(truth, (2, 2), axis=(0, 1))
+    assert detail_nearby(moved, truth[None]).kept == pytest.approx(detail(truth, truth[None]).kept, abs=0.02)
+    assert detail(moved, truth[None]).kept < 0.75
+    assert detail_nearby(twice, truth[None]).kept < 0.75
 
 
 def test_hf_ratio_falls_with_blur_and_rises_with_noise() -> None:

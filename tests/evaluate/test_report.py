@@ -13,18 +13,20 @@ import pytest
 from PIL import Image
 
 from clora.data.image_grid import Grid, grid_image, png_data_uri
-from clora.evaluate.exact import Outputs, evaluate_methods, evaluate_outputs
-from clora.evaluate.metrics.image import disturbed
+from clora.evaluate.exact import Outputs, differences, evaluate_methods, evaluate_outputs, score_pair
+from clora.evaluate.metrics.image import disturbed, hf_ratio
 from clora.evaluate.report import (
+    Change,
     Curve,
     MethodRow,
     PhaseRow,
     Report,
     curves_svg,
+    difference_table,
     method_table,
     write_report,
 )
-from clora.evaluate.statistics import bootstrap_interval
+from clora.evaluate.statistics import bootstrap_interval, paired_difference
 from clora.evaluate.truths import Truths
 
 EFFECTS = ("sepia", "invert", "snow", "duotone")
@@ -92,6 +94,38 @@ def test_evaluate_methods_equals_one_method_at_a_time(truths: dict[int, Truths])
         assert together[kind] == evaluate_outputs(outputs, truths)
 
 
+def test_evaluate_methods_differences_are_to_the_reference(truths: dict[int, Truths]) -> None:
+    """None of the reference to itself, exactly none of its equal; the source is worse output by output."""
+    kinds = {"collection": "soft", "twin": "soft", "source": "source"}
+    scores = evaluate_methods({name: _outputs(truths, kind) for name, kind in kinds.items()}, EFFECTS)
+    assert scores["collection"].differences == {} and scores["twin"].reference == "collection"
+    assert set(scores["twin"].differences) == {"bcr", "vsa", "detail_error"}
+    assert all(change == (0.0, (0.0, 0.0)) for change in scores["twin"].differences.values())
+    worse = scores["source"].differences
+    for figure in ("bcr", "vsa", "detail_error"):
+        gap = getattr(scores["source"], figure) - getattr(scores["collection"], figure)
+        assert worse[figure].mean == pytest.approx(gap)
+    assert worse["bcr"] == (1.0, (1.0, 1.0)) and worse["vsa"].interval is not None and worse["vsa"].interval[1] < 0
+    assert evaluate_methods({"a": _outputs(truths, "soft")}, EFFECTS)["a"].differences == {}
+
+
+def test_differences_leaves_out_pairs_of_one_method(truths: dict[int, Truths]) -> None:
+    soft = _outputs(truths, "soft")
+    ours = [score_pair(soft["sepia", 1], truths[1], "sepia"), score_pair(soft["snow", 1], truths[1], "snow")]
+    assert differences(ours, ours[:1])["bcr"] == (0.0, None)
+    assert differences(ours[1:], ours[:1]) == {}
+
+
+def test_score_pair_hf_ratio_is_to_the_nearest_draw(truths: dict[int, Truths]) -> None:
+    """A draw's detail is exactly right, though the effect's first draw has another amount of it."""
+    draws = truths[1].draws["snow"]
+    ratios = [hf_ratio(draw, draws[0]) for draw in draws]
+    place = int(np.argmax(ratios))
+    assert ratios[place] > 1.03
+    scores = score_pair([draws[place]], truths[1], "snow")
+    assert scores.hf_ratio == pytest.approx((1.0,), rel=1e-6)
+
+
 def test_evaluate_outputs_refuses_empty_input(truths: dict[int, Truths]) -> None:
     with pytest.raises(ValueError, match="no output"):
         evaluate_outputs({}, truths)
@@ -99,6 +133,49 @@ def test_evaluate_outputs_refuses_empty_input(truths: dict[int, Truths]) -> None
         evaluate_outputs({("sepia", 1): []}, truths)
     with pytest.raises(ValueError, match="source 9"):
         evaluate_outputs({("sepia", 9): [truths[1].draws["sepia"][0]]}, truths)
+
+
+def test_bootstrap_interval_weighs_outputs_not_pairs() -> None:
+    """200 pairs of one bad output and 200 of nine good ones: one output in ten is bad, and not one pair in two."""
+    low, high = bootstrap_interval([[1.0]] * 200 + [[0.0] * 9] * 200)
+    assert 0.07 < low < 0.1 < high < 0.13
+
+
+def test_paired_difference_matches_the_normal_approximation() -> None:
+    """400 pairs: hard pairs are hard for both, so the interval is that of the differences, not of the two means."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 5, 400)
+    ours = [[float(value)] for value in hard + rng.normal(0.3, 1, 400)]
+    reference = [[float(value)] for value in hard]
+    mean, interval = paired_difference(ours, reference)
+    gaps = np.subtract(ours, reference)[:, 0]
+    spread = 1.96 * gaps.std(ddof=1) / 20
+    assert interval is not None and mean == pytest.approx(gaps.mean())
+    assert interval[0] == pytest.approx(mean - spread, abs=0.02) and interval[1] == pytest.approx(
+        mean + spread, abs=0.02
+    )
+    apart = bootstrap_interval(ours)
+    assert apart[1] - apart[0] > 4 * (interval[1] - interval[0])
+
+
+def test_paired_difference_draws_whole_pairs() -> None:
+    """Four equal outputs a pair say no more than one: the interval is that of the pairs."""
+    gaps = np.random.default_rng(1).normal(0, 1, 100)
+    one = paired_difference([[float(gap)] for gap in gaps], [[0.0]] * 100)
+    four = paired_difference([[float(gap)] * 4 for gap in gaps], [[0.0] * 4] * 100)
+    assert four.mean == pytest.approx(one.mean) and four.interval == pytest.approx(one.interval)
+
+
+def test_paired_difference_of_equal_methods_and_of_too_little() -> None:
+    flags = [[True, False], [False, False], [True, True]]
+    assert paired_difference(flags, flags) == (0.0, (0.0, 0.0))
+    assert paired_difference([[True]], [[False]]) == (1.0, None)
+    with pytest.raises(ValueError, match="as many outputs"):
+        paired_difference([[1.0]], [[1.0, 0.0]])
+    with pytest.raises(ValueError, match="as many outputs"):
+        paired_difference([[1.0], [1.0]], [[1.0]])
+    with pytest.raises(ValueError, match="at least one output"):
+        paired_difference([], [])
 
 
 def test_bootstrap_interval_matches_the_binomial() -> None:
@@ -165,7 +242,20 @@ def _grids(truths: dict[int, Truths]) -> list[Grid]:
 def test_write_report_json_holds_the_promised_keys(truths: dict[int, Truths], tmp_path: Path) -> None:
     write_report(tmp_path / "run", _report(_rows(truths)), _grids(truths))
     data = json.loads((tmp_path / "run" / "report.json").read_text())
-    asked = {"name", "nfe", "num_loras", "bcr", "vsa", "l1", "psnr", "hf_ratio", "seconds_per_image"}
+    asked = {
+        "name",
+        "nfe",
+        "num_loras",
+        "bcr",
+        "vsa",
+        "detail_error",
+        "reference",
+        "differences",
+        "l1",
+        "psnr",
+        "hf_ratio",
+        "seconds_per_image",
+    }
     assert all(asked <= set(method) for method in data["methods"])
     assert [method["name"] for method in data["methods"]][:2] == ["teacher-40x2", "collection"]
     assert data["methods"][-1]["bcr"] == 1 and data["methods"][0]["bcr"] == 0
@@ -181,6 +271,7 @@ def test_write_report_html_is_self_contained(truths: dict[int, Truths], tmp_path
     for address in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", page):
         assert address.startswith(("data:image/png;base64,", "#")), address
     assert page.count("<img") == sum(image is not None for grid in grids for row in grid.rows for image in row)
+    assert "Against collection" in page and "<th>soft</th><th>noisy</th>" in page
     assert page.count("<svg") == 2 and "distillation" in page
     assert len(page) < 1_500_000
 
@@ -200,9 +291,19 @@ def test_method_table_marks_the_best_as_printed() -> None:
     table = method_table([row("a", 0.1001, 1.25, None), row("b", 0.1002, 0.9, 24.0), row("c", 0.3, 0.5, 22.0)])
     marks = {cell_index: [cells[cell_index].best for cells in table] for cell_index in range(len(table[0]))}
     assert marks[2] == [True, True, False]  # BCR: equal as printed
-    assert marks[8] == [False, True, False]  # HF: nearest to 1 by ratio
-    assert marks[5] == [False, True, False] and table[0][5].text == "–"  # PSNR: none is never best
+    assert marks[5] == [False, True, False]  # HF: nearest to 1 by ratio
+    assert marks[7] == [False, True, False] and table[0][7].text == "–"  # PSNR: none is never best
     assert marks[0] == [False, False, False]  # all alike: nothing stands out
+
+
+def test_difference_table_marks_what_is_more_than_chance() -> None:
+    changes = {"bcr": Change(mean=0.1, interval=(0.02, 0.2)), "vsa": Change(mean=-0.5, interval=(-1.2, 0.1))}
+    row = MethodRow(name="a", nfe=8, num_loras=1, bcr=0.2, vsa=3, reference="collection", differences=changes)
+    plain = MethodRow(name="collection", nfe=8, num_loras=1, bcr=0.1, vsa=3.5)
+    reference, columns, rows = difference_table([row, plain])
+    assert (reference, columns, [name for name, _ in rows]) == ("collection", ["BCR", "VSA"], ["a"])
+    assert rows[0][1] == [("+0.100", True, "+0.020 to +0.200"), ("-0.50", False, "-1.20 to +0.10")]
+    assert difference_table([plain]) == ("", [], [])
 
 
 def test_curves_svg_is_inline_and_repeatable() -> None:

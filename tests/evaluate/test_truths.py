@@ -74,11 +74,54 @@ def test_bad_case_of_a_blurred_mean_of_outcomes(effect: str, seed: int) -> None:
         assert bad_case(image, truths, effect).bad
 
 
+def _mosaic(image: np.ndarray, size: int) -> np.ndarray:
+    blocks = image.reshape(64 // size, size, 64 // size, size, 3).mean(axis=(1, 3))
+    return blocks.repeat(size, axis=0).repeat(size, axis=1)
+
+
+@pytest.mark.parametrize("effect", sorted(set(FEW) - {"close_up", "puzzle"}))  # soft, and blocky, themselves
+def test_bad_cases_soft_pictures_are_bad(effect: str) -> None:
+    """A blur of 1.5 pixels, a mosaic of 4: near the truth by D, but without its detail."""
+    truths, rng = truths_of(1), np.random.default_rng(0)
+    truth = truths.fresh_draws(effect, 1, first=100)[0]
+    for spoilt in (disturbed(truth, rng, 1.5, 0, 0), _mosaic(truth, 4)):
+        verdict = bad_case(spoilt, truths, effect)
+        assert verdict.bad and verdict.nearest == effect
+    kinder = disturbed(truth, rng, 0.8, 0, 0)
+    assert bad_case(kinder, truths, effect).reason == ""
+
+
+def test_bad_cases_say_soft_or_noisy() -> None:
+    truths, rng = truths_of(1), np.random.default_rng(0)
+    truth = truths.draws["sepia"][0]
+    assert bad_case(disturbed(truth, rng, 1.5, 0, 0), truths, "sepia").reason == "soft"
+    noisy = [disturbed(truth, rng, 0.01, noise, 0) for noise in (0.03, 0.06, 0.07, 0.08, 0.09, 0.1)]
+    reasons = [verdict.reason for verdict in bad_cases(np.stack(noisy), truths, "sepia")]
+    assert reasons[0] == "" and "noisy" in reasons and "soft" not in reasons and reasons[-1] != ""
+
+
+@pytest.mark.parametrize("effect", ["sepia", "close_up", "snow", "hat"])
+def test_bad_cases_forgive_a_pixel(effect: str) -> None:
+    truths = truths_of(1)
+    truth = truths.fresh_draws(effect, 1, first=100)[0]
+    moved = np.concatenate([truth[:, :1], truth[:, :-1]], axis=1)
+    assert bad_case(moved, truths, effect).reason == ""
+
+
+@pytest.mark.parametrize("effect", ["duotone", "hat"])
+def test_bad_cases_thirty_percent_of_the_way_to_the_mean_are_bad(effect: str) -> None:
+    truths = truths_of(1)
+    mean = truths.fresh_draws(effect, 24, first=200).mean(axis=0)
+    clean = truths.fresh_draws(effect, 4, first=100)
+    assert all(verdict.bad for verdict in bad_cases(0.7 * clean + 0.3 * mean, truths, effect))
+    assert not any(verdict.bad for verdict in bad_cases(clean, truths, effect))
+
+
 def test_bad_case_of_a_colour_that_no_outcome_has_is_mixed() -> None:
     truths = truths_of(1)
     first, second = truths.draws["hat"][:2]
     inside = np.abs(first - second).max(axis=-1, keepdims=True) > 0.1
-    green = np.where(inside, np.float32([0.1, 0.9, 0.1]), first)
+    green = np.where(inside, 0.5 * first + np.float32([0.05, 0.45, 0.05]), first)
     verdict = bad_case(green, truths, "hat")
     assert verdict.bad and (verdict.reason, verdict.nearest) == ("mixed", "hat")
 
@@ -129,6 +172,17 @@ def test_vsa_is_full_for_truths_and_falls_with_blur(effect: str) -> None:
     assert vsa(truth, truths, effect) > 4.8
     assert all(a > b for a, b in zip(scores, scores[1:], strict=False))
     assert scores[-1] < 0.8 * scores[0]
+
+
+@pytest.mark.parametrize("effect", ["oil_paint", "rain"])
+def test_vsa_does_not_saturate_for_soft_random_effects(effect: str) -> None:
+    """Strokes that fall anywhere: a smooth picture is near to some draw at each place, and still keeps no detail."""
+    truths, rng = Truths(1, ["oil_paint", "rain"]), np.random.default_rng(0)
+    truth = truths.fresh_draws(effect, 1, first=300)[0]
+    sharp, soft, softer = (
+        subject_structure(disturbed(truth, rng, blur, 0, 0), truths, effect) for blur in (0.1, 1.5, 2)
+    )
+    assert sharp > 3.5 and soft < 3 and softer < 2
 
 
 def test_vsa_is_zero_where_the_effect_failed() -> None:

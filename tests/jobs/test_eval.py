@@ -85,7 +85,19 @@ def test_evaluate_collection_of_exact_copies_writes_json(
     found = strict((pairs / "run" / "eval" / "eval.json").read_text())
     assert found == answer and strict(json.dumps(answer)) == answer
     for figures in found["effects"].values():
+        assert figures["hf_ratio"] == 1 and figures["detail_error"] == 0
         assert figures["psnr"] == PSNR_CAP and figures["l1"] == 0 and figures["unchanged"] == 0
+
+
+def test_evaluate_collection_detail_errors_do_not_cancel(
+    random_base: Path, collection: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs of half and of twice the target's high frequencies: their geometric mean is right, the error 3 dB."""
+    ratios = iter([0.5, 2.0] * 100)
+    monkeypatch.setattr(job, "hf_ratio", lambda output, target: next(ratios))
+    answer = evaluate_collection(config(random_base, pairs), collection)
+    (mean,) = answer["mean"].values()
+    assert mean["hf_ratio"] == pytest.approx(1) and mean["detail_error"] == pytest.approx(3.0103, abs=1e-3)
 
 
 def test_evaluate_collection_does_not_depend_on_the_batch(random_base: Path, collection: Path, pairs: Path) -> None:
