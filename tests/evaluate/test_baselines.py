@@ -21,6 +21,7 @@ from clora.evaluate.baselines import (
     JOINT,
     JOINT_STUDENT,
     STACKED,
+    Method,
     collection_method,
     methods,
     sample_examples,
