@@ -64,7 +64,7 @@ def measure(study: Study, chosen: list[str], budget: float) -> dict[str, Any]:
             "bcr": round(scores[row.name].bcr, 3),
             "interval": [round(x, 3) for x in scores[row.name].bcr_interval],
             "vsa": round(scores[row.name].vsa, 2),
-            "detail": round(scores[row.name].hf_ratio, 2),
+            "detail_error_db": round(scores[row.name].detail_error, 2),
             "reasons": scores[row.name].reasons,
         }
         for row in rows

@@ -22,11 +22,10 @@ from bench.training.cycle_counts import CRITIC_UPDATES
 from bench.training.cycle_models import SIZES, Size, make_data, make_ours, steps_of
 from bench.training.train_cycle import flops
 from clora.distill.step import Distillation, networks_at
-from clora.method.given import CriticSample
+from clora.method.given import CriticSample, ask_scores
 from clora.method.noise import Draws, exit_step
 from clora.method.objective import critic_samples
 from clora.method.routing import step_generator
-from clora.method.scores import ask_scores
 
 STEPS = 8  # of preset authors
 Way = Callable[[], Iterable[Tensor | None]]
@@ -44,7 +43,10 @@ def scores(ours: Distillation, step: int) -> tuple[Way, Way]:
     batch, _ = ours.batches.draw(step, "effect", "student")
     x_sigma = torch.randn(1, *batch.latent_shape, device=ours.batches.device)
     nets, sigma = networks_at(ours, step), torch.full((1,), 0.5, device=x_sigma.device)
-    ways = [partial(ask_scores, one, batch, ours.config, x_sigma, sigma) for one in (nets, replace(nets, scores=None))]
+    ways = [
+        partial(ask_scores, one, batch, ours.config.objective, x_sigma, sigma)
+        for one in (nets, replace(nets, scores=None))
+    ]
     return ways[0], ways[1]
 
 

@@ -19,9 +19,19 @@ from clora.distill.batches import Batches, critic_purpose
 from clora.distill.networks import Models
 from clora.distill.roles import CRITIC, STUDENT
 from clora.method.given import CriticSample, DistillBatch, Networks
+from clora.method.imitation import imitation_loss
 from clora.method.losses import Figures
 from clora.method.noise import Draws
-from clora.method.objective import AnchorLoss, critic_loss, critic_samples, student_sample, ta_fm_loss, total_loss_terms
+from clora.method.objective import (
+    AnchorLoss,
+    Loss,
+    critic_loss,
+    critic_samples,
+    has_terms,
+    student_sample,
+    ta_fm_loss,
+    total_loss_terms,
+)
 from clora.method.routing import Stream
 from clora.training import distributed
 from clora.training.lr_schedule import critic_lr_multiplier, student_lr_multiplier
@@ -132,7 +142,7 @@ def student_update(d: Distillation, nets: Networks, step: int, batches: Iterable
     where = ""
     for batch, draws, x0 in batches:
         where, total, figures = place(step, STUDENT, batch), [], {}
-        for loss, of_term in total_loss_terms(nets, batch, d.config, draws, x0, d.anchor_loss):
+        for loss, of_term in student_loss_terms(d, nets, StudentBatch(batch, draws, x0)):
             walk_back(d, loss, where)
             total.append(loss.detach())
             figures |= of_term
@@ -140,6 +150,18 @@ def student_update(d: Distillation, nets: Networks, step: int, batches: Iterable
         figures["total_loss"] = torch.stack(total).sum()
     factor = student_lr_multiplier(d.config.train, d.batches.coarse_steps, step)
     return move(d.student, STUDENT, factor, figures, where)
+
+
+def student_loss_terms(d: Distillation, nets: Networks, drawn: StudentBatch) -> Iterator[Loss]:
+    """The weighted terms of the student's loss, each made when it is asked for: imitation, where it has a weight, in
+    both streams; and those of Eq. 9."""
+    batch, draws, x0 = drawn
+    weight = d.config.objective.imitation_weight
+    if weight:
+        loss, figures = imitation_loss(nets, batch, d.config, draws)
+        yield weight * loss, figures
+    if not weight or has_terms(d.config.objective, batch.stream):
+        yield from total_loss_terms(nets, batch, d.config, draws, x0, d.anchor_loss)
 
 
 def critic_rollouts(d: Distillation, nets: Networks, step: int, stream: Stream, updates: int) -> Iterator[Rollout]:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from clora.method.flow import add_noise, euler_step, few_step_sigmas
-from clora.method.given import Anchor, DistillBatch, Networks, anchor_of
+from clora.method.given import Anchor, DistillBatch, Networks, anchor_of, ask_teacher
 from clora.method.losses import Figures, velocity_loss
 from clora.method.noise import DistillConfig, Draws, chance, exit_step, fresh_noise, normal, own_share, uniform
-from clora.method.scores import ask_teacher
 from clora.method.simulate import rollout_state
 
 LEAST_SIGMA = 0.004  # below it the teacher's velocity is rounding noise
@@ -51,7 +50,7 @@ def imitation_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draw
     if cfg.objective.imitation == "same_step":
         loss, figures = same_step_loss(student, partial(_ask_few_step_teacher, nets, asked), x_sigma, sigma)
     else:
-        teacher = partial(ask_teacher, nets, asked, cfg)
+        teacher = partial(ask_teacher, nets, asked, cfg.objective)
         u = uniform(0.0, 1.0, draws)
         loss, figures = segment_mean_loss(student, teacher, x_sigma, sigma, sigma_next, u)
     return own_share(loss, {"imitation_loss": loss.detach()}, draws)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clora.config import ObjectiveConfig
 from clora.errors import InputError
 from clora.method.flow import add_noise, few_step_sigmas, shift_sigma
-from clora.method.given import CriticSample, DistillBatch, Networks, Query, anchor_of
-from clora.method.imitation import imitation_loss
+from clora.method.given import CriticSample, DistillBatch, Networks, Query, anchor_of, ask_scores
 from clora.method.losses import Figures, dmd_loss, flow_matching_loss
 from clora.method.noise import (
     DistillConfig,
@@ -38,7 +38,7 @@ from clora.method.noise import (
     own_share,
     uniform,
 )
-from clora.method.scores import ask_scores
+from clora.method.routing import Stream
 from clora.method.simulate import backward_simulate, backward_simulate_together, target_simulate
 
 Loss = tuple[Tensor, Figures]
@@ -70,7 +70,7 @@ def total_loss_terms(
     x0_student: Tensor | None = None,
     anchor_loss: AnchorLoss = ta_fm_loss,
 ) -> Iterator[Loss]:
-    """Eq. 9, the loss of one student step, a weighted term at a time; imitation comes first, in both streams.
+    """Eq. 9, the loss of one student step, a weighted term at a time.
 
     Each term is made when it is asked for: where the one before was walked back and let go, only one graph is in
     memory. A term of weight 0 is not computed.
@@ -86,18 +86,21 @@ def total_loss_terms(
         InputError: every weight of this stream is 0.
     """
     objective = cfg.objective
-    effect_weights = (objective.ta_fm_weight, objective.dmd_ts_weight) if batch.stream == "effect" else ()
-    if not any((*effect_weights, objective.imitation_weight, objective.dmd_bs_weight)):
+    if not has_terms(objective, batch.stream):
         raise InputError(
             f"objective: step {batch.step} is of the {batch.stream} stream, whose weights are all 0: raise one"
             " (dmd_bs_weight and imitation_weight serve both streams), or set p_switch so that this stream is not drawn"
         )
-    if objective.imitation_weight:
-        yield _weighted(objective.imitation_weight, imitation_loss(nets, batch, cfg, draws))
     if batch.stream == "effect":  # teacher = effect i
         yield from c2f_do_loss_terms(nets, batch, cfg, draws, x0_student, anchor_loss)
-    elif objective.dmd_bs_weight:  # teacher = the base, adapters off
+    else:  # teacher = the base, adapters off
         yield _weighted(objective.dmd_bs_weight, dmd_bs_loss(nets, batch, cfg, draws, None, x0_student))
+
+
+def has_terms(objective: ObjectiveConfig, stream: Stream) -> bool:
+    """Whether a term of Eq. 9 has a weight in this stream."""
+    effect_weights = (objective.ta_fm_weight, objective.dmd_ts_weight) if stream == "effect" else ()
+    return any((*effect_weights, objective.dmd_bs_weight))
 
 
 def c2f_do_loss_terms(
@@ -246,7 +249,7 @@ def _match_distributions(
     objective = cfg.objective
     with torch.no_grad():
         x_sigma = add_noise(x0_student, normal(x0_student.shape[1:], draws), sigma)
-    v_critic, v_cond, v_uncond = ask_scores(nets, batch, cfg, x_sigma, sigma)
+    v_critic, v_cond, v_uncond = ask_scores(nets, batch, cfg.objective, x_sigma, sigma)
     loss, figures = dmd_loss(
         x_sigma, sigma, x0_student, v_critic, v_cond, v_uncond,
         guidance=objective.guidance, rescale=objective.guidance_rescale,

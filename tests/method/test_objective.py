@@ -16,11 +16,10 @@ from torch import Tensor
 
 from clora.errors import InputError
 from clora.method.flow import shift_sigma
-from clora.method.given import Anchor, DistillBatch, Networks, Query
+from clora.method.given import Anchor, DistillBatch, Networks, Query, ask_scores
 from clora.method.losses import guided_velocity
 from clora.method.noise import Draws, Rows, draw_dmd_sigma, split_rows
 from clora.method.objective import (
-    ask_scores,
     critic_loss,
     critic_samples,
     dmd_bs_loss,
@@ -320,7 +319,7 @@ def test_ask_scores_evaluates_cond_and_uncond_in_one_call(joint: bool) -> None:
             return critic(*of_critic), teacher(*of_teacher)
 
         nets = replace(nets, scores=scores)
-    got = ask_scores(nets, batch, config(guidance=4.0), x, sigma)
+    got = ask_scores(nets, batch, config(guidance=4.0).objective, x, sigma)
     assert [len(given[0]) for given in teacher.calls] == [16]
     wanted = 2 * base_velocity(x, sigma, batch.student_cond)
     wanted = [wanted, *(teacher_velocity(LEAK)(x, sigma, one) for one in (cond, unconditional(cond)))]
@@ -336,10 +335,10 @@ def test_ask_scores_asks_unguided_samples_once(guided: list[int]) -> None:
     some = WorldCond(cond.source[guided], cond.instruction[guided], tuple(cond.effects[i] for i in guided))
     batch = make_batch(cond, guided=guided, uncond=unconditional(some) if guided else None)
     nets = make_nets()
-    _, v_cond, v_uncond = ask_scores(nets, batch, config(guidance=4.0), x, sigma)
+    _, v_cond, v_uncond = ask_scores(nets, batch, config(guidance=4.0).objective, x, sigma)
     assert [len(given[0]) for given in nets.teacher.calls] == [5 + len(guided)]
     whole = make_batch(cond)
-    _, want_cond, want_uncond = ask_scores(make_nets(), whole, config(guidance=4.0), x, sigma)
+    _, want_cond, want_uncond = ask_scores(make_nets(), whole, config(guidance=4.0).objective, x, sigma)
     torch.testing.assert_close(v_cond, want_cond)
     assert v_uncond is not None and want_uncond is not None
     for i in range(5):
