@@ -29,7 +29,7 @@ from clora.config.sections import (
 )
 from clora.config.types import Job, Preset, UserPath, repeats
 
-PRESETS = ("clora", "paper", "authors", "tiny")
+PRESETS = ("clora", "paper", "authors", "tiny", "segment_mean", "same_step", "imitation_dmd")
 
 
 class Config(Section):

@@ -74,7 +74,7 @@ Kernels = Literal["auto", "reference", "fused"]
 
 Job = Literal["train", "teach", "joint", "extend"]
 
-Preset = Literal["clora", "paper", "authors", "tiny"]
+Preset = Literal["clora", "paper", "authors", "tiny", "segment_mean", "same_step", "imitation_dmd"]
 
 
 def repeats(what: str, values: Iterable[str]) -> list[str]:

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import clora.method.imitation as imitation
 import clora.method.objective as objective
 from bench.training.cycle_counts import counted
 from clora.config import build_config
 from clora.distill.check import check_training
-from clora.distill.forwards import distillation_forwards, full_step_forwards, joint_step_forwards
+from clora.distill.forwards import (
+    distillation_forwards,
+    full_step_forwards,
+    imitation_forwards,
+    joint_step_forwards,
+)
 from clora.distill.run import make_distillation, open_bank, targets_of
 from clora.distill.step import train_step
 from clora.distill.workspace import open_workspace
@@ -36,13 +42,43 @@ def test_full_step_forwards_closed_forms() -> None:
     assert distillation_forwards(whole) == 4 * 15 + 6 * effect
 
 
+def test_imitation_forwards_closed_forms() -> None:
+    """Recipes A and B of one sample; the paper's is 56 with five critic updates and a guided teacher."""
+    shared = {"preset": "segment_mean", "output_dir": "o", "train": {"anchor_batch_size": 1}}
+
+    def of(**objective: object) -> float:
+        return imitation_forwards(build_config(shared | {"objective": objective}, Path()), "effect")
+
+    assert of(on_policy_share=0.0) == 1 + 2 + 2
+    assert of(on_policy_share=0.0, guidance=1.0) == 1 + 2 + 1
+    assert of(on_policy_share=1.0, imitation_steps=[8]) == 1 + 2 + 2 + 3.5
+    assert of(on_policy_share=0.5, imitation_steps=[8, 2]) == 1 + 2 + 2 + 0.5 * (3.5 + 0.5) / 2
+    config = build_config(shared, Path())
+    assert full_step_forwards(config, "effect") == imitation_forwards(config, "effect")
+    assert imitation_forwards(config, "general") == 1 + 2 + 2 + (3.5 + 1.5 + 0.5) / 3  # always on policy
+    paper = build_config({"preset": "paper", "output_dir": "o", "objective": {"critic_target_share": 0.0}}, Path())
+    assert full_step_forwards(paper, "effect") / full_step_forwards(config, "effect") > 8
+
+
+IMITATION = (
+    *("objective.ta_fm_weight=0", "objective.dmd_ts_weight=0", "objective.dmd_bs_weight=0", "train.critic_updates=0"),
+    *(
+        "objective.imitation_weight=1",
+        "objective.on_policy_share=1",
+        "objective.guidance=2",
+        "train.critic_reuse=false",
+    ),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("train.critic_reuse=true", "objective.guidance=2")])
+@pytest.mark.parametrize("overrides", [(), ("train.critic_reuse=true", "objective.guidance=2"), IMITATION])
 def test_distillation_forwards_equals_what_hooks_count(
     random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:
     """Three steps of the sampler, always left at the middle one, as on average; no chance in the critic's samples."""
-    monkeypatch.setattr(objective, "exit_step", lambda num_steps, rng: num_steps // 2)
+    for module in (objective, imitation):
+        monkeypatch.setattr(module, "exit_step", lambda num_steps, rng: num_steps // 2)
     fixed = ("objective.critic_target_share=0", "targets.source=pairs", "train.max_train_steps=8", *overrides)
     config = make_config(random_base, write_dataset(tmp_path / "data"), tmp_path / "run", *fixed)
     teach(config)
