@@ -6,7 +6,8 @@ change is meant, write them anew and say why in the commit:
     python -m tests.support.golden --write [CASE ...]
 
 Between them the presets also cover what a job may turn on: `clora` accumulates gradients over two batches and has an
-acceleration LoRA, `tiny` lets the critic reuse the student's samples and extends with accelerated teachers.
+acceleration LoRA, `tiny` lets the critic reuse the student's samples and extends with accelerated teachers. The recipes
+of imitation run without a critic or with one that reuses, and `same_step` with accelerated teachers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ from tests.support.small_job import NAMES, job_values, write_dataset
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
 STAGES = ("coarse", "full", "extend")
-CASES = tuple(f"{preset}-{stage}" for preset in PRESETS for stage in STAGES)
+RECIPES = {"segment_mean": 0, "same_step": 0, "imitation_dmd": 1}  # critic updates; the coarse stage is that of all
+CASES = (
+    *(f"{preset}-{stage}" for preset in PRESETS if preset not in RECIPES for stage in STAGES),
+    *(f"{preset}-full" for preset in RECIPES),
+)
 STEPS = 20
 NUM_STEPS = 3  # of the few-step schedule
 TARGETS = ("to_q", "add_k_proj", "img_mlp.net.2", "img_mod.1")
@@ -110,9 +115,10 @@ def make_config(inputs: Path, out: Path, case: str) -> Config:
     values = job_values(inputs / "base", inputs / "data", out)
     effects = [row | {"lora": str(inputs / f"{row['name']}.safetensors")} for row in values["effects"]]
     fast = str(inputs / "fast.safetensors")
-    accelerated = (preset, stage) in {("clora", "full"), ("tiny", "extend")}
+    accelerated = (preset, stage) in {("clora", "full"), ("tiny", "extend"), ("same_step", "full")}
     train: dict[str, Any] = TRAIN | {"coarse_steps": STEPS if stage == "coarse" else 0}
-    train["critic_reuse"] = (preset, stage) == ("tiny", "full")
+    train["critic_reuse"] = (preset, stage) in {("tiny", "full"), ("imitation_dmd", "full")}
+    train["critic_updates"] = RECIPES.get(preset, TRAIN["critic_updates"])
     train["gradient_accumulation_steps"] = 2 if preset == "clora" else 1
     return build_config(
         values
@@ -125,7 +131,7 @@ def make_config(inputs: Path, out: Path, case: str) -> Config:
                 "acceleration": fast if accelerated else None,
                 "targets": [*TARGETS],
             },
-            "schedule": {"num_steps": NUM_STEPS, "shift": 3.0},
+            "schedule": load_preset(preset)["schedule"] | {"num_steps": NUM_STEPS},
             "targets": {"source": "pairs"},
             "train": train,
             "extend": EXTEND,
