@@ -21,6 +21,7 @@ from clora.distill.workspace import open_workspace
 from clora.errors import NonFiniteError
 from clora.training.optimizer import apply_gradients
 from tests.support.golden import make_config, write_inputs
+from tests.support.mutants import ROOT, read_mutants
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +216,10 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_names_the_samples(
         full_step(d, step)
     assert f"step {step} ({name}, effect stream: {', '.join(sorted(batch.samples))})" in str(caught.value)
     assert not moved(before[name], values_of(d)[name])
+
+
+def test_mutants_are_of_texts_that_there_are() -> None:
+    """Where `python -m tests.support.mutants` changes the code; a table that has fallen behind says so here."""
+    for mutant in read_mutants():
+        assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1, mutant.name
+        assert all((ROOT / path).exists() for path in mutant.tests.split()), mutant.name
