@@ -184,7 +184,7 @@ def test_anchor_loss_weighs_old_effects_and_is_ta_fm_without_them(
         return float(loss)
 
     with torch.no_grad():
-        _, point = noise_anchor(anchor, config, draws(), None)
+        _, point = noise_anchor(y, anchor.student_cond, config, draws(), None)
         v_old = models.backbone.velocity(*point, ["old_by_hand"])
         of_old = float((nets.student(*point) - v_old)[1].square().mean())
         plain = float(ta_fm_loss(nets, batch, config, draws())[0])
