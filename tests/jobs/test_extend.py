@@ -75,7 +75,7 @@ def test_extend_resumes_bitwise_equal(
     (stopped,) = (tmp_path / "split" / "extend").glob("checkpoint-*")
     assert int(stopped.name.partition("-")[2]) == 1
     # Nothing is sampled or encoded twice.
-    monkeypatch.setattr("clora.distill.rehearsal.few_step_sample", None)
+    monkeypatch.setattr("clora.distill.rehearsal.sample", None)
     resumed = extend(collection, make_config(random_base, place, tmp_path / "split"), "latest", QUIET)
     assert whole.read_bytes() == resumed.read_bytes()
 
@@ -237,7 +237,10 @@ def test_extend_faults_lists_every_misfit(random_base: Path, place: Path) -> Non
         ("effect First: the collection has one", "effect First: the collection has its trigger", "base: is tiny")
     ):
         assert faults[number].startswith(start)
-    assert faults[3] == "schedule: differs from the collection's; set schedule.num_steps=2 schedule.shift=3"
+    assert (
+        faults[3]
+        == "schedule: differs from the collection's; set schedule.num_steps=2 schedule.shift=3 schedule.sampler=consistency"
+    )
     assert faults[4].startswith("output_dir: ") and len(faults) == 5
     with pytest.raises(InputErrors) as caught:
         extend(collection, config, console=QUIET)
