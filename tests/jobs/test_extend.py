@@ -237,10 +237,8 @@ def test_extend_faults_lists_every_misfit(random_base: Path, place: Path) -> Non
         ("effect First: the collection has one", "effect First: the collection has its trigger", "base: is tiny")
     ):
         assert faults[number].startswith(start)
-    assert (
-        faults[3]
-        == "schedule: differs from the collection's; set schedule.num_steps=2 schedule.shift=3 schedule.sampler=consistency"
-    )
+    wanted = "schedule.num_steps=2 schedule.shift=3 schedule.sampler=consistency"
+    assert faults[3] == f"schedule: differs from the collection's; set {wanted}"
     assert faults[4].startswith("output_dir: ") and len(faults) == 5
     with pytest.raises(InputErrors) as caught:
         extend(collection, config, console=QUIET)
