@@ -284,6 +284,9 @@ class ExtendConfig(Section):
     lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 10
     anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
     p_switch: Annotated[Share | None, doc("As `objective.p_switch`; null = that one.")] = None
+    ta_fm_weight: Annotated[
+        NonNegative, doc("As `objective.ta_fm_weight`; what stands in TA-FM's place keeps to few-step teachers.")
+    ] = 1.0
     rehearsal_share: Annotated[Decay, doc("Share of the effects' samples that rehearse old effects.")] = 0.5
     rehearsal_weight: Annotated[Positive, doc("Weight of their TA-FM, which keeps to the old velocity.")] = 5.0
     rehearsal_sources: Annotated[Count, doc("Images that each old effect is rehearsed on.")] = 8

@@ -165,7 +165,8 @@ def extended_config(catalogue: Catalogue, config: Config) -> Config:
     return config.with_values(
         train={key: getattr(settings, key) for key in (*keys, "anchor_batch_size")},
         student={"rank": settings.rank, "alpha": float(settings.rank), "acceleration": acceleration_of(config)},
-        objective={} if settings.p_switch is None else {"p_switch": settings.p_switch},
+        objective={"ta_fm_weight": settings.ta_fm_weight}
+        | ({} if settings.p_switch is None else {"p_switch": settings.p_switch}),
         effects=[
             effect.model_dump() | {"trigger": triggers.get(effect.name, effect.trigger)} for effect in config.effects
         ],

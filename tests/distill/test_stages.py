@@ -16,7 +16,7 @@ def config_of(tmp_path: Path, *overrides: str, **values: Any) -> Config:
     return build_config({"output_dir": "out", "preset": "clora", "effects": effects, **values}, tmp_path, overrides)
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_fit(tmp_path: Path, preset: str) -> None:
     config = config_of(tmp_path, preset=preset)
     assert training_warnings(config) + teaching_warnings(config) + extend_warnings(config) == []
