@@ -38,6 +38,8 @@ COMMANDS = [
     "eval",
     "inspect",
     "convert",
+    "export",
+    "verify",
 ]
 
 
