@@ -157,10 +157,10 @@ def _file_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
         return f"{name} is missing; copy the whole folder, or export again"
     except OSError as error:
         return f"{name} cannot be read or is a link ({error.strerror}); export again"
+    if not stat.S_ISREG((status := os.fstat(handle)).st_mode):
+        os.close(handle)
+        return f"{name} is no regular file; export again"
     with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            return f"{name} is no regular file; export again"
         if status.st_size != entry.num_bytes:
             return f"{name} has {status.st_size} bytes, {MANIFEST} says {entry.num_bytes}; copy it again"
         if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
