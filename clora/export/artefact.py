@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clora.backbones.cond import Cond
 from clora.backbones.load import load_backbone, rotary_positions
+from clora.config import base_identity
 from clora.errors import InputError
 from clora.export.aoti import open_aoti
 from clora.export.graph import Run
@@ -37,20 +38,9 @@ class Artefact:
     catalogue: Catalogue
     velocity: Velocity
 
-    def check_sampling(self, num_steps: int | None, guidance: float | None = None) -> None:
-        """Raise `InputError` where an edit asks for another number of steps, or guidance, than the artefact is for."""
-        own = self.manifest.num_steps
-        if num_steps is not None and num_steps != own:
-            raise InputError(
-                f"steps: {self.folder} holds the modulation of {own} steps (shift {self.manifest.shift:g}), not of"
-                f" {num_steps}; leave --steps out, or export a collection distilled for {num_steps}"
-            )
-        if guidance is not None and guidance != 1:
-            raise InputError(f"guidance: {self.folder} samples without it, {guidance:g} was given; leave it out")
 
-
-def open_artefact(folder: Path) -> Artefact:
-    """Check every file of an artefact, then open it on the CPU.
+def open_artefact(folder: Path, base: str | None = None) -> Artefact:
+    """Check every file of an artefact, then open it on the CPU. `base` says where its base is now, None: where it was.
 
     Raises `InputErrors` as `check_folder` does, and `InputError` for one that was made for another machine or torch;
     nothing of the folder is loaded before that.
@@ -62,7 +52,7 @@ def open_artefact(folder: Path) -> Artefact:
         raise InputError(f"{folder}: its manifest holds no catalogue that this clora reads; export again") from error
     check_schedule(folder, manifest, catalogue)
     check_machine(folder, manifest)
-    return Artefact(folder, manifest, catalogue, _open_velocity(folder, manifest))
+    return Artefact(folder, manifest, catalogue, _open_velocity(folder, manifest, base or manifest.base))
 
 
 def check_schedule(folder: Path, manifest: Manifest, catalogue: Catalogue) -> None:
@@ -74,6 +64,24 @@ def check_schedule(folder: Path, manifest: Manifest, catalogue: Catalogue) -> No
             f"{folder}: is for {has[0]} steps with shift {has[1]:g} ({has[2]}), its catalogue for {wants[0]} with shift"
             f" {wants[1]:g} ({wants[2]}); export again"
         )
+
+
+def check_sampling(folder: Path, manifest: Manifest, num_steps: int | None, guidance: float | None) -> None:
+    """Raise `InputError` where an edit asks for another number of steps than the artefact is for, or for guidance."""
+    own = manifest.num_steps
+    if num_steps is not None and num_steps != own:
+        raise InputError(
+            f"steps: {folder} holds the modulation of {own} steps (shift {manifest.shift:g}), not of {num_steps}; leave"
+            f" --steps out, or export a collection distilled for {num_steps}"
+        )
+    if guidance is not None and guidance != 1:
+        raise InputError(f"guidance: {folder} samples without it, {guidance:g} was given; leave it out")
+
+
+def check_base(folder: Path, manifest: Manifest, base: str) -> None:
+    """Raise `InputError` for another base than the artefact was exported from: its encoders would not fit."""
+    if base_identity(base, None) != manifest.base_identity:
+        raise InputError(f"base {base}: is not what {folder} was exported from; give that one with --base")
 
 
 def check_machine(folder: Path, manifest: Manifest) -> None:
@@ -104,14 +112,14 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _open_velocity(folder: Path, manifest: Manifest) -> Velocity:
+def _open_velocity(folder: Path, manifest: Manifest, base: str) -> Velocity:
     dtype = getattr(torch, manifest.precision)
     if manifest.format == "merged":
         backbone = load_backbone(folder, "cpu", dtype, ("transformer",))
         backbone.use_kernels("auto")
         return backbone.velocity
     run = open_aoti(folder) if manifest.format == "aoti" else open_onnx(folder)
-    return GraphVelocity(run, folder, manifest.base, manifest.num_steps, manifest.shift, manifest.limits, dtype)
+    return GraphVelocity(run, folder, base, manifest.num_steps, manifest.shift, manifest.limits, dtype)
 
 
 @dataclass(eq=False)

@@ -22,9 +22,8 @@ from clora.backbones import COMPONENTS
 from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, Grid, make_cond
 from clora.backbones.load import linear_shapes, load_backbone
-from clora.config import base_identity
-from clora.errors import InputError, ParityError
-from clora.export.artefact import Artefact
+from clora.errors import ParityError
+from clora.export.artefact import Artefact, check_base
 from clora.export.manifest import COLLECTION
 from clora.inference.sampling import few_step_sampling, follow
 from clora.lora.files import read_lora
@@ -90,8 +89,7 @@ def verify(
     `on_part` is told what is done next. Raises `InputError` for another base than it was exported from.
     """
     manifest, base = artefact.manifest, base or artefact.manifest.base
-    if base_identity(base, None) != manifest.base_identity:
-        raise InputError(f"base {base}: is not what {artefact.folder} was exported from; give that one with --base")
+    check_base(artefact.folder, manifest, base)
     on_part("loading the eager model")
     eager, eager_velocity = load_eager(base, artefact.folder / COLLECTION, torch.float32)
     half = manifest.precision == "bfloat16"

@@ -19,5 +19,5 @@ def verify_artefact(
     """
     console = console or Console(stderr=True)
     with console.status("checking the files") as status:
-        artefact = open_artefact(folder)
+        artefact = open_artefact(folder, base)
         return verify(artefact, base, num_edits, seed, lambda what: status.update(what))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clora.backbones.cond import make_cond
 from clora.errors import InputError
@@ -14,7 +17,9 @@ from clora.export.artefact import Artefact, open_artefact
 from clora.export.graph import trace
 from clora.export.manifest import COLLECTION, Format, Limits, read_manifest
 from clora.export.onnx_graph import GRAPH, WEIGHTS, check_weights_place
-from clora.export.verify import load_eager, padding_change, random_cases, relative, verify
+from clora.export.verify import load_eager, padding_change, picture, random_cases, relative, verify
+from clora.inference.edit_plan import EditRequest
+from clora.jobs.edit import edit_files
 from clora.jobs.export import ExportRequest, export
 from clora.jobs.verify import verify_artefact
 
@@ -83,6 +88,23 @@ def test_graph_velocity_names_what_it_does_not_hold(artefact: Artefact) -> None:
 def test_verify_measures_edits(artefact: Artefact) -> None:
     parity = verify(artefact, num_edits=2, seed=9)
     assert parity.faults == [] and parity.effects == ("a", "b") and parity.latent < 1e-4 and parity.pixel <= 1
+
+
+def test_artefact_editor_runs_a_graph_between_the_bases_encoders(
+    artefact: Artefact, one_block: tuple[Path, Path], random_base: Path, tmp_path: Path
+) -> None:
+    picture(4, 80).save(tmp_path / "in.png")
+    request = EditRequest((tmp_path / "in.png",), tmp_path / "out.png", effects=("a",), seeds=(1, 2), batch_size=2)
+    with pytest.raises(InputError, match="is a folder|do not fit"):
+        edit_files(request, artefact=artefact.folder)
+    request = replace(request, output=tmp_path / "graph")
+    edit_files(request, artefact=artefact.folder)
+    edit_files(replace(request, output=tmp_path / "eager", base=str(one_block[0]), lora=one_block[1]))
+    for path in sorted((tmp_path / "eager").iterdir()):
+        made = np.asarray(Image.open(tmp_path / "graph" / path.name), np.int16)
+        assert np.abs(made - np.asarray(Image.open(path), np.int16)).max() <= 1
+    with pytest.raises(InputError, match=r"is not what .* was exported from; give that one with --base"):
+        edit_files(replace(request, base=str(random_base)), artefact=artefact.folder)
 
 
 def test_check_weights_place_refuses_weights_elsewhere(one_block: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from clora.backbones.qwen_image.pipeline import StillImageProcessor, pass_token_types
 from clora.config import collection_lora, read_sidecar
 from clora.errors import InputError
-from clora.export.artefact import open_artefact
-from clora.export.manifest import MANIFEST, read_manifest, write_manifest
+from clora.export.artefact import check_sampling, open_artefact
+from clora.export.manifest import list_files, read_manifest, write_manifest
 from clora.export.verify import picture, verify
 from clora.inference.editor import load_editor
 from clora.lora.files import read_lora
@@ -95,21 +95,18 @@ def test_verify_sees_another_model(merged: Path, tmp_path: Path) -> None:
     base = collection_lora("tiny").parent  # type: ignore[union-attr]
     weights = "diffusion_pytorch_model.safetensors"
     shutil.copy(base / "transformer" / weights, other / "transformer" / weights)  # the base without its collection
-    from clora.export.manifest import list_files
-
     write_manifest(other, read_manifest(other).model_copy(update={"files": list_files(other)}))
     parity = verify(open_artefact(other), num_edits=1)
     assert len(parity.faults) == 2 and parity.velocity > 0.01 and parity.pixel > 20 and parity.padding == 0
 
 
 def test_check_sampling_refuses_other_steps_and_guidance(merged: Path, random_base: Path) -> None:
-    artefact = open_artefact(merged)
-    artefact.check_sampling(None)
-    artefact.check_sampling(8, 1.0)
+    manifest = read_manifest(merged)
+    check_sampling(merged, manifest, None, None)
+    check_sampling(merged, manifest, 8, 1.0)
     with pytest.raises(InputError, match=r"holds the modulation of 8 steps \(shift 3\), not of 4; leave --steps out"):
-        artefact.check_sampling(4)
+        check_sampling(merged, manifest, 4, None)
     with pytest.raises(InputError, match="guidance: .* samples without it, 3 was given"):
-        artefact.check_sampling(None, 3.0)
+        check_sampling(merged, manifest, None, 3.0)
     with pytest.raises(InputError, match=r"is not what .* was exported from; give that one with --base"):
-        verify(artefact, str(random_base))
-    assert (merged / MANIFEST).is_file()
+        verify(open_artefact(merged), str(random_base))
