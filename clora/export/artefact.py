@@ -45,7 +45,11 @@ def open_artefact(folder: Path, base: str | None = None) -> Artefact:
     Raises `InputErrors` as `check_folder` does, and `InputError` for one that was made for another machine or torch;
     nothing of the folder is loaded before that.
     """
-    manifest = check_folder(folder)
+    return open_files(folder, check_folder(folder), base)
+
+
+def open_files(folder: Path, manifest: Manifest, base: str | None = None) -> Artefact:
+    """`open_artefact` for files that are known to be what `manifest` says; raises as it does for the rest."""
     try:
         catalogue = Catalogue.model_validate(manifest.catalogue)
     except ValidationError as error:

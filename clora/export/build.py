@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from clora.export.onnx_graph import build_onnx, check_onnx, rotate
 from clora.lora.catalogue import Catalogue, read_catalogue
 from clora.lora.files import read_lora
 from clora.method.flow import few_step_sigmas
+
+log = logging.getLogger(__name__)
 
 LIMITS = Limits(batch=32, tokens=16384, text_buckets=(32, 64, 128, 256, 512, 1024, 2048))
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -50,16 +53,20 @@ def find_source(base: str | None, lora: Path) -> Source:
     catalogue = read_catalogue(lora)
     base = base or catalogue.base
     resolved = resolve_base(base)
+    if catalogue.base != base:
+        log.warning("%s was distilled on base %s, and is now merged into %s", lora, catalogue.base, base)
     folder = resolved if isinstance(resolved, Path) else hub_folder(resolved, None, COMPONENTS)
     return Source(base, folder, lora, catalogue, read_footprint(base))
 
 
-def check_format(form: Format) -> None:
-    """Raise `InputError` where this machine lacks what a format needs."""
+def check_format(form: Format, precision: Precision) -> None:
+    """Raise `InputError` where this machine lacks what a format needs, or a format the precision."""
     if form == "aoti":
         check_compiler()
     elif form == "onnx":
         check_onnx()
+        if precision != "float32":
+            raise InputError(f"precision: an onnx graph in {precision} cannot be verified on a CPU; leave it out")
 
 
 def check_room(source: Source, form: Format, precision: Precision, place: Path) -> None:

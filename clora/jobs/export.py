@@ -9,7 +9,7 @@ from rich.console import Console
 
 from clora.config import collection_lora
 from clora.errors import InputError
-from clora.export.artefact import open_artefact
+from clora.export.artefact import open_files
 from clora.export.build import build, check_format, check_new, check_room, find_source
 from clora.export.manifest import Format, Manifest, Precision, write_manifest
 from clora.export.verify import check_parity, verify
@@ -39,7 +39,7 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
     output = request.output
     check_new(output)
     check_output(output)
-    check_format(request.format)
+    check_format(request.format, request.precision)
     source = find_source(request.base, _lora_of(request))
     check_room(source, request.format, request.precision, output)
     console = console or Console(stderr=True)
@@ -51,11 +51,11 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
         try:
             with new_folder(output) as folder:
                 manifest = build(source, request.format, request.precision, folder, show)
-                write_manifest(folder, manifest)
-                parity = verify(open_artefact(folder), source.base, request.num_edits, request.seed, show)
+                artefact = open_files(folder, manifest, source.base)
+                parity = verify(artefact, source.base, request.num_edits, request.seed, show)
                 check_parity(output, parity)
                 manifest = manifest.model_copy(update={"parity": parity.to_json()})
-                write_manifest(folder, manifest)
+                write_manifest(folder, manifest)  # last: without it the folder is no artefact
         except OSError as error:
             raise output_error(output, error) from error
     return manifest

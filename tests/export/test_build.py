@@ -42,6 +42,7 @@ def test_export_tells_bad_requests_before_weights_are_read(
     told("does not exist", lora=tmp_path / "missing.safetensors")
     told("carries no catalogue", lora=shipped.parent / "acceleration.safetensors")  # type: ignore[union-attr]
     told("is there already", output=tmp_path)
+    told("an onnx graph in bfloat16 cannot be verified", format="onnx", precision="bfloat16")
     (tmp_path / "file").write_text("")
     told("is no folder", output=tmp_path / "file" / "artefact")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
@@ -55,7 +56,7 @@ def test_export_tells_bad_requests_before_weights_are_read(
 def test_check_format_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"needs onnx, onnxscript; run pip install 'clora\[export\]'"):
-        check_format("onnx")
+        check_format("onnx", "float32")
 
 
 def test_find_source_takes_the_catalogues_base() -> None:

@@ -35,7 +35,7 @@ def test_write_merged_folder_is_the_editors_image_in_stock_diffusers(
         image_processor=Qwen2VLImageProcessorPil.from_pretrained(merged / "processor"),
         tokenizer=Qwen2Tokenizer.from_pretrained(merged / "tokenizer"),
     )
-    pipeline = QwenImageEditPlusPipeline.from_pretrained(merged, processor=processor, torch_dtype=torch.float32)
+    pipeline = QwenImageEditPlusPipeline.from_pretrained(merged, processor=processor, dtype=torch.float32)
     pass_token_types(pipeline.text_encoder)
     pipeline.set_progress_bar_config(disable=True)
     editor = load_editor("tiny", collection_lora("tiny"), "cpu", torch.float32)
@@ -61,7 +61,7 @@ def test_write_merged_weights_are_the_sums(merged: Path) -> None:
     assert lora is not None
     modules = read_lora(lora).modules
     base = Path(lora).parent / "transformer"
-    before = QwenImageTransformer2DModel.from_pretrained(base, torch_dtype=torch.float32).state_dict()
+    before = QwenImageTransformer2DModel.from_pretrained(base, dtype=torch.float32).state_dict()
     after = QwenImageTransformer2DModel.from_pretrained(merged / "transformer").state_dict()
     assert before.keys() == after.keys()
     for key, value in after.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from clora.backbones.load import load_backbone, rotary_positions, served_network
@@ -151,3 +152,18 @@ def test_rotary_positions_are_the_transformers_own() -> None:
     wanted = torch.cat([image, text])
     assert torch.equal(cos, wanted.real) and torch.equal(sin, wanted.imag)
     assert cos.shape == (24 + 16 + 9, 16)
+
+
+@pytest.mark.parametrize(("zero_cond_t", "table_mb"), [(False, 35.5), (True, 39.9)])
+def test_served_network_at_full_size_is_a_third_smaller(zero_cond_t: bool, table_mb: float) -> None:
+    """Counted at 60 blocks of width 3072 in bf16, without any weight."""
+    config = {"num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584}
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(**config, zero_cond_t=zero_cond_t).to(torch.bfloat16)
+        whole = sum(p.numel() for p in model.parameters())
+        network: Any = served_network(SimpleNamespace(transformer=model), SIGMAS.to("meta"))  # type: ignore[arg-type]
+    kept = sum(p.numel() for p in network.parameters())
+    tables = sum(buffer.numel() * 2 for buffer in network.buffers())
+    assert 2 * (whole - kept) == pytest.approx(13.65e9, rel=1e-3)
+    assert tables == pytest.approx(table_mb * 1e6, rel=2e-3)
+    assert 2 * kept + tables == pytest.approx(27.2e9, rel=5e-3)
