@@ -89,6 +89,10 @@ class WriteError(Exception):
     """A disk that does not take a result (it is full, or fails): says which one, and the mend."""
 
 
+class ParityError(Exception):
+    """An artefact that is not equal enough to the eager model: says what was measured, the bar, and the mend."""
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient that is not finite: nothing was updated."""
 

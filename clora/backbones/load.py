@@ -7,21 +7,23 @@ to be downloaded to plan a run on them or to check a LoRA file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from clora.backbones import COMPONENTS
 from clora.backbones.base import Backbone
-from clora.backbones.cond import Size
+from clora.backbones.cond import Grid, Size
 from clora.backbones.counts import Footprint
 from clora.backbones.hub import hub_folder
 from clora.config import Quantize, read_sidecar, resolve_base
 from clora.errors import InputError
 from clora.io.text import parse_json, read_text
 
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 SHAPES = Path(__file__).parent / "shapes"
 QWEN_IMAGE_EDIT = "QwenImageEditPlusPipeline"  # Qwen-Image-Edit-2509 and 2511
 
@@ -56,6 +58,26 @@ def load_backbone(
         elsewhere = device if transformer_device is None else torch.device(transformer_device)
         return load_qwen_image(str(base), folder, sizes, device, dtype, components, elsewhere, quantize)
     raise _unknown_family(base, pipeline)
+
+
+def served_network(backbone: Backbone, sigmas: Tensor, rotate: Rotate | None = None) -> nn.Module:
+    """The backbone's transformer, without adapters, as the network that artefacts hold: at these noise levels alone,
+    in a form that can be exported (`qwen_image.served.ServedNetwork`). It shares the weights.
+
+    `rotate` takes the place of plain torch where a format has an operator of its own for rotary positions.
+    """
+    from clora.backbones.qwen_image import served
+
+    return served.ServedNetwork(backbone.transformer, sigmas, rotate or served.rotate).eval()
+
+
+def rotary_positions(base: str | Path, grids: Sequence[Grid], num_text: int) -> tuple[Tensor, Tensor]:
+    """The positions that a `served_network` takes for a result and its references (`grids`, the result first) and
+    `num_text` tokens of text: cos and sin, fp32. No weights are read."""
+    from clora.backbones.qwen_image.served import rotary_positions as positions
+
+    config = _configurations(base, None, ("transformer",))["transformer"]
+    return positions(config, list(grids), num_text)
 
 
 def read_footprint(base: str | Path, revision: str | None = None) -> Footprint:

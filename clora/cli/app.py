@@ -15,7 +15,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 
-from clora.errors import InputError, Interrupted, NonFiniteError, ProcessLost, Stopped, WriteError
+from clora.errors import InputError, Interrupted, NonFiniteError, ParityError, ProcessLost, Stopped, WriteError
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 PARALLEL = {"cache", "extend", "teach", "train"}  # the commands that torchrun may start on several processes
@@ -87,7 +87,7 @@ def _failure(error: Exception) -> int:
         if is_main():  # all processes raise the same
             say([str(error)])
         return error.code if isinstance(error, Interrupted) else FAILED
-    if isinstance(error, ProcessLost | Stopped | WriteError):
+    if isinstance(error, ParityError | ProcessLost | Stopped | WriteError):
         say([str(error)])
         return STOPPED if isinstance(error, Stopped) else FAILED
     what = " ".join(str(error).split()) or "no message"

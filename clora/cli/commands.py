@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clora.cli import edit_options, lora_files
+from clora.cli import artefacts, edit_options, lora_files
 from clora.cli.app import BAD_INPUT, FAILED, app, command, is_main, run_command, say
 from clora.cli.output import Json, print_json, print_plan, print_report, print_table
 from clora.errors import InputError
@@ -280,6 +280,7 @@ def edit(
     batch_size: edit_options.BatchSize = 1,
     device: edit_options.Device = None,
     dtype: edit_options.Dtype = None,
+    artefact: edit_options.Artefact = None,
     as_json: Json = False,
 ) -> None:
     """Edit images with a collection, or with any LoRA file.
@@ -293,6 +294,7 @@ def edit(
           --effect NAME --effect SECOND --output results/
       clora edit --lora collection.safetensors --image room.png --reference chair.png --effect NAME --output out.png
       clora edit --lora collection.safetensors --image in.png --grid --columns 8 --output grid.html
+      clora edit --artefact DIR --image in.png --effect NAME --output out.png
     """
     from clora.inference.edit_plan import EditRequest
     from clora.jobs.edit import edit_files
@@ -314,7 +316,7 @@ def edit(
         device=device,
         dtype=dtype,
     )
-    paths = [str(path) for path in edit_files(request)]
+    paths = [str(path) for path in edit_files(request, artefact=artefact)]
     if as_json:
         print_json({"outputs": paths})
     else:
@@ -345,6 +347,8 @@ def evaluate(
 
 command("inspect")(lora_files.inspect)
 command("convert")(lora_files.convert)
+command("export")(artefacts.export)
+command("verify")(artefacts.verify)
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:

@@ -35,3 +35,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: 
 Dtype = Annotated[
     Literal["bfloat16", "float32"] | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")
 ]
+Artefact = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of `clora export`, in place of a LoRA; runs on the CPU."),
+]

@@ -24,9 +24,10 @@ from clora.backbones.load import linear_shapes, load_backbone
 from clora.config import build_config
 from clora.errors import raise_faults
 from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue
-from clora.inference.sampling import Sampling, sample, teacher_sampling
+from clora.inference.sampling import Sampling, follow, sample, teacher_sampling
 from clora.lora.catalogue import Catalogue
 from clora.lora.files import LoraFile, read_lora
+from clora.method.flow import Velocity
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,17 @@ SLOT = "student"
 
 @dataclass(frozen=True, eq=False)
 class Editor:
-    """A base with one LoRA (or none) on it. `sampling` holds the defaults of every edit."""
+    """A base with one LoRA (or none) on it. `sampling` holds the defaults of every edit.
+
+    A `velocity` takes the place of the backbone's, whose transformer then need not be loaded; it samples without
+    guidance.
+    """
 
     backbone: Backbone
     catalogue: Catalogue | None
     sampling: Sampling
     has_lora: bool
+    velocity: Velocity | None = None
 
     def edit(
         self,
@@ -115,10 +121,14 @@ class Editor:
     def _sample(self, jobs: Sequence[Job], encoded: Encoded, sampling: Sampling) -> list[Image.Image]:
         """One batch of jobs whose images share their sizes."""
         cond = encoded.cond([(job.image, job.prompt) for job in jobs])
+        seeds = [job.seed for job in jobs]
+        if self.velocity is not None:
+            x0_BTC = follow(self.backbone, self.velocity, cond, sampling, seeds, pipeline_noise=True)
+            return self.backbone.to_pil(self.backbone.decode(x0_BTC, cond.grid))
         uncond = None
         if sampling.is_guided:
             uncond = encoded.cond([(job.image, sampling.negative_prompt) for job in jobs])
-        slots, seeds = [SLOT if self.has_lora else None], [job.seed for job in jobs]
+        slots = [SLOT if self.has_lora else None]
         x0_BTC = sample(self.backbone, cond, slots, sampling, seeds, uncond, pipeline_noise=True)
         return self.backbone.to_pil(self.backbone.decode(x0_BTC, cond.grid))
 

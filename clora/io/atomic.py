@@ -1,8 +1,10 @@
-"""Files that are whole or not there: written under a temporary name, synced, renamed."""
+"""Files and folders that are whole or not there: written under a temporary name, synced, renamed."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+    sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` when the block ends: it is whole or not there. Where the block raises,
+    nothing is left behind; after a power cut or a kill a hidden `.NAME.*.tmp` may be.
+
+    Raises `FileExistsError` where something is at `path`, `OSError` for a place that cannot be written. Files are to be
+    synced by whoever writes them.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync_folder(temporary)
+        os.rename(temporary, path)  # fails where a folder with files has appeared there
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)
 
 

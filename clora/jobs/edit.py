@@ -19,6 +19,7 @@ from rich.progress import track
 from clora.data.contact_sheet import MOST_CELL, Block, sheet_html, sheet_image
 from clora.data.images import load_image
 from clora.errors import Stopped, WriteError
+from clora.export.edits import artefact_editor, artefact_request
 from clora.inference.edit_plan import EditPlan, EditRequest, plan_edit, size_notes
 from clora.inference.editor import Editor, load_editor
 from clora.io.output import prepare_folder, write_output
@@ -26,13 +27,16 @@ from clora.io.output import prepare_folder, write_output
 CHUNK = 16  # images in memory at once
 
 
-def edit_files(request: EditRequest, console: Console | None = None) -> list[Path]:
-    """Do what `request` says; returns the files written: the grid, or one per image and seed.
+def edit_files(request: EditRequest, console: Console | None = None, artefact: Path | None = None) -> list[Path]:
+    """Do what `request` says, with an artefact's folder where one is given; returns the files written: the grid, or one
+    per image and seed.
 
     Everything that can be wrong with it is found, and listed in `InputErrors`, before a model is loaded. Ctrl-C raises
     `Stopped`, a disk that does not take a result `WriteError`; what was made until then is written.
     """
     console = console or Console(stderr=True)
+    if artefact is not None:
+        request = artefact_request(request, artefact)
     plan = plan_edit(request)
     for folder in dict.fromkeys(path.parent for path in plan.paths):
         prepare_folder(folder)
@@ -41,8 +45,7 @@ def edit_files(request: EditRequest, console: Console | None = None) -> list[Pat
     place: Place = Sheet(plan) if request.grid else Files(plan)
     total = len(plan.jobs)
     try:
-        dtype = request.dtype or ("float32" if plan.device.type == "cpu" else "bfloat16")
-        editor = load_editor(plan.base, plan.request.lora, plan.device, getattr(torch, dtype))
+        editor = _open_editor(plan) if artefact is None else artefact_editor(artefact, plan.base)
         for index, picture in track(run(editor, plan), "editing", total, console=console, transient=True):
             place.add(index, picture)
         place.close()
@@ -53,6 +56,11 @@ def edit_files(request: EditRequest, console: Console | None = None) -> list[Pat
         rest = "the same command makes them anew" if request.grid else "give the other images or seeds to make the rest"
         raise Stopped(f"stopped: {place.num_written} of {total} images written to {request.output}; {rest}") from None
     return list(plan.paths)
+
+
+def _open_editor(plan: EditPlan) -> Editor:
+    dtype = plan.request.dtype or ("float32" if plan.device.type == "cpu" else "bfloat16")
+    return load_editor(plan.base, plan.request.lora, plan.device, getattr(torch, dtype))
 
 
 def run(editor: Editor, plan: EditPlan) -> Iterator[tuple[int, Image.Image]]:

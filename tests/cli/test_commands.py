@@ -38,6 +38,8 @@ COMMANDS = [
     "eval",
     "inspect",
     "convert",
+    "export",
+    "verify",
 ]
 
 
@@ -380,3 +382,19 @@ def test_run_command_limits_the_spinning_of_threads_before_torch_is_loaded(
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(expected)
+
+
+def test_export_and_verify_answer_with_json_and_codes(tmp_path: Path) -> None:
+    folder = tmp_path / "artefact"
+    made = call("export", "--base", "tiny", "--format", "merged", "--output", folder, "--edits", 1, "--json")
+    assert made.exit_code == 0 and json.loads(made.stdout)["parity"]["ok"]
+    again = call("export", "--base", "tiny", "--format", "merged", "--output", folder)
+    assert again.exit_code == 2 and faults(again) == [
+        f"output: {folder} is there already; name a new folder, or remove it"
+    ]
+    checked = call("verify", folder, "--edits", 1, "--json")
+    assert checked.exit_code == 0 and json.loads(checked.stdout)["padding"] == 0
+    with (folder / "vae" / "config.json").open("a") as file:
+        file.write(" ")
+    refused = call("verify", folder)
+    assert refused.exit_code == 2 and "vae/config.json has" in faults(refused)[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,18 @@ def test_replacing_syncs_the_file_before_the_rename_and_the_folder_after_it(
     monkeypatch.setattr(os, "replace", renamed)
     write_text(path, "new")
     assert events == [("file", False), ("rename", False), ("folder", True)]
+
+
+def test_new_folder_of_a_killed_process_is_not_there(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from clora.io.atomic import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "model").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = tmp_path / "artefact"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -9
+    assert not path.exists()
+    assert [entry.name.startswith(".artefact.") for entry in tmp_path.iterdir()] == [True]

@@ -166,7 +166,7 @@ class QwenImageBackbone:
 
     @property
     def token_channels(self) -> int:
-        return int(self.transformer.config.in_channels)
+        return 4 * int(self.pipeline.latent_channels)
 
     @property
     def pixels_per_token(self) -> int:

@@ -1,0 +1,78 @@
+"""The commands on artefacts: make one, and prove one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from clora.cli.app import FAILED, say
+from clora.cli.output import Json, print_json, print_report
+
+Base = Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")]
+Edits = Annotated[int, typer.Option(min=1, max=1000, help="Seeded edits to compare.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the edits and of all random inputs.")]
+
+
+def export(
+    output: Annotated[Path, typer.Option(help="Folder to write; it must not be there yet.")],
+    format: Annotated[
+        Literal["merged", "aoti", "onnx"],
+        typer.Option(help="merged: a folder for diffusers; aoti: native code for this CPU; onnx: a graph."),
+    ],
+    base: Base = None,
+    lora: Annotated[Path | None, typer.Option(help="Collection; default: the base's own.")] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the weights; all sums are made in fp32.")
+    ] = "float32",
+    edits: Edits = 3,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Merge a collection into its base, for production.
+
+    The artefact is compared with the eager model; where it is not equal nothing is written.
+
+    \b
+    Example:
+      clora export --base tiny --format merged --output artefact
+      clora export --lora collection.safetensors --format aoti --output artefact
+    """
+    from clora.jobs.export import ExportRequest
+    from clora.jobs.export import export as run
+
+    manifest = run(ExportRequest(output, format, base, lora, precision, edits, seed))
+    if as_json:
+        print_json({"output": str(output), **manifest.model_dump()})
+    else:
+        print_report(manifest.parity)
+        typer.echo(output)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `clora export` wrote.")],
+    base: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere than when exporting.")] = None,
+    edits: Edits = 3,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Check an artefact's files, and compare it with the eager model.
+
+    The exit code is 0 where it is equal, 1 where it is not, 2 where a file is not as it was exported.
+
+    \b
+    Example:
+      clora verify artefact
+      clora verify artefact --edits 20 --seed 1 --json
+    """
+    from clora.jobs.verify import verify_artefact
+
+    parity = verify_artefact(folder, base, edits, seed)
+    if as_json:
+        print_json(parity.to_json())
+    else:
+        print_report(parity.to_json())
+    if parity.faults:
+        say([f"{folder}: {fault}" for fault in parity.faults])
+        raise typer.Exit(FAILED)

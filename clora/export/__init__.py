@@ -1,0 +1,1 @@
+"""Deployable artefacts, each proved equal to the eager model."""

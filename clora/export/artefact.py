@@ -1,0 +1,188 @@
+"""An artefact opened: its velocity, at the noise levels of its schedule.
+
+Shape legend: B batch, T image tokens, C latent channels per token, L text tokens, D text width, M a text bucket.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+
+from clora.backbones.cond import Cond
+from clora.backbones.load import load_backbone, rotary_positions
+from clora.config import base_identity
+from clora.errors import InputError
+from clora.export.aoti import open_aoti
+from clora.export.graph import Run
+from clora.export.manifest import Limits, Manifest, check_folder
+from clora.export.onnx_graph import open_onnx
+from clora.lora.catalogue import Catalogue
+from clora.method.flow import Velocity, few_step_sigmas
+
+LIBRARIES = ("clora", "diffusers", "numpy", "onnx", "onnxruntime", "torch", "transformers")
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """`velocity` is (x (B, T, C), sigma (B,), cond) -> (B, T, C), as `Backbone.velocity` without slots."""
+
+    folder: Path
+    manifest: Manifest
+    catalogue: Catalogue
+    velocity: Velocity
+
+
+def open_artefact(folder: Path, base: str | None = None) -> Artefact:
+    """Check every file of an artefact, then open it on the CPU. `base` says where its base is now, None: where it was.
+
+    Raises `InputErrors` as `check_folder` does, and `InputError` for one that was made for another machine or torch;
+    nothing of the folder is loaded before that.
+    """
+    return open_files(folder, check_folder(folder), base)
+
+
+def open_files(folder: Path, manifest: Manifest, base: str | None = None) -> Artefact:
+    """`open_artefact` for files that are known to be what `manifest` says; raises as it does for the rest."""
+    try:
+        catalogue = Catalogue.model_validate(manifest.catalogue)
+    except ValidationError as error:
+        raise InputError(f"{folder}: its manifest holds no catalogue that this clora reads; export again") from error
+    check_schedule(folder, manifest, catalogue)
+    check_machine(folder, manifest)
+    return Artefact(folder, manifest, catalogue, _open_velocity(folder, manifest, base or manifest.base))
+
+
+def check_schedule(folder: Path, manifest: Manifest, catalogue: Catalogue) -> None:
+    """Raise `InputError` where the manifest's schedule or sampler is not its catalogue's."""
+    has = (manifest.num_steps, manifest.shift, manifest.sampler)
+    wants = (catalogue.schedule.num_steps, catalogue.schedule.shift, catalogue.sampler)
+    if has != wants:
+        raise InputError(
+            f"{folder}: is for {has[0]} steps with shift {has[1]:g} ({has[2]}), its catalogue for {wants[0]} with shift"
+            f" {wants[1]:g} ({wants[2]}); export again"
+        )
+
+
+def check_sampling(folder: Path, manifest: Manifest, num_steps: int | None, guidance: float | None) -> None:
+    """Raise `InputError` where an edit asks for another number of steps than the artefact is for, or for guidance."""
+    own = manifest.num_steps
+    if num_steps is not None and num_steps != own:
+        raise InputError(
+            f"steps: {folder} holds the modulation of {own} steps (shift {manifest.shift:g}), not of {num_steps}; leave"
+            f" --steps out, or export a collection distilled for {num_steps}"
+        )
+    if guidance is not None and guidance != 1:
+        raise InputError(f"guidance: {folder} samples without it, {guidance:g} was given; leave it out")
+
+
+def check_base(folder: Path, manifest: Manifest, base: str) -> None:
+    """Raise `InputError` for another base than the artefact was exported from: its encoders would not fit."""
+    if base_identity(base, None) != manifest.base_identity:
+        raise InputError(f"base {base}: is not what {folder} was exported from; give that one with --base")
+
+
+def check_machine(folder: Path, manifest: Manifest) -> None:
+    """Raise `InputError` for native code of another torch or another kind of CPU."""
+    if manifest.format != "aoti":
+        return
+    for what, made, here in (
+        ("torch", manifest.versions.get("torch"), str(torch.__version__)),
+        ("the CPU", manifest.platform, machine()),
+    ):
+        if made != here:
+            raise InputError(f"{folder}: was compiled for {what} {made}, this is {here}; export again on this machine")
+
+
+def machine() -> str:
+    """System, processor and vector instructions: what native code is compiled for."""
+    return f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that make or run artefacts, of those that are installed."""
+    found: dict[str, str] = {"torch": str(torch.__version__)}
+    for name in LIBRARIES:
+        try:
+            found.setdefault(name, version(name))
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _open_velocity(folder: Path, manifest: Manifest, base: str) -> Velocity:
+    dtype = getattr(torch, manifest.precision)
+    if manifest.format == "merged":
+        backbone = load_backbone(folder, "cpu", dtype, ("transformer",))
+        backbone.use_kernels("auto")
+        return backbone.velocity
+    run = open_aoti(folder) if manifest.format == "aoti" else open_onnx(folder)
+    return GraphVelocity(run, folder, base, manifest.num_steps, manifest.shift, manifest.limits, dtype)
+
+
+@dataclass(eq=False)
+class GraphVelocity:
+    """A graph as a velocity: noise level -> step, text padded to its bucket, positions of the grids. `base` gives the
+    positions."""
+
+    run: Run
+    folder: Path
+    base: str
+    num_steps: int
+    shift: float
+    limits: Limits
+    dtype: torch.dtype
+    _positions: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
+        """Raises `InputError` for a noise level that is not the schedule's, and for sizes beyond the limits."""
+        text = self._bucketed(cond)
+        self._check(x_BTC, cond)
+        lengths = cond.text_lengths or (cond.text_BLD.shape[1],) * len(x_BTC)
+        grids = (cond.grid, *cond.ref_grids)
+        key = (grids, text.shape[1])
+        if key not in self._positions:
+            if len(self._positions) >= 64:
+                self._positions.clear()
+            self._positions[key] = rotary_positions(self.base, grids, text.shape[1])
+        refs = torch.cat(cond.refs, dim=1).to(self.dtype)
+        step = self._steps(sigma_B.expand(len(x_BTC)))
+        inputs = (x_BTC.to(self.dtype), refs, text, *self._positions[key], step, torch.tensor(lengths))
+        return self.run(*inputs).to(x_BTC.dtype)
+
+    def _steps(self, sigma_B: Tensor) -> Tensor:
+        """The number of each noise level in the schedule, int64 (B,)."""
+        levels = few_step_sigmas(self.num_steps, self.shift)
+        found = sigma_B.float()[:, None] == levels
+        if not found.any(dim=1).all():
+            odd = sigma_B[~found.any(dim=1)][0].item()
+            raise InputError(
+                f"{self.folder}: noise level {odd:.6g} is none of its {self.num_steps} (shift {self.shift:g}); sample"
+                " by its own schedule"
+            )
+        return found.int().argmax(dim=1)
+
+    def _bucketed(self, cond: Cond) -> Tensor:
+        """Text (B, M, D) padded to the smallest bucket that holds it."""
+        length = cond.text_BLD.shape[1]
+        fitting = [bucket for bucket in self.limits.text_buckets if bucket >= length]
+        if not fitting:
+            most = self.limits.text_buckets[-1]
+            raise InputError(f"{self.folder}: a text of {length} tokens is longer than its {most}; shorten the prompt")
+        return F.pad(cond.text_BLD.to(self.dtype), (0, 0, 0, fitting[0] - length))
+
+    def _check(self, x_BTC: Tensor, cond: Cond) -> None:
+        batch, most = len(x_BTC), self.limits.tokens
+        tokens, ref_tokens = x_BTC.shape[1], sum(ref.shape[1] for ref in cond.refs)
+        if not 1 <= batch <= self.limits.batch:
+            raise InputError(f"{self.folder}: a batch of {batch} is beyond its {self.limits.batch}; make it smaller")
+        for what, number in (("a result", tokens), ("references", ref_tokens)):
+            if not 2 <= number <= most:
+                raise InputError(f"{self.folder}: {what} of {number} tokens; it takes 2 to {most}: use other sizes")

@@ -1,0 +1,52 @@
+"""Edits with an artefact: the request that it stands for, and an `Editor` that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from clora.backbones.load import load_backbone
+from clora.errors import raise_faults
+from clora.export.artefact import check_base, check_sampling, open_artefact
+from clora.export.manifest import COLLECTION, read_manifest
+from clora.inference.edit_plan import EditRequest
+from clora.inference.editor import Editor
+from clora.inference.sampling import few_step_sampling
+
+
+def artefact_request(request: EditRequest, folder: Path) -> EditRequest:
+    """The request with what the artefact in `folder` decides: base and collection, steps, precision, the CPU.
+
+    Only its manifest is read. Raises `InputErrors` with every option that an artefact has no choice of.
+    """
+    manifest = read_manifest(folder)
+    faults = [
+        f"{name}: is the artefact's own, {folder} cannot take another; leave it out"
+        for name, given in (("lora", request.lora), ("dtype", request.dtype))
+        if given is not None
+    ]
+    if request.device not in (None, "cpu"):
+        faults.append(f"device: {folder} runs on the CPU, not on {request.device}; leave it out")
+    if request.batch_size > manifest.limits.batch:
+        faults.append(f"batch_size: {folder} takes {manifest.limits.batch} at most; make it smaller")
+    raise_faults(faults)
+    check_sampling(folder, manifest, request.steps, request.guidance)
+    if manifest.format == "merged":
+        base = str(folder)
+    else:
+        base = request.base or manifest.base
+        check_base(folder, manifest, base)
+    return replace(
+        request, base=base, lora=folder / COLLECTION, steps=None, guidance=None, device="cpu", dtype=manifest.precision
+    )
+
+
+def artefact_editor(folder: Path, base: str) -> Editor:
+    """The artefact in `folder`, checked and opened, between the encoders and the decoder of `base`."""
+    artefact = open_artefact(folder, base)
+    manifest = artefact.manifest
+    backbone = load_backbone(base, "cpu", getattr(torch, manifest.precision), ("vae", "text_encoder"))
+    sampling = few_step_sampling(manifest.num_steps, manifest.shift, manifest.sampler)
+    return Editor(backbone, artefact.catalogue, sampling, has_lora=True, velocity=artefact.velocity)

@@ -1,0 +1,105 @@
+"""ONNX: the served network in opset 23, with the native Attention, RMSNormalization and RotaryEmbedding.
+
+The weights lie beside the graph in one file. The graph says where: what it says is checked to be that file before a
+runtime opens it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clora.errors import InputError
+from clora.export.graph import INPUTS, OUTPUT, Run, dynamic_sizes
+from clora.export.manifest import Limits
+
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+OPSET = 23
+
+
+def check_onnx() -> None:
+    """Raise `InputError` where the packages that writing ONNX takes are not installed."""
+    _require("onnx", "onnxscript")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`backbones.load.Rotate` as ONNX's own operator."""
+    B = x.shape[0]
+    turned: Tensor = torch.onnx.ops.rotary_embedding(
+        x, cos[None].expand(B, -1, -1).to(x.dtype), sin[None].expand(B, -1, -1).to(x.dtype), interleaved=True
+    )
+    return turned
+
+
+def build_onnx(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, folder: Path) -> None:
+    """Write graph and weights of the network (made with `rotate`) into `folder`, checked by onnx itself.
+
+    Raises ValueError where the graph leaves an input unused: padding would then be attended without any sign.
+    """
+    import onnx
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of every operator of torchvision's that it lacks
+    path = folder / GRAPH
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch about its own internals
+        torch.onnx.export(
+            network,
+            inputs,
+            path,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic_sizes(limits),
+            input_names=INPUTS,
+            output_names=(OUTPUT,),
+            external_data=True,
+            verbose=False,
+        )
+    onnx.checker.check_model(str(path))
+    graph = onnx.load(str(path), load_external_data=False).graph
+    used = {name for node in graph.node for name in node.input}
+    if unused := [name for name in INPUTS if name not in used]:
+        raise ValueError(f"the exported graph does not use {', '.join(unused)}")
+
+
+def open_onnx(folder: Path) -> Run:
+    """The graph in a checked folder, run by onnxruntime on the CPU."""
+    _require("onnx", "onnxruntime")
+    check_weights_place(folder)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Tensor) -> Tensor:
+        feed = {name: value.contiguous().numpy() for name, value in zip(INPUTS, inputs, strict=True)}
+        return torch.from_numpy(session.run([OUTPUT], feed)[0])
+
+    return run
+
+
+def check_weights_place(folder: Path) -> None:
+    """Raise `InputError` where the graph's weights are to be read from anywhere but the file beside it."""
+    import onnx
+
+    try:
+        model = onnx.load(str(folder / GRAPH), load_external_data=False)
+    except Exception as error:  # protobuf's own
+        raise InputError(f"{folder / GRAPH}: is no ONNX graph ({error}); export again") from error
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value != WEIGHTS:
+                place = folder / GRAPH
+                raise InputError(
+                    f"{place}: {tensor.name} is to be read from {entry.value!r}, not {WEIGHTS}; export again"
+                )
+
+
+def _require(*packages: str) -> None:
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise InputError(f"format onnx: needs {', '.join(missing)}; run pip install 'clora[export]'")

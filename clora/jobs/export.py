@@ -1,0 +1,70 @@
+"""`clora export`: base + collection -> an artefact that has proved itself equal to the eager model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from clora.config import collection_lora
+from clora.errors import InputError
+from clora.export.artefact import open_files
+from clora.export.build import build, check_format, check_new, check_room, find_source
+from clora.export.manifest import Format, Manifest, Precision, write_manifest
+from clora.export.verify import check_parity, verify
+from clora.io.atomic import new_folder
+from clora.io.output import check_output, output_error
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What `clora export` is asked for. base None: the catalogue's; lora None: the base's own collection."""
+
+    output: Path
+    format: Format
+    base: str | None = None
+    lora: Path | None = None
+    precision: Precision = "float32"
+    num_edits: int = 3
+    seed: int = 0
+
+
+def export(request: ExportRequest, console: Console | None = None) -> Manifest:
+    """Do what `request` says; returns the manifest of the artefact in `request.output`.
+
+    All that can be checked is checked before a weight is read: `InputError`. Raises `ParityError` where the artefact is
+    not equal enough to the eager model, `WriteError` for a disk without room. In every case nothing is left behind.
+    """
+    output = request.output
+    check_new(output)
+    check_output(output)
+    check_format(request.format, request.precision)
+    source = find_source(request.base, _lora_of(request))
+    check_room(source, request.format, request.precision, output)
+    console = console or Console(stderr=True)
+    with console.status("exporting") as status:
+
+        def show(what: str) -> None:
+            status.update(f"{request.format}: {what}")
+
+        try:
+            with new_folder(output) as folder:
+                manifest = build(source, request.format, request.precision, folder, show)
+                artefact = open_files(folder, manifest, source.base)
+                parity = verify(artefact, source.base, request.num_edits, request.seed, show)
+                check_parity(output, parity)
+                manifest = manifest.model_copy(update={"parity": parity.to_json()})
+                write_manifest(folder, manifest)  # last: without it the folder is no artefact
+        except OSError as error:
+            raise output_error(output, error) from error
+    return manifest
+
+
+def _lora_of(request: ExportRequest) -> Path:
+    if request.lora is not None:
+        return request.lora
+    found = None if request.base is None else collection_lora(request.base)
+    if found is None:
+        raise InputError("lora: no collection is given, and the base brings none along; give one with --lora")
+    return found

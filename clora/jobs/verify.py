@@ -1,0 +1,23 @@
+"""`clora verify`: is an artefact whole, and equal to the eager model on this machine?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from clora.export.artefact import open_artefact
+from clora.export.verify import Parity, verify
+
+
+def verify_artefact(
+    folder: Path, base: str | None = None, num_edits: int = 3, seed: int = 0, console: Console | None = None
+) -> Parity:
+    """Check every file's hash, open the artefact, compare it with the eager model; what was measured.
+
+    Raises `InputErrors` for a folder that is not as it was exported: nothing of it is then loaded.
+    """
+    console = console or Console(stderr=True)
+    with console.status("checking the files") as status:
+        artefact = open_artefact(folder, base)
+        return verify(artefact, base, num_edits, seed, lambda what: status.update(what))

@@ -1,0 +1,59 @@
+"""edits: `clora edit --artefact` makes what base and LoRA make, and has no choice of what the artefact decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clora.errors import InputError
+from clora.export import edits
+from clora.export.verify import picture
+from clora.inference.edit_plan import EditRequest
+from clora.jobs.edit import edit_files
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> EditRequest:
+    picture(4, 96).save(tmp_path / "in.png")
+    return EditRequest((tmp_path / "in.png",), tmp_path / "out.png", effects=("sepia",), seeds=(5,))
+
+
+def test_artefact_editor_makes_the_eager_models_image(merged: Path, request_: EditRequest, tmp_path: Path) -> None:
+    edit_files(request_, artefact=merged)
+    edit_files(replace(request_, base="tiny", output=tmp_path / "eager.png"))
+    made, wanted = (np.asarray(Image.open(tmp_path / name), np.int16) for name in ("out.png", "eager.png"))
+    assert np.abs(made - wanted).max() <= 1
+    edit_files(replace(request_, output=tmp_path / "other.png", effects=("pencil_sketch",)), artefact=merged)
+    assert np.abs(np.asarray(Image.open(tmp_path / "other.png"), np.int16) - wanted).max() > 20
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 4}, "steps: .* holds the modulation of 8 steps .shift 3., not of 4"),
+        ({"guidance": 2.0}, "guidance: .* samples without it, 2 was given"),
+        ({"lora": Path("x.safetensors")}, "lora: is the artefact's own"),
+        ({"dtype": "bfloat16"}, "dtype: is the artefact's own"),
+        ({"device": "cuda"}, "device: .* runs on the CPU, not on cuda"),
+        ({"batch_size": 64}, "batch_size: .* takes 32 at most"),
+        ({"effects": ("sepa",)}, "effect 'sepa' is not in the collection; did you mean 'sepia'"),
+    ],
+)
+def test_artefact_request_names_what_an_artefact_cannot(
+    merged: Path, request_: EditRequest, values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edits, "load_backbone", None)
+    monkeypatch.setattr(edits, "open_artefact", None)
+    with pytest.raises(InputError, match=message):
+        edit_files(replace(request_, **values), artefact=merged)
+    assert not request_.output.exists()
+
+
+def test_artefact_request_refuses_a_folder_that_is_none(request_: EditRequest, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no manifest.json, so it is no artefact"):
+        edit_files(request_, artefact=tmp_path)

@@ -1,0 +1,112 @@
+"""merged: stock diffusers loads the folder and makes what `clora edit` makes, without a LoRA or our code."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+from PIL import Image
+from transformers import Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from clora.backbones.qwen_image.pipeline import StillImageProcessor, pass_token_types
+from clora.config import collection_lora, read_sidecar
+from clora.errors import InputError
+from clora.export.artefact import check_sampling, open_artefact
+from clora.export.manifest import list_files, read_manifest, write_manifest
+from clora.export.verify import picture, verify
+from clora.inference.editor import load_editor
+from clora.lora.files import read_lora
+
+
+def test_write_merged_folder_is_the_editors_image_in_stock_diffusers(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stock, "VAE_IMAGE_SIZE", 64 * 64)
+    monkeypatch.setattr(stock, "CONDITION_IMAGE_SIZE", 64 * 64)
+    # The stock processor needs torchvision for videos; ours is the same without them.
+    processor = StillImageProcessor(
+        image_processor=Qwen2VLImageProcessorPil.from_pretrained(merged / "processor"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(merged / "tokenizer"),
+    )
+    pipeline = QwenImageEditPlusPipeline.from_pretrained(merged, processor=processor, dtype=torch.float32)
+    pass_token_types(pipeline.text_encoder)
+    pipeline.set_progress_bar_config(disable=True)
+    editor = load_editor("tiny", collection_lora("tiny"), "cpu", torch.float32)
+    assert editor.catalogue is not None
+    effect, image = editor.catalogue.effects[3], picture(5)
+    generator = torch.Generator().manual_seed(11)
+    pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, generator=generator)
+    made = pipeline(
+        image=[image], prompt=effect.prompt, width=64, height=64, sigmas=np.linspace(1, 1 / 8, 8).tolist(),
+        num_inference_steps=8, generator=generator, true_cfg_scale=1.0,
+    ).images[0]  # fmt: skip
+    wanted = editor.edit([image], [effect.name], seeds=[11])[0]
+    assert pixels(made, wanted) <= 2
+    assert pixels(made, image) > 20
+
+
+def pixels(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max())
+
+
+def test_write_merged_weights_are_the_sums(merged: Path) -> None:
+    lora = collection_lora("tiny")
+    assert lora is not None
+    modules = read_lora(lora).modules
+    base = Path(lora).parent / "transformer"
+    before = QwenImageTransformer2DModel.from_pretrained(base, dtype=torch.float32).state_dict()
+    after = QwenImageTransformer2DModel.from_pretrained(merged / "transformer").state_dict()
+    assert before.keys() == after.keys()
+    for key, value in after.items():
+        assert value.dtype == torch.float32
+        module = modules.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        exact = before[key].double() + (0 if module is None else module.delta())
+        assert (value - exact).abs().max() <= 1e-6
+
+
+def test_write_merged_keeps_sizes_and_leaves_data_with_the_base(merged: Path) -> None:
+    sidecar = read_sidecar(merged)
+    assert (sidecar.vae_image_area, sidecar.default_size, sidecar.preset) == (4096, (64, 64), "tiny")
+    assert sidecar.general is sidecar.acceleration is sidecar.collection is None
+    files = set(read_manifest(merged).files)
+    assert not any(name.startswith("general") or "acceleration" in name for name in files)
+    assert {"model_index.json", "vae/config.json", "text_encoder/model.safetensors"} <= files
+
+
+def test_export_manifest_says_what_was_measured(merged: Path) -> None:
+    manifest = read_manifest(merged)
+    assert (manifest.format, manifest.base, manifest.num_steps, manifest.shift) == ("merged", "tiny", 8, 3.0)
+    parity = manifest.parity
+    assert parity["ok"] and 0 < parity["velocity"] <= 3e-6 and parity["padding"] == 0 and parity["pixel"] <= 1
+    assert manifest.rounding == 0.0 and len(manifest.catalogue["effects"]) == 50
+
+
+def test_verify_sees_another_model(merged: Path, tmp_path: Path) -> None:
+    """An artefact whose weights and hashes were both replaced is whole, and still not the model."""
+    other = tmp_path / "other"
+    shutil.copytree(merged, other)
+    base = collection_lora("tiny").parent  # type: ignore[union-attr]
+    weights = "diffusion_pytorch_model.safetensors"
+    shutil.copy(base / "transformer" / weights, other / "transformer" / weights)  # the base without its collection
+    write_manifest(other, read_manifest(other).model_copy(update={"files": list_files(other)}))
+    parity = verify(open_artefact(other), num_edits=1)
+    assert len(parity.faults) == 2 and parity.velocity > 0.01 and parity.pixel > 20 and parity.padding == 0
+
+
+def test_check_sampling_refuses_other_steps_and_guidance(merged: Path, random_base: Path) -> None:
+    manifest = read_manifest(merged)
+    check_sampling(merged, manifest, None, None)
+    check_sampling(merged, manifest, 8, 1.0)
+    with pytest.raises(InputError, match=r"holds the modulation of 8 steps \(shift 3\), not of 4; leave --steps out"):
+        check_sampling(merged, manifest, 4, None)
+    with pytest.raises(InputError, match="guidance: .* samples without it, 3 was given"):
+        check_sampling(merged, manifest, None, 3.0)
+    with pytest.raises(InputError, match=r"is not what .* was exported from; give that one with --base"):
+        verify(open_artefact(merged), str(random_base))
