@@ -27,6 +27,11 @@ def check_onnx() -> None:
     _require("onnx", "onnxscript")
 
 
+def has_runtime() -> bool:
+    """Whether onnxruntime is installed, without which a graph can be written and checked, but not compared."""
+    return importlib.util.find_spec("onnxruntime") is not None
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`backbones.load.Rotate` as ONNX's own operator."""
     B = x.shape[0]

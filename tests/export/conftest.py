@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,17 @@ def write_random_collection(base: Path, path: Path, num_steps: int = 4) -> Path:
 @pytest.fixture(scope="session")
 def one_block(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base of one random block, and a collection for it."""
-    folder = tmp_path_factory.mktemp("one_block")
-    base = write_random_base(folder / "base", num_layers=1)
+    return _write_pair(tmp_path_factory.mktemp("one_block"))
+
+
+@pytest.fixture(scope="session")
+def one_block_2511(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same of the kind that modulates references as at noise level 0."""
+    return _write_pair(tmp_path_factory.mktemp("one_block_2511"), zero_cond_t=True)
+
+
+def _write_pair(folder: Path, **config: Any) -> tuple[Path, Path]:
+    base = write_random_base(folder / "base", num_layers=1, **config)
     return base, write_random_collection(base, folder / "collection.safetensors")
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from clora.backbones.cond import make_cond
 from clora.errors import InputError
+from clora.export import build as building
+from clora.export import onnx_graph
 from clora.export.artefact import Artefact, open_artefact
 from clora.export.graph import trace
 from clora.export.manifest import COLLECTION, Format, Limits, read_manifest
@@ -28,20 +30,20 @@ FORMATS: tuple[Format, ...] = ("aoti", "onnx")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def artefact(
-    request: pytest.FixtureRequest, one_block: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Artefact]:
+def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artefact]:
+    """Of a 2509 base as AOTInductor's, of a 2511 base as ONNX."""
     if request.param == "onnx":
         pytest.importorskip("onnxruntime")
-    base, lora = one_block
+    base, lora = request.getfixturevalue("one_block" if request.param == "aoti" else "one_block_2511")
     folder = tmp_path_factory.mktemp(request.param) / "artefact"
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):  # a compiler in less of a hurry
         export(ExportRequest(folder, request.param, str(base), lora, num_edits=1))
     yield open_artefact(folder)
 
 
-def test_export_graph_is_the_eager_model_at_five_shapes(artefact: Artefact, one_block: tuple[Path, Path]) -> None:
-    eager, velocity = load_eager(str(one_block[0]), one_block[1], torch.float32, ("transformer",))
+def test_export_graph_is_the_eager_model_at_five_shapes(artefact: Artefact) -> None:
+    lora = artefact.folder / COLLECTION
+    eager, velocity = load_eager(artefact.manifest.base, lora, torch.float32, ("transformer",))
     cases = list(random_cases(artefact, eager.token_channels, 32, seed=3))
     assert [len(x) for x, _, _ in cases] == [1, 2, 3, 4, 8]
     for case in cases:
@@ -91,15 +93,15 @@ def test_verify_measures_edits(artefact: Artefact) -> None:
 
 
 def test_artefact_editor_runs_a_graph_between_the_bases_encoders(
-    artefact: Artefact, one_block: tuple[Path, Path], random_base: Path, tmp_path: Path
+    artefact: Artefact, random_base: Path, tmp_path: Path
 ) -> None:
     picture(4, 80).save(tmp_path / "in.png")
     request = EditRequest((tmp_path / "in.png",), tmp_path / "out.png", effects=("a",), seeds=(1, 2), batch_size=2)
     with pytest.raises(InputError, match="is a folder|do not fit"):
         edit_files(request, artefact=artefact.folder)
-    request = replace(request, output=tmp_path / "graph")
+    request, lora = replace(request, output=tmp_path / "graph"), artefact.folder / COLLECTION
     edit_files(request, artefact=artefact.folder)
-    edit_files(replace(request, output=tmp_path / "eager", base=str(one_block[0]), lora=one_block[1]))
+    edit_files(replace(request, output=tmp_path / "eager", base=artefact.manifest.base, lora=lora))
     for path in sorted((tmp_path / "eager").iterdir()):
         made = np.asarray(Image.open(tmp_path / "graph" / path.name), np.int16)
         assert np.abs(made - np.asarray(Image.open(path), np.int16)).max() <= 1
@@ -107,7 +109,7 @@ def test_artefact_editor_runs_a_graph_between_the_bases_encoders(
         edit_files(replace(request, base=str(random_base)), artefact=artefact.folder)
 
 
-def test_check_weights_place_refuses_weights_elsewhere(one_block: tuple[Path, Path], tmp_path: Path) -> None:
+def test_check_weights_place_refuses_weights_elsewhere(tmp_path: Path) -> None:
     """Also where the manifest, written anew, has the right hash of such a graph."""
     onnx = pytest.importorskip("onnx")
     for place in ("../model.onnx.data", "/etc/passwd", "other.data"):
@@ -120,6 +122,17 @@ def test_check_weights_place_refuses_weights_elsewhere(one_block: tuple[Path, Pa
     (tmp_path / GRAPH).write_bytes(b"\xff" * 50)
     with pytest.raises(InputError, match="is no ONNX graph"):
         check_weights_place(tmp_path)
+
+
+def test_export_of_onnx_without_its_runtime_is_checked_but_not_measured(
+    one_block: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch writes is replaced by a stand-in here: the other tests have the graph itself."""
+    monkeypatch.setattr(onnx_graph, "has_runtime", lambda: False)
+    monkeypatch.setattr(building, "build_onnx", lambda network, inputs, limits, folder: (folder / GRAPH).touch())
+    manifest = export(ExportRequest(tmp_path / "artefact", "onnx", str(one_block[0]), one_block[1]))
+    assert manifest.parity == {"ok": None, "unmeasured": "onnxruntime is not installed"}
+    assert set(manifest.files) == {COLLECTION, GRAPH}
 
 
 def test_trace_refuses_a_graph_that_leaves_an_input_unused() -> None:

@@ -166,7 +166,9 @@ class QwenImageBackbone:
 
     @property
     def token_channels(self) -> int:
-        return 4 * int(self.pipeline.latent_channels)
+        if self.pipeline.transformer is None:  # the VAE's latents say it too: loading checks that they agree
+            return 4 * int(self.pipeline.latent_channels)
+        return int(self.transformer.config.in_channels)
 
     @property
     def pixels_per_token(self) -> int:
