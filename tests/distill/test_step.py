@@ -72,10 +72,9 @@ def test_full_step_updates_the_critic_so_often_and_then_the_student(
     assert [name for name, _ in calls] == [CRITIC] * 3 + [STUDENT]
     assert all(where.startswith(f"step {step} ({name}, effect stream: ") for name, where in calls)
     assert {"critic_loss", "critic_grad_norm", "effect/total_loss", "effect/student_grad_norm"} <= figures.keys()
-    total = sum(
-        getattr(d.config.objective, f"{term}_weight") * figures[f"effect/{term}_loss"]
-        for term in ("ta_fm", "dmd_ts", "dmd_bs")
-    )
+    weights = {term: getattr(d.config.objective, f"{term}_weight") for term in ("ta_fm", "dmd_ts", "dmd_bs")}
+    assert {term for term in weights if f"effect/{term}_loss" in figures} == {t for t, w in weights.items() if w}
+    total = sum(weight * figures[f"effect/{term}_loss"] for term, weight in weights.items() if weight)
     torch.testing.assert_close(figures["effect/total_loss"], total)
 
 
