@@ -122,7 +122,7 @@ def segment_mean_loss(
     v_student = student(x_sigma, sigma)
     with torch.no_grad():
         t = (sigma + u * (sigma_next - sigma)).clamp_min(LEAST_SIGMA)
-        v_teacher = teacher(euler_step(x_sigma, v_student.detach(), sigma, t), t)
+        v_teacher = teacher(euler_step(x_sigma, v_student, sigma, t), t)
     return velocity_loss(v_student, v_teacher)
 
 

@@ -135,7 +135,8 @@ def test_step_interval_ends_at_the_data() -> None:
 
 
 class Recorder:
-    """A velocity that notes what it is asked, and answers with `gain` times the state."""
+    """A velocity that notes what it is asked, and answers with `gain` times the state; four times that where its cond
+    is of the negative prompt."""
 
     def __init__(self, gain: float) -> None:
         self.gain = torch.tensor(gain, requires_grad=True)
@@ -143,7 +144,10 @@ class Recorder:
 
     def __call__(self, x_sigma: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         self.calls.append((x_sigma.detach().clone(), sigma.clone(), cond))
-        return self.gain * x_sigma
+        strength = torch.ones(len(x_sigma), 1, 1)
+        if "negative" in cond:
+            strength[len(x_sigma) // 2 :] = 4
+        return strength * self.gain * x_sigma
 
 
 def asked_batch(y: Tensor | None, **fields: Any) -> DistillBatch:
@@ -192,8 +196,8 @@ def test_imitation_loss_on_policy_asks_at_the_states_of_the_students_rollout() -
             _, nets = ask(batch, seed, on_policy_share=share)
             calls = nets.student.calls
             lengths.add(len(calls))
-            for k, (x, sigma, _) in enumerate(calls):
-                assert (sigma == levels[k]).all()
+            for k, (x, sigma, cond) in enumerate(calls):
+                assert (sigma == levels[k]).all() and cond == ["student"]
                 if k:
                     before = calls[k - 1][0]
                     torch.testing.assert_close(x, before + (levels[k] - levels[k - 1]) * 0.5 * before)
@@ -202,12 +206,12 @@ def test_imitation_loss_on_policy_asks_at_the_states_of_the_students_rollout() -
 
 
 def test_imitation_loss_guides_its_teacher() -> None:
-    """v_uncond + 3 (v - v_uncond), both in one call; here both are the same, so that guiding changes nothing."""
+    """v_uncond + 3 (v - v_uncond), both in one call; unconditioned, this teacher answers with four times as much."""
     loss, nets = ask(asked_batch(torch.zeros(6, 1, 2)), guidance=3.0, guidance_rescale="none")
-    ((x, sigma, cond),) = nets.teacher.calls
-    assert cond == ["teacher", "negative"] and len(x) == 12 and torch.equal(x[:6], x[6:])
-    plain, _ = ask(asked_batch(torch.zeros(6, 1, 2)))
-    torch.testing.assert_close(loss, plain)
+    ((x_s, _, _),), ((x_t, sigma, cond),) = nets.student.calls, nets.teacher.calls
+    assert cond == ["teacher", "negative"] and len(x_t) == 12 and torch.equal(x_t[:6], x_t[6:])
+    guided = 1.0 * x_t[:6] + 3 * (0.25 * x_t[:6] - 1.0 * x_t[:6])
+    torch.testing.assert_close(loss, (0.5 * x_s - guided).square().mean())
 
 
 def test_imitation_loss_same_step_asks_the_few_step_teacher_where_the_student_is() -> None:
