@@ -208,7 +208,7 @@ def test_imitation_loss_on_policy_asks_at_the_states_of_the_students_rollout() -
 def test_imitation_loss_guides_its_teacher() -> None:
     """v_uncond + 3 (v - v_uncond), both in one call; unconditioned, this teacher answers with four times as much."""
     loss, nets = ask(asked_batch(torch.zeros(6, 1, 2)), guidance=3.0, guidance_rescale="none")
-    ((x_s, _, _),), ((x_t, sigma, cond),) = nets.student.calls, nets.teacher.calls
+    ((x_s, _, _),), ((x_t, _, cond),) = nets.student.calls, nets.teacher.calls
     assert cond == ["teacher", "negative"] and len(x_t) == 12 and torch.equal(x_t[:6], x_t[6:])
     guided = 1.0 * x_t[:6] + 3 * (0.25 * x_t[:6] - 1.0 * x_t[:6])
     torch.testing.assert_close(loss, (0.5 * x_s - guided).square().mean())
