@@ -21,26 +21,20 @@ import torch
 import yaml
 from rich.console import Console
 
+from bench.lab.extend import SCENES, Examples, Images, encode, sample
 from clora.config import Config, Sampler, acceleration_lora, load_config
-from clora.data.examples import Example
-from clora.data.image_grid import Pixels, to_uint8
-from clora.data.pairs import Pair
 from clora.distill.forwards import distillation_forwards
 from clora.distill.opened import OpenBase
 from clora.distill.run import open_bank
 from clora.distill.workspace import open_base
-from clora.evaluate.baselines import Method, sample_examples
+from clora.evaluate.baselines import ACCELERATION, Method
 from clora.inference.sampling import few_step_sampling, teacher_sampling
 from clora.jobs.teach import teach
 from clora.jobs.train import train
 from clora.lora.catalogue import read_catalogue
 from clora.lora.files import read_lora
 from clora.lora.slots import Slot
-from clora.tiny.dataset import EVAL_SCENES, effect_config, write_effect_pairs, write_eval_sources
-
-SCENES = {"tune": EVAL_SCENES, "judge": EVAL_SCENES + 20_000}
-ACCELERATION = "acceleration"
-Images = dict[tuple[str, int], list[Pixels]]
+from clora.tiny.dataset import effect_config, write_effect_pairs, write_eval_sources
 
 
 @dataclass(frozen=True)
@@ -153,7 +147,7 @@ class Study:
             workspace.adapters.add_lora(ACCELERATION, read_lora(fast, workspace.adapters.module_shapes).modules)
         bank = open_bank(workspace)
         assert bank is not None
-        encoded: dict[str, dict[tuple[str, int], Example]] = {}
+        encoded: dict[str, Examples] = {}
         for row in rows:
             if row.who not in encoded:
                 encoded[row.who] = self._encode(workspace, row.who, scenes)
@@ -165,7 +159,7 @@ class Study:
                 modules = read_lora(self.arm_file(row.who), workspace.adapters.module_shapes).modules
                 workspace.adapters.add_lora(row.who, modules)
             method = self._method(row, config, bank.slots_for)
-            found[row.name] = _sample(workspace, method, encoded[row.who])
+            found[row.name] = sample(workspace, method, encoded[row.who])
             if row.who != "teacher":
                 workspace.adapters.remove_stack(row.who)
             path = self._sample_path(row)
@@ -174,22 +168,14 @@ class Study:
             path.with_suffix(".tmp.npz").rename(path)
         return found
 
-    def _encode(self, workspace: OpenBase, who: str, scenes: Mapping[int, Path]) -> dict[tuple[str, int], Example]:
+    def _encode(self, workspace: OpenBase, who: str, scenes: dict[int, Path]) -> Examples:
         """Every effect on every scene; a student is asked in the words of its file's catalogue."""
         negative = workspace.config.objective.negative_prompt
-        teacher = {effect.name: effect.prompt for effect in workspace.config.effects}
-        student = {name: "" for name in teacher}
-        if who != "teacher":
-            student = {entry.name: entry.prompt for entry in read_catalogue(self.arm_file(who)).effects}
-        examples = {}
-        for name in self.effects:
-            texts = {"teacher": teacher[name], "negative": negative}
-            if who != "teacher":
-                texts["student"] = student[name]
-            for scene, path in scenes.items():
-                pair = Pair((path,), None, None, name, str(path))
-                examples[name, scene] = workspace.encoder.encode(pair, name, texts)
-        return examples
+        if who == "teacher":
+            texts = {e.name: {"teacher": e.prompt, "negative": negative} for e in workspace.config.effects}
+        else:
+            texts = {e.name: {"student": e.prompt} for e in read_catalogue(self.arm_file(who)).effects}
+        return encode(workspace, texts, scenes)
 
     def _method(self, row: Row, config: Config, teachers: Any) -> Method:
         if row.num_steps is None:
@@ -202,12 +188,6 @@ class Study:
             return [(slot, ACCELERATION) for slot in slots] if row.accelerated else slots
 
         return Method(row.name, 1, sampling, "teacher" if row.who == "teacher" else "student", slots_for)
-
-
-def _sample(workspace: OpenBase, method: Method, examples: Mapping[tuple[str, int], Example]) -> Images:
-    keys, seeds = list(examples), [scene % 100_003 for _, scene in examples]
-    made = sample_examples(workspace.backbone, method, list(examples.values()), seeds, workspace.config.eval.batch_size)
-    return {keys[place]: [to_uint8(image)] for place, image in made}
 
 
 def _key(text: str) -> tuple[str, int]:
