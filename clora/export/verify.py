@@ -140,9 +140,7 @@ def load_eager(
 ) -> tuple[Backbone, Velocity]:
     """The base with a LoRA on it, unmerged, on the CPU: what artefacts are measured by."""
     file = read_lora(lora, linear_shapes(base))
-    backbone = (
-        load_backbone(base, "cpu", dtype) if components is None else load_backbone(base, "cpu", dtype, components)
-    )
+    backbone = load_backbone(base, "cpu", dtype, components)
     backbone.add_adapters(list(file.modules)).add_lora(SLOT, file.modules, dtype=dtype)
 
     @torch.no_grad()
