@@ -9,6 +9,7 @@ import pytest
 
 from clora.config import PRESETS, Config, build_config
 from clora.distill.stages import extend_warnings, teaching_warnings, training_warnings
+from clora.jobs.demo import SCALES, Size
 
 
 def config_of(tmp_path: Path, *overrides: str, **values: Any) -> Config:
@@ -20,6 +21,12 @@ def config_of(tmp_path: Path, *overrides: str, **values: Any) -> Config:
 def test_presets_fit(tmp_path: Path, preset: str) -> None:
     config = config_of(tmp_path, preset=preset)
     assert training_warnings(config) + teaching_warnings(config) + extend_warnings(config) == []
+
+
+@pytest.mark.parametrize("size", SCALES)
+def test_sizes_of_the_demo_fit(tmp_path: Path, size: Size) -> None:
+    config = config_of(tmp_path, *SCALES[size].overrides, preset="tiny")
+    assert training_warnings(config) + teaching_warnings(config) == []
 
 
 def test_training_warnings_name_a_warm_up_as_long_as_its_stage(tmp_path: Path) -> None:
