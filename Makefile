@@ -1,9 +1,9 @@
-# make setup | demo | test | lint | bench | torture. Each target sets up what it needs: .venv with the pinned packages of
+# make setup | demo | eval-demo | test | lint | bench | torture. Each target sets up what it needs: .venv with the pinned packages of
 # requirements/cpu.lock and clora built into it. Needed beforehand: python3 >= 3.11, a C++ compiler, make.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 LOCK := requirements/cpu.lock
-EXTRAS := dev,train,export,heif,quantize
+EXTRAS := dev,train,export,eval,heif,quantize
 BIN := .venv/bin
 STAMP := .venv/.installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
@@ -11,7 +11,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
 # Two threads that spin for work on a busy machine slow small models down a hundredfold.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint format bench torture clean
+.PHONY: setup demo eval-demo test lint format bench torture clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -27,6 +27,10 @@ $(STAMP): $(LOCK) pyproject.toml CMakeLists.txt $(CXX_FILES) csrc/build_backend.
 
 demo: setup
 	env -u OMP_NUM_THREADS -u OMP_WAIT_POLICY $(BIN)/clora demo --out runs/demo
+
+# Real photographs, neural styles as effects, and a judge that looks at the pictures.
+eval-demo: setup
+	$(BIN)/python examples/real_photos/run.py runs/eval-demo
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -18,7 +18,7 @@ import typer
 from clora.errors import InputError, Interrupted, NonFiniteError, ParityError, ProcessLost, Stopped, WriteError
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
-PARALLEL = {"cache", "extend", "teach", "train"}  # the commands that torchrun may start on several processes
+PARALLEL = {"cache", "eval", "extend", "teach", "train"}  # the commands that torchrun may start on several processes
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
 Arguments = ParamSpec("Arguments")
 

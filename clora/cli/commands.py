@@ -326,19 +326,37 @@ def edit(
 @command("eval")
 def evaluate(
     config: ConfigFile,
-    lora: Annotated[Path, typer.Option(help="Collection to evaluate.")],
+    lora: Annotated[Path | None, typer.Option(help="Collection to evaluate on the configuration's own pairs.")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how well a collection does each effect.
+    """Measure how well a collection does each effect, or run a benchmark of several methods.
 
     \b
     Example:
       clora eval config.yaml --lora runs/demo/collection.safetensors --json
+      clora eval benchmark.yaml
     """
-    from clora.jobs.eval import evaluate_collection
+    from clora.jobs.eval_bench import benchmark_table, evaluate_benchmark, is_benchmark
 
-    figures = evaluate_collection(_load(config, overrides), lora)
+    if is_benchmark(config):
+        if lora is not None or overrides:
+            raise InputError(f"{config}: a benchmark names its methods itself; leave --lora and KEY=VALUE out")
+        figures = evaluate_benchmark(config)
+        if not figures:
+            return  # another process writes the tables
+        if not as_json:
+            print_table(benchmark_table(figures))
+            return
+    else:
+        from clora.jobs.eval import evaluate_collection
+        from clora.training.distributed import world_size
+
+        if world_size() > 1:
+            raise InputError(f"{config}: `clora eval --lora` is one process; start it without torchrun")
+        if lora is None:
+            raise InputError("--lora: give the collection to evaluate, or a benchmark with methods: in place of CONFIG")
+        figures = evaluate_collection(_load(config, overrides), lora)
     if as_json:
         print_json(figures)
     else:

@@ -25,8 +25,9 @@ from clora.config import build_config
 from clora.errors import raise_faults
 from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue
 from clora.inference.sampling import Sampling, follow, sample, teacher_sampling
+from clora.lora.adapters import Adapters
 from clora.lora.catalogue import Catalogue
-from clora.lora.files import LoraFile, read_lora
+from clora.lora.files import read_lora
 from clora.method.flow import Velocity
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Editor:
     sampling: Sampling
     has_lora: bool
     velocity: Velocity | None = None
+    adapters: Adapters | None = None  # of the backbone, where it has any
 
     def edit(
         self,
@@ -194,17 +196,27 @@ def load_editor(
     # Read before the base, which takes far longer.
     file = None if lora is None else read_lora(lora, linear_shapes(base))
     backbone = load_backbone(base, device, dtype)
-    if file is None:
-        backbone.add_adapters()  # without any slot
-    else:
-        _add_lora(backbone, file)
+    adapters = backbone.add_adapters(None if file is None else list(file.modules))
+    if file is not None:
+        adapters.add_lora(SLOT, file.modules, dtype=backbone.dtype)
     backbone.use_kernels("auto")
-    return Editor(backbone, catalogue, default_sampling(base, catalogue), lora is not None)
+    return Editor(backbone, catalogue, default_sampling(base, catalogue), lora is not None, adapters=adapters)
 
 
-def _add_lora(backbone: Backbone, file: LoraFile) -> None:
-    adapters = backbone.add_adapters(list(file.modules))
-    adapters.add_lora(SLOT, file.modules, dtype=backbone.dtype)
+def swap_lora(editor: Editor, base: str, lora: Path) -> Editor:
+    """The editor with another LoRA file, or its first, on the same base, which is not loaded anew.
+
+    `editor` must come from `load_editor` without a LoRA, so that any of the base's own linears can take one; it must
+    not be used any more. Raises `InputErrors` with every fault of the file.
+    """
+    adapters = editor.adapters
+    assert adapters is not None
+    file = read_lora(lora, adapters.module_shapes)
+    if editor.has_lora:
+        adapters.remove_stack(SLOT)
+    adapters.add_lora(SLOT, file.modules, dtype=editor.backbone.dtype)
+    catalogue = find_catalogue(lora)
+    return replace(editor, catalogue=catalogue, sampling=default_sampling(base, catalogue), has_lora=True)
 
 
 def default_sampling(base: str, catalogue: Catalogue | None) -> Sampling:

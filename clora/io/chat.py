@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from PIL import Image
@@ -24,6 +24,8 @@ from clora.errors import InputError
 from clora.io.text import parse_json
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 MAX_IMAGE_SIDE = 768
 MAX_ANSWER_BYTES = 1 << 20
@@ -49,12 +51,40 @@ class Endpoint:
         return f"{url.scheme}://{url.host}{f':{url.port}' if url.port else ''}{url.path}"
 
 
+class NoAnswer(InputError):
+    """The endpoint gave no usable answer in all tries; `replies` are the texts that were of no use."""
+
+    def __init__(self, message: str, replies: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.replies = list(replies)
+
+
+class Refused(InputError):
+    """The endpoint refused the request itself, which no further try mends."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A reply: its text, the model and snapshot that the server names, and the tokens it counts (0: it does not)."""
+
+    text: str
+    model: str = ""
+    fingerprint: str = ""
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
 class _Again(Exception):
     """A failure that another try may mend."""
 
-    def __init__(self, reason: str, wait_seconds: float | None = None) -> None:
+    def __init__(self, reason: str, wait_seconds: float | None = None, reply: str | None = None) -> None:
         super().__init__(reason)
         self.wait_seconds = wait_seconds
+        self.reply = reply
 
 
 def chat_request(model: str, images: Sequence[Image.Image], text: str) -> dict[str, Any]:
@@ -77,17 +107,32 @@ def _jpeg_base64(image: Image.Image) -> str:
 def ask(
     endpoint: Endpoint,
     body: dict[str, Any],
-    read: Callable[[str], str],
+    read: Callable[[str], Answer],
     *,
     client: httpx.Client | None = None,
     backoff_seconds: float = 1.0,
-) -> str:
+) -> Answer:
+    """What `read` makes of the text of the model's answer to `body`; see `complete`."""
+    return complete(endpoint, body, lambda reply: read(reply.text), client=client, backoff_seconds=backoff_seconds)
+
+
+def complete(
+    endpoint: Endpoint,
+    body: dict[str, Any],
+    read: Callable[[Completion], Answer],
+    *,
+    client: httpx.Client | None = None,
+    backoff_seconds: float = 1.0,
+    before_try: Callable[[], None] = lambda: None,
+) -> Answer:
     """What `read` makes of the model's answer to `body` (see `chat_request`).
 
     `read` raises ValueError for an answer that is of no use. Such answers, status 429 and 5xx, time-outs and broken
     connections are tried again, at most `max_attempts` times in all, waiting `backoff_seconds` doubled each time (or
-    what the server asks for, up to a minute). Raises `InputError` that names the endpoint and the mend.
+    what the server asks for, up to a minute). What `before_try` raises ends the tries. Raises `NoAnswer` and `Refused`,
+    which name the endpoint and the mend.
     """
+    replies: list[str] = []
 
     def wait(state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -99,6 +144,15 @@ def ask(
         reason = state.outcome.exception() if state.outcome else None
         log.info("%s: attempt %d: %s", endpoint.shown, state.attempt_number, reason)
 
+    def one(used: httpx.Client) -> Answer:
+        before_try()
+        try:
+            return _post(used, endpoint, body, read)
+        except _Again as error:
+            if error.reply is not None:
+                replies.append(error.reply)
+            raise
+
     tries = Retrying(
         stop=stop_after_attempt(endpoint.max_attempts),
         retry=retry_if_exception_type(_Again),
@@ -108,15 +162,17 @@ def ask(
     )
     try:
         if client is not None:
-            return tries(_post, client, endpoint, body, read)
+            return tries(one, client)
         with httpx.Client() as own:
-            return tries(_post, own, endpoint, body, read)
+            return tries(one, own)
     except _Again as error:
         what = f"no usable answer in {endpoint.max_attempts} attempts ({error})"
-        raise InputError(f"{endpoint.key} {endpoint.shown}: {what}; {endpoint.mend}") from None
+        raise NoAnswer(f"{endpoint.key} {endpoint.shown}: {what}; {endpoint.mend}", replies) from None
 
 
-def _post(client: httpx.Client, endpoint: Endpoint, body: dict[str, Any], read: Callable[[str], str]) -> str:
+def _post(
+    client: httpx.Client, endpoint: Endpoint, body: dict[str, Any], read: Callable[[Completion], Answer]
+) -> Answer:
     key = _api_key(endpoint)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = endpoint.timeout_seconds
@@ -134,21 +190,42 @@ def _post(client: httpx.Client, endpoint: Endpoint, body: dict[str, Any], read: 
     if response.status_code == 429 or response.status_code >= 500:
         raise _Again(f"status {response.status_code}", _retry_after(response))
     if response.status_code != 200:
-        raise InputError(_refused(response.status_code, raw, key, endpoint))
+        raise Refused(_refused(response.status_code, raw, key, endpoint), response.status_code)
     try:
-        return read(_answer(raw))
+        reply = _completion(raw)
     except ValueError as error:
-        raise _Again(str(error)) from None
-
-
-def _answer(raw: bytes) -> str:
+        raise _Again(str(error), reply=raw[:2000].decode("utf-8", "replace")) from None
     try:
-        answer = parse_json(raw.decode())["choices"][0]["message"]["content"]
+        return read(reply)
+    except ValueError as error:
+        raise _Again(str(error), reply=reply.text) from None
+
+
+def _completion(raw: bytes) -> Completion:
+    try:
+        answer = parse_json(raw.decode())
+        content = answer["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):
         raise ValueError("the answer is not a chat completion") from None
-    if not isinstance(answer, str):
+    if not isinstance(content, str):
         raise ValueError("the answer holds no text")
-    return answer
+    usage = answer.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    return Completion(
+        content,
+        _short(answer.get("model")),
+        _short(answer.get("system_fingerprint")),
+        _count(counts.get("prompt_tokens")),
+        _count(counts.get("completion_tokens")),
+    )
+
+
+def _short(value: Any) -> str:
+    return value[:200] if isinstance(value, str) else ""
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and 0 <= value < 1 << 40 else 0
 
 
 def _api_key(endpoint: Endpoint) -> str:

@@ -1,0 +1,250 @@
+"""Bad cases and subject alignment by a vision model behind any OpenAI-compatible endpoint, never trusted blindly.
+
+A reply counts only where it is exactly the JSON that was asked for. What cannot be used is *missing*: nothing is
+guessed. Every reply is kept on disk under a hash of all that was asked, so that a run that goes on pays for none twice.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from clora.errors import InputError
+from clora.evaluate.judge_prompts import (
+    ALIGNMENT,
+    ALIGNMENT_PICTURES,
+    GATE,
+    GATE_PICTURES,
+    AlignmentReply,
+    GateReply,
+    quoted,
+    reply_schema,
+)
+from clora.io.atomic import write_text
+from clora.io.chat import Completion, Endpoint, NoAnswer, Refused, complete
+from clora.io.text import parse_json, read_text
+
+Rung = Literal["json_schema", "json_object", "plain"]
+RUNGS: tuple[Rung, ...] = ("json_schema", "json_object", "plain")
+NOT_SPOKEN = (400, 404, 415, 422, 501)  # what servers answer to a response format that they do not know
+MAX_SIDE = 1024  # pixels; larger pictures are reduced
+MAX_TOKENS = 300
+
+
+class LimitReached(InputError):
+    """No further call is allowed: the run's limit of calls or of cost is reached."""
+
+
+class Answer(BaseModel):
+    """One question's outcome. `value` None: missing, and `why` says why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    value: bool | int | None
+    why: str = ""
+    reasoning: str = ""
+    rung: Rung | None = None
+    model: str = ""  # as the server names it: aliases move
+    fingerprint: str = ""
+    endpoint: str = ""
+    prompt_sha256: str = ""
+    raw: list[str] = []  # every reply in order, those of no use too
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+@dataclass
+class Limits:
+    """At most so many calls and so much cost in a run; prices are of a million tokens, cost in the same currency."""
+
+    max_calls: int | None = None
+    max_cost: float | None = None
+    prompt_price: float = 0.0
+    answer_price: float = 0.0
+    calls: int = 0
+    cost: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take_call(self) -> None:
+        """Count a call that is about to be made. Raises `LimitReached` where none is left."""
+        with self._lock:
+            if self.max_calls is not None and self.calls >= self.max_calls:
+                raise LimitReached(f"judge.max_calls: {self.max_calls} calls are made; raise it to go on")
+            if self.max_cost is not None and self.cost >= self.max_cost:
+                raise LimitReached(
+                    f"judge.max_cost: {self.cost:.2f} is spent of {self.max_cost:.2f}; raise it to go on"
+                )
+            self.calls += 1
+
+    def add_cost(self, reply: Completion) -> None:
+        with self._lock:
+            self.cost += (reply.prompt_tokens * self.prompt_price + reply.answer_tokens * self.answer_price) / 1e6
+
+
+@dataclass
+class Judge:
+    """Asks `endpoint`; answers are kept in `folder`. Safe to use from several threads.
+
+    The response format steps down from a JSON schema to any JSON object to plain text, where the server refuses one;
+    each answer records its rung.
+    """
+
+    endpoint: Endpoint
+    folder: Path
+    limits: Limits = field(default_factory=Limits)
+    seed: int = 0
+    client: httpx.Client | None = None
+    backoff_seconds: float = 1.0
+    _rung: int = 0
+
+    def bad_case(
+        self, instruction: str, criteria: str, template: tuple[Path, Path], test: tuple[Path, Path], repeat: int = 0
+    ) -> Answer:
+        """Whether the test pair (source, result) is a bad case, by Fig. 11. `repeat` asks the same anew, with
+        another seed."""
+        text = GATE.format(instruction=quoted(instruction), criteria=quoted(criteria))
+        return self._ask(text, GATE_PICTURES, (*template, *test), GateReply, "is_bad_case", repeat)
+
+    def alignment(self, instruction: str, test: tuple[Path, Path], repeat: int = 0) -> Answer:
+        """How well the subject is kept, 1 to 5, by Fig. 12."""
+        text = ALIGNMENT.format(instruction=quoted(instruction))
+        return self._ask(text, ALIGNMENT_PICTURES, test, AlignmentReply, "scores", repeat)
+
+    def _ask(
+        self,
+        text: str,
+        names: Sequence[str],
+        pictures: Sequence[Path],
+        kind: type[GateReply] | type[AlignmentReply],
+        value: str,
+        repeat: int,
+    ) -> Answer:
+        shown = [picture_png(path) for path in pictures]
+        prompt = hashlib.sha256(text.encode()).hexdigest()
+        asked = [self.endpoint.shown, self.endpoint.model, prompt, self.seed, repeat]
+        asked += [hashlib.sha256(png).hexdigest() for png in shown]
+        kept = self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
+        if (answer := _read_kept(kept)) is not None:
+            return answer
+        body = self._body(text, names, shown, self.seed + repeat)
+        answer = self._climb_down(body, kind, value)
+        answer = answer.model_copy(update={"endpoint": self.endpoint.shown, "prompt_sha256": prompt})
+        if answer.value is not None or answer.raw:  # a reply was paid for
+            write_text(kept, answer.model_dump_json(indent=1) + "\n")
+        return answer
+
+    def _body(self, text: str, names: Sequence[str], shown: Sequence[bytes], seed: int) -> dict[str, Any]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        for name, png in zip(names, shown, strict=True):
+            url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            content += [{"type": "text", "text": f"{name}:"}, {"type": "image_url", "image_url": {"url": url}}]
+        return {
+            "model": self.endpoint.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "seed": seed,
+            "max_tokens": MAX_TOKENS,
+        }
+
+    def _climb_down(self, body: dict[str, Any], kind: type[GateReply] | type[AlignmentReply], value: str) -> Answer:
+        first = self._rung
+        for place in range(first, len(RUNGS)):
+            rung = RUNGS[place]
+            try:
+                answer = self._one_rung(body | response_format(rung, value), kind, rung)
+            except NoAnswer as error:
+                return Answer(value=None, why=str(error), rung=rung, raw=error.replies)
+            except LimitReached as error:
+                return Answer(value=None, why=str(error))
+            except Refused as error:
+                if error.status not in NOT_SPOKEN:
+                    raise
+                if rung == "plain":  # not the format, then, but this question
+                    return Answer(value=None, why=str(error), rung=rung)
+                continue
+            self._rung = max(self._rung, place)
+            return answer
+        raise AssertionError("plain is the last rung")
+
+    def _one_rung(self, body: dict[str, Any], kind: type[GateReply] | type[AlignmentReply], rung: Rung) -> Answer:
+        unused: list[str] = []
+
+        def read(reply: Completion) -> Answer:
+            self.limits.add_cost(reply)
+            unused.append(reply.text)
+            found = read_reply(reply.text, kind)
+            return Answer(
+                value=found.value,
+                reasoning=found.brief_reasoning,
+                rung=rung,
+                model=reply.model,
+                fingerprint=reply.fingerprint,
+                raw=list(unused),
+                prompt_tokens=reply.prompt_tokens,
+                answer_tokens=reply.answer_tokens,
+            )
+
+        return complete(
+            self.endpoint,
+            body,
+            read,
+            client=self.client,
+            backoff_seconds=self.backoff_seconds,
+            before_try=self.limits.take_call,
+        )
+
+
+def response_format(rung: Rung, value: str) -> dict[str, Any]:
+    """The part of a request that asks for a rung's form of answer."""
+    if rung == "plain":
+        return {}
+    if rung == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    schema = {"name": value, "strict": True, "schema": reply_schema(value)}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+_FENCED = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n\s*```\s*\Z", re.DOTALL)
+
+
+def read_reply(text: str, kind: type[GateReply] | type[AlignmentReply]) -> GateReply | AlignmentReply:
+    """The reply in a text that is one JSON object of just its fields, perhaps in a code fence.
+
+    Raises ValueError for anything else: more text, other fields, a number outside 1 to 5, "yes" for true.
+    """
+    fenced = _FENCED.match(text)
+    found = parse_json(fenced[1] if fenced else text)
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        raise ValueError(f"not the JSON that was asked for ({error.errors()[0]['msg']})") from None
+
+
+def picture_png(path: Path) -> bytes:
+    """A picture as PNG bytes, as large as it is up to `MAX_SIDE`; lossless, so that artefacts are the method's own."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _read_kept(path: Path) -> Answer | None:
+    """The answer in a file; None where there is none that can be read: it is asked for again."""
+    try:
+        return Answer.model_validate_json(read_text(path))
+    except (InputError, OSError, ValidationError):
+        return None

