@@ -27,6 +27,7 @@ _COMPANIONS = frozenset(
     (".txt", ".caption", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".toml", ".md", ".npz", ".npy", ".safetensors",
      ".pt", ".pth", ".db", ".ini", ".log", ".lock")
 )  # fmt: skip
+_START_END = re.compile(r"(.+)_(end|start(\d*))")
 _SHOWN = 3  # files named in a sentence about many
 
 
@@ -69,6 +70,8 @@ def read_folder(path: Path, data_roots: Sequence[Path], require_target: bool, no
         pairs, notes.faults = read_metadata(metadata[0], data_roots, require_target)
         return pairs
     folders = [entry for entry in _entries(path) if entry.is_dir()]
+    if any(_START_END.fullmatch(entry.stem) and entry.is_file() for entry in _entries(path)):
+        return _match_start_end(path, _Place(path, data_roots), notes)
     targets = [folder for folder in folders if folder.name.lower() in TARGET_FOLDERS]
     sources = [folder for folder in folders if _unnumbered(folder.name) in SOURCE_FOLDERS]
     if len(targets) == 1 and sources:
@@ -141,6 +144,30 @@ def _match_folders(
         references = tuple(path for column in columns for path in column[key])
         pairs.append(Pair(references, targets[key], caption, None, f"{target.name}/{key}"))
     _tell_lone_captions([target, *sources], targets, caption_suffix, place, notes)
+    return pairs
+
+
+def _match_start_end(path: Path, place: _Place, notes: Notes) -> list[Pair]:
+    """Pairs of one folder whose files say which side they are: `NAME_start`, `NAME_start2` ..., `NAME_end`."""
+    images, groups = _images(path, place, notes), dict[str, dict[int, str]]()
+    for key in images:
+        match = _START_END.fullmatch(key)
+        if match is None:
+            notes.left_out.append((images[key], "it is called neither NAME_start nor NAME_end, as its neighbours are"))
+        else:
+            number = 0 if match[2] == "end" else int(match[3] or 1)
+            groups.setdefault(match[1], {})[number] = key
+    pairs = []
+    for name, sides in groups.items():
+        count = len(sides) - 1
+        lacking = [n for n in range(count + 1) if n not in sides] or ([1] if count == 0 else [])
+        if lacking:
+            side = "_end" if lacking[0] == 0 else f"_start{lacking[0] if lacking[0] > 1 else ''}"
+            notes.faults.append(f"{path}: image '{name}{side}' is missing; add it or remove the others of that name")
+            continue
+        sources = tuple(images[sides[n]] for n in range(1, count + 1))
+        caption = _caption(path / f"{name}.txt", place, notes)
+        pairs.append(Pair(sources, images[sides[0]], caption, None, str(path / name)))
     return pairs
 
 

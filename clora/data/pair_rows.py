@@ -1,4 +1,4 @@
-"""Pair datasets written as rows: the metadata formats of four trainers (see `clora.data.pairs`)."""
+"""Pair datasets written as rows: the metadata formats of trainers and public sets (see `clora.data.pairs`)."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class _Columns:
     target: str
     prompt: str
     effect: str | None = None
+    above: bool = False  # paths start from the folder above the file's own: STYLE/train.jsonl names STYLE/a.png
 
 
 _FORMATS = (
@@ -46,6 +47,8 @@ _FORMATS = (
     _Columns("DiffSynth", "edit_image", "image", "prompt"),
     _Columns("LightX2V", "source_images", "target_image", "prompt"),
     _Columns("CollectionLoRA", "source_image", "base_pred_image", "instruction", "lora_name"),
+    _Columns("PhotoDoodle", "source", "target", "caption"),
+    _Columns("OmniConsistency", "src", "tar", "prompt", above=True),
 )
 
 
@@ -67,6 +70,7 @@ def _read_row(row: Mapping[str, Any], place: str, root: Path, data_roots: Sequen
         known = "; ".join(f"{columns.source} + {columns.target} ({columns.name})" for columns in _FORMATS)
         raise InputError(f"{place}: keys {', '.join(sorted(row)) or 'none'} fit no single format: {known}")
     columns = fitting[0]
+    root = root.parent if columns.above else root
     faults: list[str] = []
     sources = [
         _image_path(item, f"{place}: {key}", root, data_roots, faults)

@@ -7,6 +7,9 @@
 | DiffSynth CSV, JSON, JSONL | `edit_image` (one or a list) | `image` | `prompt` |
 | LightX2V JSON, JSONL | `source_images` (one or a list) | `target_image` | `prompt` |
 | CollectionLoRA authors' JSONL | `source_image` | `base_pred_image` | `instruction` |
+| PhotoDoodle JSONL | `source` | `target` | `caption` |
+| OmniConsistency JSONL | `src` | `tar` | `prompt` |
+| fal folders | `NAME_start`, `NAME_start2`, ... | `NAME_end` | `NAME.txt` |
 
 ai-toolkit folders may be given as a folder with the two subfolders (named as above, or `target` and `source`
 or `control`), or as a YAML or JSON file with the keys `folder_path` and `control_path`. Numbered sources
@@ -18,7 +21,8 @@ keys of a row are ignored.
 A file in a folder that is not read (a format that Pillow lacks, a subfolder without a partner) is told, by `validate`
 and by the jobs that read the pairs.
 
-Paths are relative to the file that names them and may not leave its folder except into `data_roots`.
+Paths are relative to the file that names them and may not leave its folder except into `data_roots`; those of
+OmniConsistency's files start from the folder above.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def root(tmp_path: Path) -> Path:
         ("edit_image", "image", "prompt"),
         ("source_images", "target_image", "prompt"),
         ("source_image", "base_pred_image", "instruction"),
+        ("source", "target", "caption"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
@@ -480,3 +481,46 @@ def test_example_pairs_of_an_effect_without_targets_are_none(tmp_path: Path) -> 
     config = build_config(values, tmp_path)
     assert example_pairs(config, config.effects[0]) == []
     assert example_pairs(config, EffectConfig(name="b", prompt="p")) == []
+
+
+# ---- layouts of public sets ----
+
+
+def test_read_pairs_omniconsistency_paths_start_above_the_file(tmp_path: Path) -> None:
+    source, target = image(tmp_path / "LEGO/src/1.png"), image(tmp_path / "LEGO/tar/1.png", BLUE)
+    image(tmp_path / "LEGO/LEGO/src/1.png")  # where a path from the file itself would lead
+    place = rows(tmp_path / "LEGO/train.jsonl", {"src": "LEGO/src/1.png", "tar": "LEGO/tar/1.png", "prompt": "lego"})
+    (pair,) = read_pairs(place)
+    assert (pair.sources, pair.target, pair.prompt) == ((source,), target, "lego")
+
+
+def test_read_pairs_omniconsistency_stays_below_the_folder_above(tmp_path: Path) -> None:
+    image(tmp_path / "secret.png")
+    place = rows(tmp_path / "set/LEGO/train.jsonl", {"src": "../secret.png", "tar": "../secret.png"})
+    assert all("leads outside" in fault or "outside" in fault for fault in faults_of(place))
+
+
+def test_read_pairs_fal_pairs_start_with_end(tmp_path: Path) -> None:
+    first, second = image(tmp_path / "a_start.png"), image(tmp_path / "a_start2.jpg")
+    target = image(tmp_path / "a_end.png", BLUE)
+    (tmp_path / "a.txt").write_text("make it blue")
+    image(tmp_path / "b_start.png"), image(tmp_path / "b_end.png", BLUE)
+    one, two = read_pairs(tmp_path)
+    assert (one.sources, one.target, one.prompt) == ((first, second), target, "make it blue")
+    assert two.prompt is None and two.target == tmp_path / "b_end.png"
+
+
+def test_read_pairs_fal_names_each_side_that_lacks(tmp_path: Path) -> None:
+    image(tmp_path / "a_start.png"), image(tmp_path / "b_end.png")
+    image(tmp_path / "c_start.png"), image(tmp_path / "c_start3.png"), image(tmp_path / "c_end.png")
+    image(tmp_path / "d_start.png"), image(tmp_path / "d_end.png"), image(tmp_path / "other.png")
+    said = faults_of(tmp_path)
+    assert [next(w for w in fault.split("'") if "_" in w and w[0] in "abc") for fault in said] == [
+        "a_end", "b_start", "c_start2"
+    ]  # fmt: skip
+
+
+def test_read_dataset_fal_tells_of_what_is_no_side(tmp_path: Path) -> None:
+    image(tmp_path / "d_start.png"), image(tmp_path / "d_end.png"), image(tmp_path / "other.png")
+    found = read_dataset(tmp_path)
+    assert len(found.pairs) == 1 and "other.png" in found.left_out[0]
