@@ -1,6 +1,6 @@
 """Requests of 50 effects: one LoRA an effect, swapped, against one collection, alone and in step batches.
 
-    python -m bench.serving.mixed_effects [--requests N] [--rate R] [--seeds 0 1] [--artefacts DIR] [--json] [--out FILE]
+    python -m bench.serving.mixed_effects [--requests N] [--rate R] [--seeds 0 1] [--artefacts DIR] [--out FILE]
 
 Every arm serves the same requests in their order. `saturated`: all are there from the start; arms take turns, `rounds`
 times, so that a change of the machine's speed meets all; throughput by the clock, and CPU seconds of the process a
