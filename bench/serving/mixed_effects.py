@@ -183,8 +183,8 @@ def end_to_end(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rate", type=float, default=2.0, help="arrivals a second")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--base", default="tiny")
