@@ -69,7 +69,9 @@ def load_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ima
         raise InputError(f"{path} is damaged or cut off ({error}); replace the file") from error
 
 
-def decode_image(content: bytes, name: str, formats: Sequence[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def decode_image(
+    content: bytes, name: str, formats: Sequence[str], max_pixels: int = DEFAULT_MAX_PIXELS
+) -> Image.Image:
     """`load_image` for bytes at hand, called `name` in errors: 8-bit RGB, in one of Pillow's `formats` alone.
 
     What is declared is compared with `max_pixels` before anything is decoded. Raises `InputError` as `load_image` does.

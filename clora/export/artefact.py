@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond
-from clora.backbones.load import load_backbone, rotary_positions
+from clora.backbones.load import load_backbone, rotary_positions, served_network
 from clora.config import base_identity
 from clora.errors import InputError
 from clora.export.aoti import open_aoti
 from clora.export.graph import Run
-from clora.export.manifest import Limits, Manifest, check_folder
+from clora.export.manifest import Manifest, check_folder
 from clora.export.onnx_graph import open_onnx
+from clora.inference.batching import Conditions, Served
 from clora.lora.catalogue import Catalogue
 from clora.method.flow import Velocity, few_step_sigmas
 
@@ -36,7 +38,23 @@ class Artefact:
     folder: Path
     manifest: Manifest
     catalogue: Catalogue
-    velocity: Velocity
+    opened: GraphVelocity | Backbone
+
+    @property
+    def velocity(self) -> Velocity:
+        return self.opened if isinstance(self.opened, GraphVelocity) else self.opened.velocity
+
+    def served(self) -> Served:
+        """The network for a `StepBatcher`. Of a merged artefact it is the one that graphs are made of, eager, over the
+        same weights: what shares a batch must differ in step and text length alone."""
+        graph, manifest = self.opened, self.manifest
+        sigmas = few_step_sigmas(manifest.num_steps, manifest.shift)
+        if not isinstance(graph, GraphVelocity):
+            network = served_network(graph, sigmas)
+            graph = GraphVelocity(network, self.folder, str(self.folder), manifest, graph.dtype)
+        return Served(
+            graph.run, graph.conditions, sigmas, manifest.sampler, graph.dtype, most_batch=manifest.limits.batch
+        )
 
 
 def open_artefact(folder: Path, base: str | None = None) -> Artefact:
@@ -56,7 +74,7 @@ def open_files(folder: Path, manifest: Manifest, base: str | None = None) -> Art
         raise InputError(f"{folder}: its manifest holds no catalogue that this clora reads; export again") from error
     check_schedule(folder, manifest, catalogue)
     check_machine(folder, manifest)
-    return Artefact(folder, manifest, catalogue, _open_velocity(folder, manifest, base or manifest.base))
+    return Artefact(folder, manifest, catalogue, _open(folder, manifest, base or manifest.base))
 
 
 def check_schedule(folder: Path, manifest: Manifest, catalogue: Catalogue) -> None:
@@ -116,14 +134,14 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _open_velocity(folder: Path, manifest: Manifest, base: str) -> Velocity:
+def _open(folder: Path, manifest: Manifest, base: str) -> GraphVelocity | Backbone:
     dtype = getattr(torch, manifest.precision)
     if manifest.format == "merged":
         backbone = load_backbone(folder, "cpu", dtype, ("transformer",))
         backbone.use_kernels("auto")
-        return backbone.velocity
+        return backbone
     run = open_aoti(folder) if manifest.format == "aoti" else open_onnx(folder)
-    return GraphVelocity(run, folder, base, manifest.num_steps, manifest.shift, manifest.limits, dtype)
+    return GraphVelocity(run, folder, base, manifest, dtype)
 
 
 @dataclass(eq=False)
@@ -134,55 +152,63 @@ class GraphVelocity:
     run: Run
     folder: Path
     base: str
-    num_steps: int
-    shift: float
-    limits: Limits
+    manifest: Manifest
     dtype: torch.dtype
     _positions: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self, x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
         """Raises `InputError` for a noise level that is not the schedule's, and for sizes beyond the limits."""
+        batch, most = len(x_BTC), self.manifest.limits.batch
+        if not 1 <= batch <= most:
+            raise InputError(f"{self.folder}: a batch of {batch} is beyond its {most}; make it smaller")
+        refs, text, cos, sin, lengths = self._inputs(x_BTC.shape[1], cond)
+        step = self._steps(sigma_B.expand(batch))
+        return self.run(x_BTC.to(self.dtype), refs, text, cos, sin, step, torch.tensor(lengths)).to(x_BTC.dtype)
+
+    def conditions(self, cond: Cond) -> Conditions:
+        """What the graph takes besides x and step, for a condition of batch 1; raises `InputError` for sizes beyond the
+        limits."""
+        refs, text, cos, sin, lengths = self._inputs(cond.grid[0] * cond.grid[1], cond)
+        return Conditions(refs[0], text[0], cos, sin, lengths[0])
+
+    def _inputs(self, tokens: int, cond: Cond) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, ...]]:
+        """refs, text, cos, sin and the lengths of the texts, for a result of so many tokens."""
         text = self._bucketed(cond)
-        self._check(x_BTC, cond)
-        lengths = cond.text_lengths or (cond.text_BLD.shape[1],) * len(x_BTC)
+        self._check(tokens, cond)
+        lengths = cond.text_lengths or (cond.text_BLD.shape[1],) * cond.batch_size
         grids = (cond.grid, *cond.ref_grids)
         key = (grids, text.shape[1])
-        if key not in self._positions:
+        if (positions := self._positions.get(key)) is None:
             if len(self._positions) >= 64:
                 self._positions.clear()
-            self._positions[key] = rotary_positions(self.base, grids, text.shape[1])
-        refs = torch.cat(cond.refs, dim=1).to(self.dtype)
-        step = self._steps(sigma_B.expand(len(x_BTC)))
-        inputs = (x_BTC.to(self.dtype), refs, text, *self._positions[key], step, torch.tensor(lengths))
-        return self.run(*inputs).to(x_BTC.dtype)
+            positions = self._positions[key] = rotary_positions(self.base, grids, text.shape[1])
+        return torch.cat(cond.refs, dim=1).to(self.dtype), text, *positions, lengths
 
     def _steps(self, sigma_B: Tensor) -> Tensor:
         """The number of each noise level in the schedule, int64 (B,)."""
-        levels = few_step_sigmas(self.num_steps, self.shift)
-        found = sigma_B.float()[:, None] == levels
+        num_steps, shift = self.manifest.num_steps, self.manifest.shift
+        found = sigma_B.float()[:, None] == few_step_sigmas(num_steps, shift)
         if not found.any(dim=1).all():
             odd = sigma_B[~found.any(dim=1)][0].item()
             raise InputError(
-                f"{self.folder}: noise level {odd:.6g} is none of its {self.num_steps} (shift {self.shift:g}); sample"
-                " by its own schedule"
+                f"{self.folder}: noise level {odd:.6g} is none of its {num_steps} (shift {shift:g}); sample by its own"
+                " schedule"
             )
         return found.int().argmax(dim=1)
 
     def _bucketed(self, cond: Cond) -> Tensor:
         """Text (B, M, D) padded to the smallest bucket that holds it."""
-        length = cond.text_BLD.shape[1]
-        fitting = [bucket for bucket in self.limits.text_buckets if bucket >= length]
+        length, buckets = cond.text_BLD.shape[1], self.manifest.limits.text_buckets
+        fitting = [bucket for bucket in buckets if bucket >= length]
         if not fitting:
-            most = self.limits.text_buckets[-1]
-            raise InputError(f"{self.folder}: a text of {length} tokens is longer than its {most}; shorten the prompt")
+            raise InputError(
+                f"{self.folder}: a text of {length} tokens is longer than its {buckets[-1]}; shorten the prompt"
+            )
         return F.pad(cond.text_BLD.to(self.dtype), (0, 0, 0, fitting[0] - length))
 
-    def _check(self, x_BTC: Tensor, cond: Cond) -> None:
-        batch, most = len(x_BTC), self.limits.tokens
-        tokens, ref_tokens = x_BTC.shape[1], sum(ref.shape[1] for ref in cond.refs)
-        if not 1 <= batch <= self.limits.batch:
-            raise InputError(f"{self.folder}: a batch of {batch} is beyond its {self.limits.batch}; make it smaller")
+    def _check(self, tokens: int, cond: Cond) -> None:
+        most, ref_tokens = self.manifest.limits.tokens, sum(ref.shape[1] for ref in cond.refs)
         for what, number in (("a result", tokens), ("references", ref_tokens)):
             if not 2 <= number <= most:
                 raise InputError(f"{self.folder}: {what} of {number} tokens; it takes 2 to {most}: use other sizes")

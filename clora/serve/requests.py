@@ -8,14 +8,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal
 
-from clora.inference.edit_prompts import edit_prompt
-from clora.lora.catalogue import Catalogue
+from clora.method.prompts import compose_prompts
+from clora.serve.offer import Collection, Offer, OutputFormat
 from clora.serve.problems import Problem, bad
 from clora.serve.settings import Limits
 
-OutputFormat = Literal["png", "jpeg", "webp"]
 FORMATS: Mapping[str, OutputFormat] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 IMAGE_FIELDS = ("image", "image[]")
 MOST_SEED = 2**63 - 1
@@ -48,18 +46,6 @@ class Edit:
     quality: int
 
 
-@dataclass(frozen=True)
-class Offer:
-    """What is served: the model's name, its effects, its one number of steps, a token's side in pixels, the pixels of a
-    result at most."""
-
-    name: str
-    catalogue: Catalogue
-    num_steps: int
-    unit: int
-    result_pixels: int
-
-
 def parse_edit(fields: Mapping[str, Sequence[str]], offer: Offer, limits: Limits) -> Edit:
     """The edit that a form's fields ask for; raises `Problem` for the first that is wrong.
 
@@ -70,18 +56,20 @@ def parse_edit(fields: Mapping[str, Sequence[str]], offer: Offer, limits: Limits
     _check_fixed(single)
     model = single.get("model", "").strip()
     if model and model != offer.name:
-        raise Problem(404, f"model {shown(model)} is not served here; it is {offer.name!r}", "model_not_found", param="model")
+        raise Problem(
+            404, f"model {shown(model)} is not served here; it is {offer.name!r}", "model_not_found", param="model"
+        )
     _check_steps(single, offer)
     if len(single.get("user", "")) > MOST_USER:
         raise bad(f"user: is longer than {MOST_USER} characters; shorten it", "user")
-    effects = find_effects([*fields.get("effect", ()), *fields.get("effect[]", ())], offer.catalogue)
+    effects = find_effects([*fields.get("effect", ()), *fields.get("effect[]", ())], offer.collection)
     count = _integer(single, "n", 1, 1, limits.samples)
     first = _integer(single, "seed", secrets.randbelow(2**31), 0, MOST_SEED - limits.samples)
     kind = single.get("output_format") or "png"
     if kind not in FORMATS:
         raise bad(f"output_format: {shown(kind)} is none of png, jpeg and webp; give one of them", "output_format")
     return Edit(
-        text=_text(single.get("prompt", ""), effects, offer.catalogue, limits),
+        text=_text(single.get("prompt", ""), effects, offer.collection, limits),
         effects=effects,
         seeds=tuple(range(first, first + count)),
         size=parse_size(single.get("size", "auto"), offer),
@@ -90,12 +78,12 @@ def parse_edit(fields: Mapping[str, Sequence[str]], offer: Offer, limits: Limits
     )
 
 
-def find_effects(given: Sequence[str], catalogue: Catalogue) -> tuple[str, ...]:
+def find_effects(given: Sequence[str], collection: Collection) -> tuple[str, ...]:
     """One or two effects' names from values that are a name, or names with commas between them.
 
     Raises `Problem`: 404 with the nearest names for one that is unknown, 400 for more than two.
     """
-    known = {entry.name for entry in catalogue.effects}
+    known = collection.effects
     names: list[str] = []
     for value in given:
         whole = value.strip()
@@ -159,18 +147,19 @@ def _check_fixed(single: Mapping[str, str]) -> None:
 
 
 def _check_steps(single: Mapping[str, str], offer: Offer) -> None:
-    if single.get("steps", "").strip() and _integer(single, "steps", 0, 1, 1000) != offer.num_steps:
-        raise bad(f"steps: this model was distilled for {offer.num_steps}; leave it out", "steps")
+    if single.get("steps", "").strip() and _integer(single, "steps", 0, 1, 1000) != offer.collection.num_steps:
+        raise bad(f"steps: this model was distilled for {offer.collection.num_steps}; leave it out", "steps")
 
 
-def _text(prompt: str, effects: tuple[str, ...], catalogue: Catalogue, limits: Limits) -> str:
+def _text(prompt: str, effects: tuple[str, ...], collection: Collection, limits: Limits) -> str:
     if len(prompt) > limits.prompt_chars:
         raise bad(f"prompt: is longer than {limits.prompt_chars} characters; shorten it", "prompt")
     if effects and prompt.strip():
         raise bad("prompt: an effect has its own; leave one of the two empty", "prompt")
     if not effects and not prompt.strip():
         raise bad("prompt: is empty and no effect is named; give one of the two", "prompt")
-    return edit_prompt(catalogue, effects, None if effects else prompt)
+    texts = [collection.effects[name].prompt for name in effects] or [prompt]
+    return texts[0] if len(texts) == 1 else compose_prompts(*texts)
 
 
 def _integer(single: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
@@ -180,5 +169,3 @@ def _integer(single: Mapping[str, str], name: str, default: int, least: int, mos
     if not re.fullmatch(r"\d{1,20}", value, re.ASCII) or not least <= int(value) <= most:
         raise bad(f"{name}: {shown(value)} is no whole number from {least} to {most}; give one", name)
     return int(value)
-
-

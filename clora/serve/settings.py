@@ -107,7 +107,8 @@ def _fault(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
         return f"{place}: {item['msg']}"
-    section = {"limits": Limits, "batches": Batches}.get(str(item["loc"][0]), Settings)
+    sections: dict[str, type[BaseModel]] = {"limits": Limits, "batches": Batches}
+    section = sections.get(str(item["loc"][0]), Settings)
     name = str(item["loc"][-1])
     known = section.model_fields
     return f"{place}: is no setting; {did_you_mean(name, known) if nearest(name, known) else 'see docs/SERVING.md'}"
