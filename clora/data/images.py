@@ -77,7 +77,7 @@ def decode_image(
     What is declared is compared with `max_pixels` before anything is decoded. Raises `InputError` as `load_image` does.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=formats) as image:
+        with Image.open(io.BytesIO(content), formats=list(formats)) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise InputError(_too_large(name, f"{width} x {height} pixels", max_pixels))

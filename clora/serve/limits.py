@@ -27,6 +27,11 @@ class Quotas:
         self._per_second, self._burst, self._concurrent, self._now = per_minute / 60, burst, concurrent, now
         self._owners: OrderedDict[str, _Owner] = OrderedDict()
 
+    @property
+    def running(self) -> int:
+        """Requests being worked on, of all owners."""
+        return sum(state.running for state in self._owners.values())
+
     @contextmanager
     def request(self, owner: str) -> Iterator[None]:
         """Count a request while the block runs; `Problem` 429 where the owner has too many, or asks too fast."""
