@@ -40,7 +40,7 @@ class Batcher:
     def stats(self) -> dict[str, float]: ...
     def close(self, drain: bool, timeout: float | None) -> None: ...
 
-def engine_sample(
+def sample_engine(
     engine: AotiEngine | Callable[..., Tensor],
     noise_BTC: Tensor,
     refs_BRC: Tensor,
@@ -54,7 +54,7 @@ def engine_sample(
     dtype: torch.dtype = ...,
     on_step: Callable[[int, float, Tensor], None] | None = None,
 ) -> Tensor: ...
-def consistency_sample(
+def sample(
     velocity: Callable[[Tensor, Tensor], Tensor],
     noise_BTC: Tensor,
     generators: Sequence[Generator],

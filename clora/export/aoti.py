@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from clora import _C
 from clora.errors import InputError
 from clora.export.graph import Run, trace
 from clora.export.manifest import Limits
@@ -36,12 +37,4 @@ def build_aoti(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, f
 
 def open_aoti(folder: Path) -> Run:
     """The package in a folder, which must have been checked: this runs its code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        package = torch._inductor.aoti_load_package(str(folder / PACKAGE), run_single_threaded=True)
-
-    def run(*inputs: Tensor) -> Tensor:
-        velocity: Tensor = package(*inputs)
-        return velocity
-
-    return run
+    return _C.AotiEngine(str(folder / PACKAGE))

@@ -93,7 +93,7 @@ def few_step_sample(
         return velocity(x_BTC, sigma_B, cond)
 
     levels = torch.as_tensor(sigmas, dtype=torch.float32)
-    return _C.consistency_sample(velocity_of, noise_BTC, generators, levels, on_step)
+    return _C.sample(velocity_of, noise_BTC, generators, levels, on_step)
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def test_few_step_sample_equals_reference_in_fp64_and_half_velocities() -> None:
         x = (1 - s_next) * x0 + s_next * draws[k + 1] if k < 7 else x0
     generators = noise_generators(SEEDS)
     noise = draw_noise(generators, SHAPE).double()
-    got = _C.consistency_sample(lambda x, s: velocity(x, s, 0.1), noise, generators, sigmas)
+    got = _C.sample(lambda x, s: velocity(x, s, 0.1), noise, generators, sigmas)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, x, rtol=0, atol=1e-6)  # sigma and 1 - sigma are rounded to fp32 in both
     torch.testing.assert_close(few_step_sample_ref(velocity, 0.1, SHAPE, sigmas, SEEDS).double(), x, rtol=0, atol=2e-5)
@@ -288,9 +288,9 @@ def test_compiled_loop_checks_its_noise_and_generators() -> None:
         (noise[:1], "1 samples, 2 generators"),
     ]:
         with pytest.raises(ValueError, match=message):
-            _C.consistency_sample(lambda x, s: x, bad_noise, generators, sigmas)
+            _C.sample(lambda x, s: x, bad_noise, generators, sigmas)
     with pytest.raises(ValueError, match="sigmas must be floating point"):
-        _C.consistency_sample(lambda x, s: x, noise, generators, torch.tensor([1]))
+        _C.sample(lambda x, s: x, noise, generators, torch.tensor([1]))
     with pytest.raises(ValueError, match="seeds is empty"):
         few_step_sample(velocity, 0.1, SHAPE, sigmas, [])
     with pytest.raises(ValueError, match="seeds is empty"):
@@ -302,7 +302,7 @@ def test_compiled_loop_leaves_its_inputs_alone() -> None:
     noise, sigmas = draw_noise(generators, SHAPE), few_step_sigmas(4)
     constant = torch.full((4, *SHAPE), 0.25)
     before = noise.clone()
-    _C.consistency_sample(lambda x, s: constant, noise, generators, sigmas)
+    _C.sample(lambda x, s: constant, noise, generators, sigmas)
     assert torch.equal(noise, before) and torch.equal(constant, torch.full_like(constant, 0.25))
 
 
@@ -351,7 +351,7 @@ def test_compiled_loop_gives_up_the_gil() -> None:
     sys.setswitchinterval(100)
     try:
         ticker.start()
-        _C.consistency_sample(still, noise, noise_generators([0]), few_step_sigmas(8))
+        _C.sample(still, noise, noise_generators([0]), few_step_sigmas(8))
     finally:
         sys.setswitchinterval(interval)
         done.set()

@@ -1,4 +1,4 @@
-#include "consistency_sample.h"
+#include "sample.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
@@ -12,22 +12,6 @@
 
 namespace clora {
 namespace {
-
-std::vector<float> checked_sigmas(const at::Tensor& sigmas) {
-  TORCH_CHECK_VALUE(sigmas.dim() == 1 && sigmas.numel() > 0,
-                    "sigmas must be a list of at least one noise level, got shape ", sigmas.sizes());
-  TORCH_CHECK_VALUE(sigmas.is_floating_point(), "sigmas must be floating point, got ", sigmas.scalar_type());
-  const at::Tensor levels = sigmas.to(at::kCPU, at::kFloat).contiguous();
-  const float* first = levels.const_data_ptr<float>();
-  std::vector<float> result(first, first + levels.numel());
-  for (size_t k = 0; k < result.size(); ++k) {
-    TORCH_CHECK_VALUE(result[k] > 0.0F && result[k] <= 1.0F, "sigmas[", k, "] = ", result[k],
-                      " is outside (0, 1]; 1 is pure noise and the final 0 is left out");
-    TORCH_CHECK_VALUE(k == 0 || result[k] < result[k - 1], "sigmas must fall strictly, but sigmas[", k,
-                      "] = ", result[k], " follows sigmas[", k - 1, "] = ", result[k - 1]);
-  }
-  return result;
-}
 
 void check_noise(const at::Tensor& noise_BTC, const std::vector<at::Generator>& generators) {
   TORCH_CHECK_VALUE(noise_BTC.dim() == 3 && noise_BTC.numel() > 0,
@@ -45,10 +29,6 @@ void check_noise(const at::Tensor& noise_BTC, const std::vector<at::Generator>& 
   }
 }
 
-bool is_plain_float(const at::Tensor& x) {
-  return x.device().is_cpu() && x.scalar_type() == at::kFloat;
-}
-
 // Index of the first sample that holds an infinity or a NaN, or -1.
 int64_t first_non_finite(const at::Tensor& v_BTC) {
   if (!is_plain_float(v_BTC)) {
@@ -59,15 +39,8 @@ int64_t first_non_finite(const at::Tensor& v_BTC) {
   }
   const int64_t batch = v_BTC.size(0), count = v_BTC.numel() / batch;
   const float* v = v_BTC.const_data_ptr<float>();
-  for (int64_t b = 0; b < batch; ++b, v += count) {
-    // A maximum over the bits without the sign vectorises; infinities and NaNs have the largest exponent.
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, v + i, sizeof bits);
-      largest = std::max(largest, bits & 0x7fffffffU);
-    }
-    if (largest >= 0x7f800000U) return b;
+  for (int64_t b = 0; b < batch; ++b) {
+    if (has_non_finite(v + b * count, count)) return b;
   }
   return -1;
 }
@@ -95,31 +68,35 @@ void draw_noise(std::vector<at::Generator>& generators, at::Tensor& draw_BTC, at
 }
 
 // x0 <- x - sigma v. One thread: a step moves a few megabytes, far less time than drawing its noise takes.
-void predict_data(const at::Tensor& v_BTC, float sigma, const at::Tensor& x_BTC, at::Tensor& x0_BTC) {
+void predict_tensor(const at::Tensor& v_BTC, float sigma, const at::Tensor& x_BTC, at::Tensor& x0_BTC) {
   if (!is_plain_float(x_BTC)) {
     at::mul_out(x0_BTC, v_BTC, at::scalar_tensor(sigma));
     at::sub_out(x0_BTC, x_BTC, x0_BTC);
     return;
   }
-  const float *v = v_BTC.const_data_ptr<float>(), *x = x_BTC.const_data_ptr<float>();
-  float* x0 = x0_BTC.mutable_data_ptr<float>();
-  const int64_t count = x_BTC.numel();
-  for (int64_t i = 0; i < count; ++i) x0[i] = x[i] - sigma * v[i];
+  predict_data(x_BTC.numel(), sigma, v_BTC.const_data_ptr<float>(), x_BTC.const_data_ptr<float>(),
+               x0_BTC.mutable_data_ptr<float>());
 }
 
 // x <- (1 - sigma) x0 + sigma eps. Overwrites eps where the arithmetic goes through ATen.
-void noise_afresh(const at::Tensor& x0_BTC, float sigma, at::Tensor& eps_BTC, at::Tensor& x_BTC) {
-  const float keep = 1.0F - sigma;
+void noise_tensor(const at::Tensor& x0_BTC, float sigma, at::Tensor& eps_BTC, at::Tensor& x_BTC) {
   if (!is_plain_float(x_BTC)) {
     eps_BTC.mul_(sigma);
-    at::mul_out(x_BTC, x0_BTC, at::scalar_tensor(keep));
+    at::mul_out(x_BTC, x0_BTC, at::scalar_tensor(1.0F - sigma));
     x_BTC.add_(eps_BTC);
     return;
   }
-  const float *x0 = x0_BTC.const_data_ptr<float>(), *eps = eps_BTC.const_data_ptr<float>();
-  float* x = x_BTC.mutable_data_ptr<float>();
-  const int64_t count = x_BTC.numel();
-  for (int64_t i = 0; i < count; ++i) x[i] = keep * x0[i] + sigma * eps[i];
+  noise_afresh(x_BTC.numel(), sigma, x0_BTC.const_data_ptr<float>(), eps_BTC.const_data_ptr<float>(),
+               x_BTC.mutable_data_ptr<float>());
+}
+
+// x <- x + (sigma_next - sigma) v
+void follow_tensor(const at::Tensor& v_BTC, float sigma, float sigma_next, at::Tensor& x_BTC) {
+  if (!is_plain_float(x_BTC)) {
+    x_BTC.add_(v_BTC * at::scalar_tensor(sigma_next - sigma));
+    return;
+  }
+  follow(x_BTC.numel(), sigma, sigma_next, v_BTC.const_data_ptr<float>(), x_BTC.mutable_data_ptr<float>());
 }
 
 // (x0, next x) of fp32 latents on a GPU in one pass, by the Triton op that clora/kernels/renoise.py
@@ -136,16 +113,16 @@ std::tuple<at::Tensor, at::Tensor> renoise(const at::Tensor& x_BTC, const at::Te
 
 }  // namespace
 
-at::Tensor consistency_sample(const Velocity& velocity, const at::Tensor& noise_BTC,
-                              std::vector<at::Generator> generators, const at::Tensor& sigmas,
-                              const OnStep& on_step) {
+at::Tensor sample(const Velocity& velocity, const at::Tensor& noise_BTC,
+                  std::vector<at::Generator> generators, const at::Tensor& sigmas, Sampler sampler,
+                  const OnStep& on_step) {
   check_noise(noise_BTC, generators);
   const std::vector<float> levels = checked_sigmas(sigmas);
   const c10::NoGradGuard no_grad;
 
   at::Tensor x = noise_BTC.clone(at::MemoryFormat::Contiguous);
   at::Tensor x0 = at::empty_like(x);
-  at::Tensor eps = at::empty_like(x);
+  at::Tensor eps = sampler == Sampler::consistency ? at::empty_like(x) : at::Tensor();
   at::Tensor draw = is_plain_float(x) ? eps : at::empty(x.sizes(), at::dtype(at::kFloat));
   const at::Tensor sigma_SB =
       sigmas.to(x.device(), at::kFloat).unsqueeze(1).expand({sigmas.numel(), x.size(0)}).contiguous();
@@ -154,17 +131,36 @@ at::Tensor consistency_sample(const Velocity& velocity, const at::Tensor& noise_
     const float sigma = levels[step];
     const auto k = static_cast<int64_t>(step);
     const bool last = step + 1 == levels.size();
-    const at::Tensor v = checked_velocity(velocity(x, sigma_SB[k]), x, step, sigma);
-    if (!last) draw_noise(generators, draw, eps);
-    if (!last && x.is_cuda() && x.scalar_type() == at::kFloat) {
+    const bool fresh = !last && sampler == Sampler::consistency;
+    const at::Tensor v = checked_velocity(velocity(x, sigma_SB[k], k), x, step, sigma);
+    if (fresh) draw_noise(generators, draw, eps);
+    if (fresh && x.is_cuda() && x.scalar_type() == at::kFloat) {
       std::tie(x0, x) = renoise(x, v, sigma_SB[k], sigma_SB[k + 1], eps);
     } else {
-      predict_data(v, sigma, x, x0);
-      if (!last) noise_afresh(x0, levels[step + 1], eps, x);
+      if (last || fresh || on_step) predict_tensor(v, sigma, x, x0);
+      if (fresh) noise_tensor(x0, levels[step + 1], eps, x);
+      if (!fresh && !last) follow_tensor(v, sigma, levels[step + 1], x);
     }
     if (on_step) on_step(k, sigma, x0.clone());
   }
   return x0;
+}
+
+Velocity engine_velocity(Engine& engine, Inputs conditions, at::ScalarType dtype) {
+  return [&engine, in = std::move(conditions), dtype](const at::Tensor& x_BTC, const at::Tensor&,
+                                                      int64_t step) mutable {
+    // One buffer for all steps; x itself where its type is right.
+    if (dtype == x_BTC.scalar_type()) {
+      in.x = x_BTC;
+    } else if (in.x.defined()) {
+      in.x.copy_(x_BTC);
+    } else {
+      in.x = x_BTC.to(dtype);
+    }
+    if (!in.step.defined()) in.step = at::empty({x_BTC.size(0)}, at::kLong);
+    in.step.fill_(step);
+    return engine.denoise(in);
+  };
 }
 
 }  // namespace clora
