@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
 import time
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -29,6 +31,7 @@ HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
+DISCARD_BYTES, DISCARD_SECONDS = 8 << 20, 2.0  # of a refused request's body
 UNSEEN = 499  # the client had gone
 
 
@@ -48,11 +51,14 @@ class Guard:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         started, request, status = time.perf_counter(), secrets.token_hex(8), 0
+        body = _Body(receive)
 
         async def sent(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status >= 400 and scope["method"] not in ("GET", "HEAD"):
+                    await body.discard()
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -63,7 +69,7 @@ class Guard:
         code = None
         try:
             scope["clora.owner"] = self._admit(scope)
-            await self._app(scope, receive, sent)
+            await self._app(scope, body.receive, sent)
         except ClientDisconnect:
             status = status or UNSEEN
         except Problem as problem:
@@ -108,6 +114,26 @@ class Guard:
         found |= {name: value for name, value in (("code", code), ("job", scope.get("clora.job"))) if value}
         if route not in ("/livez", "/readyz", "/metrics"):
             log.info("request", extra=found)
+
+
+class _Body:
+    """A request's body on its way to the routes, so that what they left of it is known."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._is_over = receive, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._is_over = self._is_over or message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+    async def discard(self) -> None:
+        """Read what a refused client still sends, within bounds: cut off while it sends, it would not see why."""
+        total = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while not self._is_over and total < DISCARD_BYTES:
+                    total += len((await self.receive()).get("body", b""))
 
 
 async def answer(send: Send, problem: Problem) -> None:

@@ -11,6 +11,7 @@ from clora.jobs.export import ExportRequest, export
 from tests.support.random_base import write_random_base
 from tests.support.random_collection import write_random_collection
 
+
 @pytest.fixture(scope="session")
 def one_block(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base of one random block, and a collection for it."""

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -83,12 +84,24 @@ def test_edits_at_once_are_what_they_are_alone(make_service: Callable[..., Servi
         )
 
     together = call(service, talk)
-    stats = service.model.batcher.stats()
-    assert stats["effects_max"] > 1 and stats["batch_mean"] > 1
     for (data, image), answer in zip(asked, together, strict=True):
         for number in range(4):
             alone = post(service, data | {"n": "1", "seed": str(int(data["seed"]) + number)}, {"image": image})
             assert np.abs(pixels(answer, number) - pixels(alone)).max() <= most
+
+
+def test_denoise_shares_steps_between_effects_without_a_trace(service: Service) -> None:
+    model, effects = service.model, service.offer.collection.effects
+    conds = [model.encode([picture()], effects[name].prompt).result() for name in "ab"]
+
+    def denoise(number: int) -> Future[torch.Tensor]:
+        return model.denoise(conds[number % 2], number, "ab"[number % 2], 60, None)
+
+    alone = [denoise(number).result() for number in range(12)]
+    together = [future.result() for future in [denoise(number) for number in range(12)]]
+    assert service.model.batcher.stats()["effects_max"] == 2
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_edit_says_what_made_a_result(service: Service) -> None:

@@ -136,12 +136,12 @@ def test_three_times_too_much_is_refused_and_nothing_is_lost(make_service: Calla
                 data = {"effect": "ab"[number % 2], "seed": str(number)}
                 return await client.post("/v1/images/edits", data=data, files={"image": png()})
 
-            return await asyncio.gather(*map(one, range(200)))
+            return await asyncio.gather(*map(one, range(120)))
 
     with listening(service) as address:
         answers = asyncio.run(run(address))
     statuses = [answer.status_code for answer in answers]
-    assert len(statuses) == 200 and set(statuses) <= {200, 429, 503}
+    assert len(statuses) == 120 and set(statuses) <= {200, 429, 503}
     assert statuses.count(200) >= 8 and statuses.count(429) + statuses.count(503) > 20
     for answer in answers:
         if answer.status_code != 200:
@@ -247,12 +247,10 @@ def test_metrics_count_what_happened(service: Service) -> None:
         'clora_rejects_total{reason="effect_not_found"} 1.0',
         'clora_effect_samples_total{effect="a"} 2.0',
         'clora_samples_total{outcome="done"} 2.0',
-        "clora_steps_total 4.0",
-        "clora_batch_samples 2.0",
         "clora_ready 1.0",
     ):
         assert line in text
-    for phase in ("upload", "read_picture", "encode", "denoise", "decode", "write_picture", "edit"):
+    for phase in ("read_picture", "encode", "denoise", "decode", "write_picture", "edit"):
         assert f'clora_phase_seconds_count{{phase="{phase}"}} 1.0' in text
 
 
