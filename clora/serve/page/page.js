@@ -168,7 +168,7 @@ function markChosen() {
     order.hidden = place < 0 || state.chosen.length < 2;
     order.textContent = String(place + 1);
   }
-  const [first, second] = state.chosen;
+  const [first, second] = state.chosen.map((name) => name.replaceAll("_", " "));
   $("chosen").textContent = second ? `First ${first}, then ${second}.` : first ? `${first}. Choose another to follow it.`
     : "Choose one, or two to apply one after the other.";
   refresh();
