@@ -6,12 +6,12 @@ LOCK := requirements/cpu.lock
 EXTRAS := dev,train,export,heif,quantize,serve
 BIN := .venv/bin
 STAMP := .venv/.installed
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp)
 
 # Two threads that spin for work on a busy machine slow small models down a hundredfold.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint format bench torture clean
+.PHONY: setup demo test lint format bench torture sanitize clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -49,6 +49,17 @@ bench: setup
 # Every kill, damage, fault and signal of tests/support/torture.py; the test suite runs some of each.
 torture: setup
 	$(BIN)/python -m tests.support.torture --out bench/results/torture.json
+
+# The queue of the step-level batcher and the reader of safetensors, with an engine written in C++, so that all that
+# runs is instrumented: addresses and undefined behaviour, then races of eight threads.
+QUEUE := csrc/tests/queue_stress.cpp csrc/step_queue.cpp
+SANITIZED := $(CXX) -std=c++20 -O1 -g -Wall -Wextra -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread
+sanitize:
+	mkdir -p build/sanitize
+	$(SANITIZED) -fsanitize=address,undefined -o build/sanitize/queue_address $(QUEUE)
+	$(SANITIZED) -fsanitize=thread -o build/sanitize/queue_thread $(QUEUE)
+	build/sanitize/queue_address 10000 8
+	build/sanitize/queue_thread 10000 8
 
 clean:
 	rm -rf .venv build dist runs

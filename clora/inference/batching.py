@@ -30,7 +30,7 @@ Engine = _C.AotiEngine | Callable[..., Tensor]
 (B, T, C). One in Python is called by the batcher's own thread."""
 
 OnStep = Callable[[int, int], None]
-"""on_step(steps done, steps in all), called by the batcher's thread after each step; what it raises fails its request."""
+"""on_step(steps done, steps in all), on the batcher's thread after each step; what it raises fails its request."""
 
 MOST_BUCKETS = 256  # shapes whose positions are kept
 
@@ -57,8 +57,8 @@ class Conditions:
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """A network for serving: `engine` at the noise levels `sigmas` (S,), which `sampler` visits; `conditions` makes of a
-    `Cond` of batch 1 what the engine takes. `dtype` is that of x, refs and text; `most_batch` its largest batch."""
+    """A network for serving: `engine` at the noise levels `sigmas` (S,), which `sampler` visits; `conditions` makes of
+    a `Cond` of batch 1 what the engine takes. `dtype` is that of x, refs and text; `most_batch` its largest batch."""
 
     engine: Engine
     conditions: Callable[[Cond], Conditions]
@@ -106,8 +106,8 @@ class StepBatcher:
     ) -> Future[Tensor]:
         """Ask for one image, whose latents x0 (T, C), fp32 on the CPU, the future gives.
 
-        cond: of batch 1. seed: of the noise, in the order of `Editor`: the same image as `clora edit` makes. effect: for
-        the counters alone. timeout: seconds until it is answered `Expired` and not sampled on; None waits for ever.
+        cond: of batch 1. seed: of the noise, in the order of `Editor`: the same image as `clora edit` makes. effect:
+        for the counters alone. timeout: seconds until it is answered `Expired` and not sampled on; None waits for ever.
 
         Raises `QueueFull` when max_queue requests wait, RuntimeError after `close`, ValueError for another batch than
         one, and what the network says of sizes beyond its limits (`InputError`). The future raises `Expired`,

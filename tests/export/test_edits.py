@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clora.errors import InputError
 from clora.export import edits
+from clora.export.artefact import open_artefact
 from clora.export.verify import picture
+from clora.inference.batching import StepBatcher
 from clora.inference.edit_plan import EditRequest
+from clora.inference.editor import Encoded
 from clora.jobs.edit import edit_files
 
 
@@ -30,6 +35,20 @@ def test_artefact_editor_makes_the_eager_models_image(merged: Path, request_: Ed
     assert np.abs(made - wanted).max() <= 1
     edit_files(replace(request_, output=tmp_path / "other.png", effects=("pencil_sketch",)), artefact=merged)
     assert np.abs(np.asarray(Image.open(tmp_path / "other.png"), np.int16) - wanted).max() > 20
+
+
+def test_step_batcher_makes_the_image_that_edit_makes_of_a_seed(merged: Path) -> None:
+    editor, images = edits.artefact_editor(merged, str(merged)), [picture(4), picture(5)]
+    names = ["sepia", "pencil_sketch"]
+    wanted = [editor.edit([image], [name], seeds=[7])[0] for image, name in zip(images, names, strict=True)]
+    assert editor.catalogue is not None
+    encoded, prompts = Encoded(editor.backbone, images, []), [editor.catalogue.effect(name).prompt for name in names]
+    conds = [encoded.cond([pair]) for pair in enumerate(prompts)]
+    with closing(StepBatcher.over_artefact(open_artefact(merged))) as batcher:
+        futures = [batcher.submit(cond, seed=7, effect=name) for cond, name in zip(conds, names, strict=True)]
+        x0_BTC = torch.stack([future.result(120) for future in futures])
+    for made, image in zip(editor.backbone.to_pil(editor.backbone.decode(x0_BTC, conds[0].grid)), wanted, strict=True):
+        assert np.abs(np.asarray(made, np.int16) - np.asarray(image, np.int16)).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clora.backbones.cond import make_cond
+from clora import _C
+from clora.backbones.cond import Cond, cat_conds, make_cond
 from clora.errors import InputError
 from clora.export import build as building
 from clora.export import onnx_graph
@@ -20,10 +23,13 @@ from clora.export.graph import trace
 from clora.export.manifest import COLLECTION, Format, Limits, read_manifest
 from clora.export.onnx_graph import GRAPH, WEIGHTS, check_weights_place
 from clora.export.verify import load_eager, padding_change, picture, random_cases, relative, verify
+from clora.inference.batching import StepBatcher
 from clora.inference.edit_plan import EditRequest
+from clora.inference.sampling import few_step_sampling, follow
 from clora.jobs.edit import edit_files
 from clora.jobs.export import ExportRequest, export
 from clora.jobs.verify import verify_artefact
+from clora.method.samplers import draw_noise, few_step_sample, noise_generators, ode_sample
 
 pytestmark = pytest.mark.slow
 FORMATS: tuple[Format, ...] = ("aoti", "onnx")
@@ -65,6 +71,44 @@ def test_export_graph_holds_its_files_and_parity(artefact: Artefact) -> None:
     assert {path.name for path in folder.iterdir()} == {"manifest.json", COLLECTION, *models}
     assert manifest.parity["ok"] and manifest.num_steps == 4
     assert verify_artefact(folder, num_edits=1).faults == []
+
+
+def test_step_batcher_over_a_graph_makes_each_request_as_alone(artefact: Artefact) -> None:
+    given = [(case_cond(seed, length), seed) for seed, length in enumerate((9, 31, 12, 30, 17, 25, 8, 20))]
+    with closing(StepBatcher.over_artefact(artefact)) as batcher:
+        futures = [batcher.submit(cond, seed=seed) for cond, seed in given]
+        together = [future.result(60) for future in futures]
+        assert batcher.stats()["batch_mean"] > 2
+    with closing(StepBatcher.over_artefact(artefact, max_batch=1)) as batcher:
+        alone = [batcher.submit(cond, seed=seed).result(60) for cond, seed in given]
+    sampling = few_step_sampling(4, 3.0)
+    eager, velocity = load_eager(artefact.manifest.base, artefact.folder / COLLECTION, torch.float32, ("transformer",))
+    for (cond, seed), x0, x0_alone in zip(given, together, alone, strict=True):
+        run = partial(follow, eager, cond=cond, sampling=sampling, seeds=[seed], pipeline_noise=True)
+        if artefact.manifest.format == "aoti":  # whose sums do not depend on the batch
+            assert torch.equal(x0, x0_alone) and torch.equal(x0, run(artefact.velocity)[0])
+        assert relative(x0, x0_alone) < 1e-5 and relative(x0, run(velocity)[0]) < 1e-5
+
+
+def test_sample_engine_is_the_loop_over_python_bit_for_bit(artefact: Artefact) -> None:
+    served, conds = artefact.served(), [case_cond(seed, length) for seed, length in enumerate((9, 31, 12))]
+    given = [served.conditions(cond) for cond in conds]
+    refs, text = torch.stack([one.refs for one in given]), torch.stack([one.text for one in given])
+    lengths = torch.tensor([one.text_len for one in given])
+    for sampler, loop in (("consistency", few_step_sample), ("euler", ode_sample)):
+        generators = noise_generators([5, 6, 7])
+        noise = draw_noise(generators, (24, 64))
+        x0 = _C.sample_engine(
+            served.engine, noise, refs, text, given[0].cos, given[0].sin, lengths, generators, served.sigmas, sampler
+        )
+        assert torch.equal(x0, loop(artefact.velocity, cat_conds(conds), (24, 64), served.sigmas, [5, 6, 7]))
+
+
+def case_cond(seed: int, length: int) -> Cond:
+    """A request of a result of 24 tokens, with one reference of 15."""
+    rng = torch.Generator().manual_seed(seed)
+    refs = [(torch.randn(1, 15, 64, generator=rng), (5, 3))]
+    return make_cond([torch.randn(length, 32, generator=rng)], refs, (4, 6))
 
 
 def test_graph_velocity_names_what_it_does_not_hold(artefact: Artefact) -> None:
