@@ -53,11 +53,14 @@ torture: setup
 # The queue of the step-level batcher and the reader of safetensors, with an engine written in C++, so that all that
 # runs is instrumented: addresses and undefined behaviour, then races of eight threads.
 QUEUE := csrc/tests/queue_stress.cpp csrc/step_queue.cpp
+READER := csrc/tests/safetensors_fuzz.cpp csrc/safetensors.cpp csrc/json.cpp
 SANITIZED := $(CXX) -std=c++20 -O1 -g -Wall -Wextra -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread
 sanitize:
 	mkdir -p build/sanitize
 	$(SANITIZED) -fsanitize=address,undefined -o build/sanitize/queue_address $(QUEUE)
 	$(SANITIZED) -fsanitize=thread -o build/sanitize/queue_thread $(QUEUE)
+	$(SANITIZED) -fsanitize=address,undefined -o build/sanitize/reader_address $(READER)
+	build/sanitize/reader_address build/sanitize 20000
 	build/sanitize/queue_address 10000 8
 	build/sanitize/queue_thread 10000 8
 

@@ -1,6 +1,6 @@
 """Requests of 50 effects: one LoRA an effect, swapped, against one collection, alone and in step batches.
 
-    python -m bench.serving.mixed_effects [--requests N] [--rate R] [--seeds 0 1] [--artefacts DIR] [--json] [--out FILE]
+    python -m bench.serving.mixed_effects [--requests N] [--rate R] [--seeds 0 1] [--artefacts DIR] [--out FILE]
 
 Every arm serves the same requests in their order. `saturated`: all are there from the start; arms take turns, `rounds`
 times, so that a change of the machine's speed meets all; throughput by the clock, and CPU seconds of the process a
@@ -183,8 +183,8 @@ def end_to_end(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rate", type=float, default=2.0, help="arrivals a second")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--base", default="tiny")

@@ -1,9 +1,15 @@
-"""What the sampling loop itself costs, compiled against Python: `python -m bench.serving.sampler [--json]`.
+"""What the sampling loop itself costs, compiled against Python, and an image by each network.
+
+    python -m bench.serving.sampler [--json] [--artefacts DIR]
 
 The velocity is a tensor made beforehand, so everything timed is the loop: noise, arithmetic, checks. The two
 loops take turns round by round, so that a change of the machine's speed meets both. On stdout: microseconds
 a step (median and quartiles over the rounds), as a table or, with --json, as one JSON document. `draw` is the
 part that draws the noise, which both loops do alike.
+
+With `--artefacts DIR` (of `clora export`'s formats aoti and merged, made there where they are missing) also one image
+of the tiny base at batch 1, in CPU milliseconds: the C++ loop over the AOTInductor package, the merged weights in stock
+diffusers, and the collection in unmerged slots; arms take turns.
 """
 
 from __future__ import annotations
@@ -19,9 +25,19 @@ from typing import Any
 
 import torch
 
+from bench.serving.networks import make_requests, merged_loop, open_folders, sampling_of, slots_loop
+from clora import _C
+from clora.backbones.load import load_backbone
 from clora.io.atomic import write_text
 from clora.method.flow import few_step_sigmas
-from clora.method.samplers import few_step_sample, few_step_sample_ref, sample_noise
+from clora.method.samplers import (
+    draw_noise,
+    few_step_sample,
+    few_step_sample_ref,
+    noise_generators,
+    pipeline_order,
+    sample_noise,
+)
 
 NUM_STEPS = 8
 SHAPES = [(1, 64, 64), (8, 64, 64), (1, 1024, 64), (1, 4096, 64)]  # (B, T, C); the last is a 1024x1024 image
@@ -61,12 +77,51 @@ def measure(shape_BTC: tuple[int, int, int], device: str, rounds: int) -> dict[s
     return row
 
 
+def measure_networks(place: Path, rounds: int) -> dict[str, Any]:
+    """Median and quartiles of CPU milliseconds an image at batch 1, and how many times the C++ loop's the others take:
+    the median over the rounds of each round's ratio."""
+    with open_folders(place, "tiny", ("aoti", "merged")) as opened:
+        aoti, sampling = opened["aoti"], sampling_of(opened["aoti"])
+        encoders = load_backbone("tiny", "cpu", torch.float32, ("vae", "text_encoder"))
+        [request] = make_requests(encoders, aoti, 1, 0)
+        served = aoti.served()
+        given, (h, w) = served.conditions(request.cond), request.cond.grid
+        length = torch.tensor([given.text_len])
+
+        def compiled() -> object:
+            generators = noise_generators([request.seed])
+            noise_BTC = pipeline_order(draw_noise(generators, (h * w, given.refs.shape[1])), (h, w))
+            text, refs = given.text[None], given.refs[None]
+            return _C.sample_engine(
+                served.engine, noise_BTC, refs, text, given.cos, given.sin, length, generators, served.sigmas
+            )
+
+        merged, slots = merged_loop(opened["merged"].folder, sampling), slots_loop("tiny", sampling)
+        arms = {"compiled": compiled, "merged": lambda: merged(request), "slots": lambda: slots(request)}
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for index in range(rounds + 2):  # the first two warm up
+            for name, run in arms.items():
+                start = time.process_time()
+                run()
+                if index >= 2:
+                    times[name].append((time.process_time() - start) * 1e3)
+    row: dict[str, Any] = {"tokens": [h * w, given.refs.shape[0], given.text_len, given.text.shape[0]]}
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        row[name] = {"median_ms": round(middle, 1), "quartiles_ms": [round(low, 1), round(high, 1)]}
+    for name in ("merged", "slots"):
+        each = [other / own for other, own in zip(times[name], times["compiled"], strict=True)]
+        row[f"{name}_over_compiled"] = round(statistics.median(each), 2)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--size", choices=("small", "full"), default="full", help="small: the first shape alone")
     parser.add_argument("--out", type=Path, help="file for the JSON document as well")
+    parser.add_argument("--artefacts", type=Path, help="folder of artefacts: also times an image by each network")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,7 +129,10 @@ def main() -> None:
     rows = [measure(shape, options.device, options.rounds) for shape in shapes]
     name = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     document = {"bench": "sampler", "device": name, "torch": torch.__version__, "num_steps": NUM_STEPS}
-    document |= {"rounds": options.rounds, "rows": rows, "complete": True}
+    document |= {"rounds": options.rounds, "rows": rows}
+    if options.artefacts is not None:
+        document["networks"] = measure_networks(options.artefacts, options.rounds)
+    document["complete"] = True
     if options.out is not None:
         write_text(options.out, json.dumps(document, indent=1) + "\n")
     if options.json:
@@ -86,6 +144,10 @@ def main() -> None:
         figures = [row[name]["median_us"] for name in ("compiled", "python", "draw")]
         size = f"{row['batch']} x {row['tokens']} x {row['channels']}"
         print(f"{size:>27}  {figures[0]:>10}  {figures[1]:>10}  {figures[2]:>10}")
+    if (networks := document.get("networks")) is not None:
+        print("CPU milliseconds an image, batch 1:")
+        for name in ("compiled", "merged", "slots"):
+            print(f"{name:>27}  {networks[name]['median_ms']:>10}  x {networks.get(f'{name}_over_compiled', 1.0)}")
 
 
 if __name__ == "__main__":

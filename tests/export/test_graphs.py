@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from clora import _C
 from clora.backbones.cond import Cond, cat_conds, make_cond
+from clora.cli.sample_program import program
 from clora.errors import InputError
 from clora.export import build as building
 from clora.export import onnx_graph
@@ -102,6 +106,44 @@ def test_sample_engine_is_the_loop_over_python_bit_for_bit(artefact: Artefact) -
             served.engine, noise, refs, text, given[0].cos, given[0].sin, lengths, generators, served.sigmas, sampler
         )
         assert torch.equal(x0, loop(artefact.velocity, cat_conds(conds), (24, 64), served.sigmas, [5, 6, 7]))
+
+
+def test_clora_sample_makes_what_python_makes(artefact: Artefact, tmp_path: Path) -> None:
+    """In an empty environment, bit for bit; also with noise that was drawn elsewhere and by another sampler."""
+    if artefact.manifest.format != "aoti":
+        pytest.skip("runs AOTInductor packages alone")
+    served, conds, seeds = (
+        artefact.served(),
+        [case_cond(seed, length) for seed, length in enumerate((9, 31))],
+        [5, 2**40],
+    )
+    given = [served.conditions(cond) for cond in conds]
+    tensors = {
+        "refs": torch.stack([one.refs for one in given]),
+        "text": torch.stack([one.text for one in given]),
+        "cos": given[0].cos,
+        "sin": given[0].sin,
+        "text_len": torch.tensor([one.text_len for one in given]),
+        "seed": torch.tensor(seeds),
+        "grid": torch.tensor(conds[0].grid),
+    }
+
+    def run(*network: object, **more: Tensor) -> Tensor:
+        save_file(tensors | more, tmp_path / "in.safetensors")
+        files = ("--conditions", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors")
+        command = list(map(str, (program(), *network, *files, "--threads", 1)))
+        subprocess.run(command, env={}, check=True, timeout=120)
+        assert not list(tmp_path.glob("*.part"))
+        return load_file(tmp_path / "out.safetensors")["x0"]
+
+    loop = partial(few_step_sample, artefact.velocity, cat_conds(conds), (24, 64), served.sigmas, seeds)
+    assert torch.equal(run("--artefact", artefact.folder), loop(grid=conds[0].grid))
+    sigmas = ",".join(str(sigma) for sigma in served.sigmas.tolist())
+    network = ("--package", artefact.folder / "model.pt2", "--sigmas", sigmas)
+    noise = draw_noise(noise_generators(seeds), (24, 64))
+    assert torch.equal(run(*network, noise=noise), loop())
+    euler = ode_sample(artefact.velocity, cat_conds(conds), (24, 64), served.sigmas, seeds)
+    assert torch.equal(run(*network, "--sampler", "euler", noise=noise), euler)
 
 
 def case_cond(seed: int, length: int) -> Cond:
