@@ -19,6 +19,7 @@ BENCHES = (
     "lab.quantized_base",
     "lab.tiny_base",
     "lab.verdicts",
+    "serving.load",
     "serving.mixed_effects",
     "serving.sampler",
     "training.joint",

@@ -33,6 +33,7 @@ DISTRIBUTION_OF = {
     "pillow_heif": "pillow-heif",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
     "prometheus_client": "prometheus-client",
+    "python_multipart": "python-multipart",
 }
 
 

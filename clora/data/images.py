@@ -69,6 +69,30 @@ def load_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ima
         raise InputError(f"{path} is damaged or cut off ({error}); replace the file") from error
 
 
+def decode_image(
+    content: bytes, name: str, formats: Sequence[str], max_pixels: int = DEFAULT_MAX_PIXELS
+) -> Image.Image:
+    """`load_image` for bytes at hand, called `name` in errors: 8-bit RGB, in one of Pillow's `formats` alone.
+
+    What is declared is compared with `max_pixels` before anything is decoded. Raises `InputError` as `load_image` does.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=list(formats)) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise InputError(_too_large(name, f"{width} x {height} pixels", max_pixels))
+            return _to_rgb(ImageOps.exif_transpose(_first_frame(image)), name)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(_too_large(name, "declares too many pixels", max_pixels)) from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is none of {', '.join(formats)}; save it as one of them") from error
+    except Exception as error:
+        # Whatever a decoder raises on damaged bytes (it may be any type) means one thing to the user.
+        raise InputError(f"{name} is damaged or cut off; replace it") from error
+
+
 def why_unread(path: Path) -> str | None:
     """Why a file is not read as an image, judged by its name, with the mend; None where it is."""
     suffix = path.suffix.lower()
@@ -104,7 +128,7 @@ def _is_heif(path: Path) -> bool:
     return head[4:8] == b"ftyp" and head[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
-def _too_large(path: Path, what: str, max_pixels: int) -> str:
+def _too_large(path: Path | str, what: str, max_pixels: int) -> str:
     return f"{path}: {what}, more than the {max_pixels} allowed; make the image smaller"
 
 
@@ -115,7 +139,7 @@ def _first_frame(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I;16") or image.mode == "I":
@@ -131,7 +155,7 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey16_to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _grey16_to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     """Grey of 16 bits, 65535 = white; a tRNS value, where there is one, is composited on white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
@@ -143,7 +167,7 @@ def _grey16_to_rgb(image: Image.Image, path: Path) -> Image.Image:
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
-def _cmyk_to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _cmyk_to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     profile = image.info.get("icc_profile")
     if not profile:
         return image.convert("RGB")

@@ -20,7 +20,7 @@ from clora.errors import InputError, WriteError
 from clora.export.aoti import build_aoti, check_compiler
 from clora.export.artefact import library_versions, machine
 from clora.export.graph import example_inputs
-from clora.export.manifest import COLLECTION, Format, Limits, Manifest, Precision, list_files
+from clora.export.manifest import COLLECTION, LIMITS, Format, Manifest, Precision, list_files
 from clora.export.merged import set_schedule, write_merged
 from clora.export.onnx_graph import build_onnx, check_onnx, rotate
 from clora.lora.catalogue import Catalogue, read_catalogue
@@ -29,7 +29,6 @@ from clora.method.flow import few_step_sigmas
 
 log = logging.getLogger(__name__)
 
-LIMITS = Limits(batch=32, tokens=16384, text_buckets=(32, 64, 128, 256, 512, 1024, 2048))
 BYTES = {"float32": 4, "bfloat16": 2}
 WORK = "work"  # a folder in the new artefact, gone before it is whole
 

@@ -48,6 +48,9 @@ class Limits(_Record):
     text_buckets: tuple[Annotated[int, Field(ge=2)], ...] = Field(min_length=1)
 
 
+LIMITS = Limits(batch=32, tokens=16384, text_buckets=(32, 64, 128, 256, 512, 1024, 2048))
+
+
 class Manifest(_Record):
     """`base_identity` is `clora.config.base_identity`'s, `catalogue` that of the collection as its header has it. VAE
     and text encoder are the base's own (of a merged folder: its copies), and run in PyTorch. `rounding`: see

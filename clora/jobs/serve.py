@@ -1,0 +1,61 @@
+"""`clora serve`: a collection behind HTTP, for browsers and for OpenAI's clients.
+
+Settings, keys and files are checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from clora.errors import InputError
+from clora.export.manifest import MANIFEST
+from clora.serve.app import create_app
+from clora.serve.keys import new_key, read_keys
+from clora.serve.load import open_model
+from clora.serve.logs import log_json
+from clora.serve.models import Model
+from clora.serve.server import check_binding, run_server
+from clora.serve.service import Service
+from clora.serve.settings import Settings
+
+ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a browser on this machine finds a server bound to all
+
+
+def find_model(path: Path) -> dict[str, Path]:
+    """The setting that a path on the command line is: an artefact's folder, or a collection's file."""
+    if path.is_dir():
+        if not (path / MANIFEST).is_file():
+            raise InputError(f"{path}: is a folder without {MANIFEST}; give one of clora export, or a collection")
+        return {"artefact": path}
+    if not path.is_file():
+        raise InputError(f"{path}: is not there; give an artefact's folder or a collection's file")
+    return {"collection": path}
+
+
+def add_key(path: Path, name: str) -> str:
+    """A new key in the file `path`; see `keys.new_key`."""
+    return new_key(path, name)
+
+
+def serve(settings: Settings, console: Console | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; see `server.run_server`.
+
+    Raises `InputErrors` for settings, keys, an artefact or a collection that are not right.
+    """
+    check_binding(settings)
+    keys = None if settings.keys is None else read_keys(settings.keys)
+    console = console or Console(stderr=True)
+    with console.status("loading the model"):
+        parts = open_model(settings)
+    service = Service(settings, Model(parts, settings.batches, settings.stall_seconds), keys)
+    log_json()
+
+    def tell(port: int) -> None:
+        host = ANY_HOST.get(settings.host, settings.host)
+        shown = f"[{host}]" if ":" in host else host
+        effects = len(parts.collection.effects)
+        console.print(f"{settings.name}: {effects} effects at http://{shown}:{port}/", markup=False, soft_wrap=True)
+
+    run_server(create_app(service), service, tell)

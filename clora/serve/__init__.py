@@ -1,0 +1,1 @@
+"""One base, one collection, many requests: an HTTP server of edits."""

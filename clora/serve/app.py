@@ -1,0 +1,219 @@
+"""The routes: what is asked, by whom, and which part answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from clora import __version__
+from clora.serve.edits import start_edit
+from clora.serve.guard import Guard
+from clora.serve.jobs import Job
+from clora.serve.openapi import CATALOGUE, EDIT, JOB, MODELS, describe_all, errors
+from clora.serve.page_files import add_page
+from clora.serve.previews import make_previews
+from clora.serve.problems import Problem, bad
+from clora.serve.service import Service
+
+log = logging.getLogger("clora.serve")
+
+WATCH = 0.5  # seconds between looks at the engine
+EXPOSED = ("x-clora-job", "x-clora-seed", "x-clora-effect", "x-clora-sampler", "x-clora-collection", "x-request-id")
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application over a `Service`. Its lifespan watches the engine and makes the catalogue's thumbnails; requests
+    need neither."""
+    app = FastAPI(
+        title="clora",
+        version=__version__,
+        summary="Many image effects from one model",
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        lifespan=lambda app: _lifespan(service),
+    )
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    _add_health(app, service)
+    _add_catalogue(app, service)
+    _add_edits(app, service)
+    _add_jobs(app, service)
+    if service.settings.page:
+        add_page(app)
+    describe_all(app, service)
+    app.add_middleware(Guard, service=service)
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "prefer"],
+            expose_headers=EXPOSED,
+        )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(service: Service) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(_watch(service))]
+    if service.settings.thumbnails:
+        tasks.append(asyncio.create_task(make_previews(service)))
+    yield
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _watch(service: Service) -> None:
+    """Start the engine anew where it is gone or hangs."""
+    while True:
+        await asyncio.sleep(WATCH)
+        try:
+            service.revive()
+        except Exception as error:
+            log.error("the engine could not be started anew", exc_info=error)
+
+
+async def _on_problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Problem)
+    request.scope["clora.code"] = error.code
+    return JSONResponse(error.to_json(), error.status, headers=error.headers())
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the router refuses, in the same shape."""
+    assert isinstance(error, HTTPException)
+    what = {404: "there is nothing at this address", 405: "this address does not take that method"}
+    problem = bad(what.get(error.status_code, "the request is not right"), code="unknown_url", status=error.status_code)
+    request.scope["clora.code"] = problem.code
+    return JSONResponse(problem.to_json(), problem.status, headers=error.headers)
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/livez", summary="Does the process answer?", tags=["health"])
+    async def livez() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="Are edits taken?", tags=["health"], responses=errors(503))
+    async def readyz() -> JSONResponse:
+        ready = service.is_ready
+        return JSONResponse({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
+
+    @app.get("/metrics", summary="Counters for Prometheus", tags=["health"], responses=errors(401))
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_catalogue(app: FastAPI, service: Service) -> None:
+    def model() -> dict[str, Any]:
+        facts = service.facts()
+        return {"id": facts.pop("model"), "object": "model", "created": 0, "owned_by": "clora", **facts}
+
+    @app.get("/v1/models", summary="The model", tags=["catalogue"], responses=MODELS | errors(401))
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model()]}
+
+    @app.get("/v1/models/{name:path}", summary="One model", tags=["catalogue"], responses=errors(401, 404))
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != service.offer.name:
+            raise bad("there is no such model; GET /v1/models lists them", "model", "model_not_found", 404)
+        return model()
+
+    @app.get("/v1/effects", summary="The effects, with pictures", tags=["catalogue"], responses=CATALOGUE | errors(401))
+    async def effects() -> dict[str, Any]:
+        made, limits, offer = service.thumbnails, service.settings.limits, service.offer
+        return {
+            "object": "list",
+            "before": made.get(""),
+            "data": [
+                {"id": entry.name, "object": "effect", "trigger": entry.trigger, "after": made.get(entry.name)}
+                for entry in offer.collection.effects.values()
+            ],
+            "limits": {
+                "samples": limits.samples,
+                "images": limits.images,
+                "image_bytes": limits.image_bytes,
+                "image_pixels": limits.image_pixels,
+                "result_pixels": offer.result_pixels,
+                "prompt_chars": limits.prompt_chars,
+            },
+        }
+
+
+def _add_edits(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/images/edits", tags=["edits"], **EDIT)
+    async def edit(request: Request) -> Response:
+        job = await start_edit(service, request, request.scope["clora.owner"])
+        request.scope["clora.job"] = job.id
+        if request.headers.get("prefer", "").strip().lower() == "respond-async":
+            place = f"/v1/jobs/{job.id}"
+            headers = {"location": place, "preference-applied": "respond-async"}
+            return JSONResponse(service.jobs.describe(job), 202, headers=headers)
+        try:
+            await _finish(job, request)
+            return _result(job)
+        finally:
+            service.jobs.drop(job)
+
+
+def _add_jobs(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/jobs/{id}", summary="Where a job stands", tags=["jobs"], responses=JOB | errors(401, 404))
+    async def one_job(id: str, request: Request) -> dict[str, Any]:
+        return service.jobs.describe(service.jobs.find(request.scope["clora.owner"], id))
+
+    @app.get("/v1/jobs/{id}/events", summary="Its progress as it comes", tags=["jobs"], responses=errors(401, 404))
+    async def events(id: str, request: Request) -> Response:
+        job = service.jobs.find(request.scope["clora.owner"], id)
+        return StreamingResponse(service.jobs.events(job), media_type="text/event-stream")
+
+    @app.get("/v1/jobs/{id}/result", summary="Its pictures", tags=["jobs"], responses=errors(401, 404, 409, 503))
+    async def result(id: str, request: Request) -> Response:
+        job = service.jobs.find(request.scope["clora.owner"], id)
+        if not job.is_over:
+            raise Problem(409, "the job is not done yet; look at its events", "not_done", retry_after=1)
+        return _result(job)
+
+    @app.delete("/v1/jobs/{id}", summary="Cancel it", tags=["jobs"], responses=JOB | errors(401, 404))
+    async def cancel(id: str, request: Request) -> dict[str, Any]:
+        job = service.jobs.find(request.scope["clora.owner"], id)
+        job.cancel()
+        if job.task is not None:
+            await asyncio.wait([job.task], timeout=5)
+        return service.jobs.describe(job)
+
+
+def _result(job: Job) -> Response:
+    """A finished job's pictures; raises the `Problem` of one that failed."""
+    job.is_fetched = True
+    if job.problem is not None:
+        raise job.problem
+    return JSONResponse(job.answer, headers=job.headers)
+
+
+async def _finish(job: Job, request: Request) -> None:
+    """Wait for a job; where the client goes first, the job is cancelled."""
+    assert job.task is not None
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({job.task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        job.cancel()  # nothing, where it is over
+    await asyncio.wait({job.task})
+
+
+async def _gone(request: Request) -> None:
+    """Until the client has disconnected; the body has been read by then."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

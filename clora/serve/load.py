@@ -1,0 +1,136 @@
+"""A model opened for serving: an artefact's folder, or a base and a collection merged in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clora.backbones.load import linear_shapes, load_backbone, served_network
+from clora.config import base_identity, collection_lora, resolve_base
+from clora.errors import InputError
+from clora.export.artefact import GraphVelocity, check_base, library_versions, machine, open_artefact
+from clora.export.manifest import COLLECTION, LIMITS, Manifest, read_manifest
+from clora.inference.batching import Served, StepBatcher
+from clora.io.digest import file_digest
+from clora.lora.catalogue import Catalogue, read_catalogue
+from clora.lora.files import read_lora
+from clora.lora.merge import merge_weight_once
+from clora.method.flow import few_step_sigmas
+from clora.serve.models import Parts
+from clora.serve.offer import Collection, Effect
+from clora.serve.settings import Settings
+
+ENCODERS = ("vae", "text_encoder")
+
+
+def open_model(settings: Settings) -> Parts:
+    """The model that the settings name: an artefact, else a collection, else the collection that the base brings along.
+
+    A collection is merged into its base in memory, on `device` in `dtype` (as `clora edit` chooses them); an artefact
+    runs on the CPU in its own precision. Raises `InputError` as `open_artefact`, `read_lora` and `load_backbone` do.
+    """
+    if settings.artefact is not None and settings.collection is not None:
+        raise InputError("artefact and collection are both given; serve one of them")
+    if settings.artefact is not None:
+        return _open_artefact(settings, settings.artefact)
+    base, collection = settings.base, settings.collection
+    if collection is None:
+        base = base or "tiny"
+        collection = collection_lora(base)
+        if collection is None:
+            raise InputError(f"base {base}: brings no collection along; name one, or an artefact's folder")
+    return _open_merged(settings, base, collection)
+
+
+def _open_artefact(settings: Settings, folder: Path) -> Parts:
+    for name in ("device", "dtype"):
+        if getattr(settings, name) is not None:
+            raise InputError(f"{name}: is the artefact's own, {folder} cannot take another; leave it out")
+    manifest = read_manifest(folder)
+    base = str(folder) if manifest.format == "merged" else settings.base or manifest.base
+    if manifest.format != "merged":
+        check_base(folder, manifest, base)
+    artefact = open_artefact(folder, base)
+    served = artefact.served()
+    backbone = load_backbone(base, "cpu", getattr(torch, manifest.precision), ENCODERS)
+    start = _starter(served, settings)
+    digest = file_digest(folder / COLLECTION).hex()
+    collection = _collection(artefact.catalogue, digest)
+    return Parts(settings.name, collection, backbone, start, _places(folder, base))
+
+
+def _open_merged(settings: Settings, base: str | None, collection: Path) -> Parts:
+    catalogue = read_catalogue(collection)
+    base = base or catalogue.base
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    dtype = getattr(torch, precision)
+    schedule = catalogue.schedule
+    sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
+    network = _merged_network(base, collection, device, dtype, sigmas)
+    manifest = Manifest(
+        format="merged",
+        precision=precision,
+        base=base,
+        base_identity=base_identity(base, None),
+        catalogue=catalogue.model_dump(),
+        num_steps=schedule.num_steps,
+        shift=schedule.shift,
+        sampler=catalogue.sampler,
+        limits=LIMITS,
+        versions=library_versions(),
+        platform=machine(),
+        rounding=0.0,
+        parity={},
+        files={},
+    )
+    graph = GraphVelocity(_on_device(network, device), collection, base, manifest, dtype)
+    served = Served(graph.run, graph.conditions, sigmas, catalogue.sampler, dtype, LIMITS.batch)
+    backbone = load_backbone(base, device, dtype, ENCODERS)
+    found = _collection(catalogue, file_digest(collection).hex())
+    return Parts(settings.name, found, backbone, _starter(served, settings), _places(collection, base))
+
+
+@torch.no_grad()
+def _merged_network(base: str, collection: Path, device: torch.device, dtype: torch.dtype, sigmas: Tensor) -> nn.Module:
+    """The base's transformer with the collection in its weights, summed in fp32 and rounded once."""
+    modules = read_lora(collection, linear_shapes(base)).modules
+    backbone = load_backbone(base, device, dtype, ("transformer",))
+    for name, module in modules.items():
+        weight = backbone.transformer.get_parameter(f"{name}.weight")
+        on_device = replace(module, A=module.A.to(device), B=module.B.to(device))
+        weight.copy_(merge_weight_once(weight, on_device, dtype)[0])
+    return served_network(backbone, sigmas)
+
+
+def _on_device(network: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    """The network for the batcher, whose tensors are on the CPU."""
+
+    @torch.no_grad()
+    def run(*inputs: Tensor) -> Tensor:
+        velocity: Tensor = network(*(one.to(device) for one in inputs))
+        return velocity.cpu()
+
+    return run
+
+
+def _collection(catalogue: Catalogue, digest: str) -> Collection:
+    effects = {entry.name: Effect(entry.name, entry.trigger, entry.prompt) for entry in catalogue.effects}
+    schedule = catalogue.schedule
+    return Collection(catalogue.base, digest, effects, schedule.num_steps, schedule.shift, catalogue.sampler)
+
+
+def _starter(served: Served, settings: Settings) -> Callable[[], StepBatcher]:
+    batches = settings.batches
+    return lambda: StepBatcher(served, max_batch=batches.denoise, max_queue=batches.max_queue)
+
+
+def _places(path: Path, base: str) -> tuple[str, ...]:
+    """What errors may say of files, the longest first."""
+    resolved = resolve_base(base)
+    found = {str(path), str(path.absolute()), *([str(resolved)] if isinstance(resolved, Path) else [])}
+    return tuple(sorted(found, key=len, reverse=True))

@@ -1,0 +1,121 @@
+"""What a client sends: a multipart body within its budgets, and pictures that are what they must be.
+
+Nothing is fetched or opened by a name: a file's name is not even kept. Sizes are checked before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from PIL import Image
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from clora.data.images import decode_image
+from clora.errors import InputError
+from clora.serve.problems import Problem, bad
+from clora.serve.settings import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_FIELDS = 32
+MOST_BOUNDARY = 200
+
+
+@dataclass(frozen=True)
+class Form:
+    """The fields of a body by name, and the content of its files by the name of their field, in order."""
+
+    fields: dict[str, list[str]]
+    files: dict[str, list[bytes]]
+
+
+async def read_form(request: Request, limits: Limits) -> Form:
+    """Read a request's multipart body.
+
+    Raises `Problem`: 415 for another content type, 413 beyond `limits.body_bytes` or `image_bytes`, 408 where it does
+    not arrive in time, 400 for one that is malformed, cut off, or has too many parts.
+    """
+    boundary = _boundary(request)
+    declared = request.headers.get("content-length", "0")
+    if not declared.isascii() or not declared.isdigit():
+        raise bad("content-length is no number", code="malformed_request")
+    if int(declared) > limits.body_bytes:
+        raise _too_large(limits)
+    tail = bytearray()
+    parser = MultiPartParser(
+        request.headers,
+        _counted(request, limits, tail),
+        max_files=limits.images,
+        max_fields=MOST_FIELDS,
+        max_part_size=4 * limits.prompt_chars + 1024,
+    )
+    try:
+        async with asyncio.timeout(limits.upload_seconds):
+            parsed = await parser.parse()
+    except TimeoutError as error:
+        message = f"the body did not arrive in {limits.upload_seconds:g} s; send it faster, or a smaller one"
+        raise bad(message, code="upload_timeout", status=408) from error
+    except MultiPartException as error:
+        raise bad(f"the multipart body is not right: {error.message}", code="malformed_request") from error
+    except (ClientDisconnect, Problem):
+        raise
+    except Exception as error:  # whatever a parser raises on damaged bytes
+        raise bad("the multipart body is not right", code="malformed_request") from error
+    try:
+        if not bytes(tail).rstrip(b"\r\n").endswith(b"--" + boundary + b"--"):
+            raise bad("the multipart body is cut off: its last boundary is missing", code="malformed_request")
+        return await _sorted(parsed.multi_items(), limits)
+    finally:
+        await parsed.close()
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
+        raise bad("send multipart/form-data, with the picture as a file", code="unsupported_media_type", status=415)
+    boundary = options.get(b"boundary", b"")
+    if not 0 < len(boundary) <= MOST_BOUNDARY:
+        raise bad("the content type names no boundary", code="malformed_request")
+    return boundary
+
+
+async def _counted(request: Request, limits: Limits, tail: bytearray) -> AsyncGenerator[bytes, None]:
+    """The body's chunks; `tail` keeps its last bytes."""
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        if total > limits.body_bytes:
+            raise _too_large(limits)
+        tail += chunk[-2 * MOST_BOUNDARY :]
+        del tail[: -2 * MOST_BOUNDARY]
+        yield chunk
+
+
+async def _sorted(items: list[tuple[str, UploadFile | str]], limits: Limits) -> Form:
+    form = Form({}, {})
+    for name, value in items:
+        if isinstance(value, str):
+            form.fields.setdefault(name, []).append(value)
+            continue
+        if (value.size or 0) > limits.image_bytes:
+            message = f"a file of {value.size} bytes is beyond the {limits.image_bytes} allowed; make it smaller"
+            raise bad(message, "image", "file_too_large", 413)
+        form.files.setdefault(name, []).append(await value.read())
+    return form
+
+
+def _too_large(limits: Limits) -> Problem:
+    message = f"the body is beyond the {limits.body_bytes} bytes allowed; send smaller pictures"
+    return bad(message, code="body_too_large", status=413)
+
+
+def decode_picture(content: bytes, number: int, limits: Limits) -> Image.Image:
+    """An uploaded picture as 8-bit RGB; `Problem` 400 for what is none, damaged, or beyond `image_pixels`."""
+    try:
+        return decode_image(content, f"image {number}", FORMATS, limits.image_pixels)
+    except InputError as error:
+        raise bad(str(error), "image", "invalid_image") from error
