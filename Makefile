@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 LOCK := requirements/cpu.lock
-EXTRAS := dev,train,export,heif,quantize
+EXTRAS := dev,train,export,heif,quantize,sign,tensorrt
 BIN := .venv/bin
 STAMP := .venv/.installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)

@@ -22,7 +22,8 @@ from clora.errors import InputError
 from clora.export.aoti import open_aoti
 from clora.export.graph import Run
 from clora.export.manifest import Limits, Manifest, check_folder
-from clora.export.onnx_graph import open_onnx
+from clora.export.onnx_graph import has_runtime, open_onnx
+from clora.export.tensorrt_engine import open_engine, why_not_here
 from clora.lora.catalogue import Catalogue
 from clora.method.flow import Velocity, few_step_sigmas
 
@@ -50,13 +51,19 @@ def open_artefact(folder: Path, base: str | None = None) -> Artefact:
 
 def open_files(folder: Path, manifest: Manifest, base: str | None = None) -> Artefact:
     """`open_artefact` for files that are known to be what `manifest` says; raises as it does for the rest."""
+    catalogue = check_fit(folder, manifest)
+    return Artefact(folder, manifest, catalogue, _open_velocity(folder, manifest, base or manifest.base))
+
+
+def check_fit(folder: Path, manifest: Manifest) -> Catalogue:
+    """The catalogue of an artefact that fits its own schedule and this machine; `InputError` for others."""
     try:
         catalogue = Catalogue.model_validate(manifest.catalogue)
     except ValidationError as error:
         raise InputError(f"{folder}: its manifest holds no catalogue that this clora reads; export again") from error
     check_schedule(folder, manifest, catalogue)
     check_machine(folder, manifest)
-    return Artefact(folder, manifest, catalogue, _open_velocity(folder, manifest, base or manifest.base))
+    return catalogue
 
 
 def check_schedule(folder: Path, manifest: Manifest, catalogue: Catalogue) -> None:
@@ -90,6 +97,8 @@ def check_base(folder: Path, manifest: Manifest, base: str) -> None:
 
 def check_machine(folder: Path, manifest: Manifest) -> None:
     """Raise `InputError` for native code of another torch or another kind of CPU."""
+    if (manifest.format == "tensorrt") != (manifest.engine is not None):
+        raise InputError(f"{folder}: its manifest does not say what engine it holds; export again")
     if manifest.format != "aoti":
         return
     for what, made, here in (
@@ -98,6 +107,13 @@ def check_machine(folder: Path, manifest: Manifest) -> None:
     ):
         if made != here:
             raise InputError(f"{folder}: was compiled for {what} {made}, this is {here}; export again on this machine")
+
+
+def why_unmeasured(manifest: Manifest) -> str | None:
+    """Why an artefact that is whole cannot run on this machine, in half a sentence; None where it should."""
+    if manifest.format == "onnx" and not has_runtime():
+        return "onnxruntime is not installed"
+    return None if manifest.engine is None else why_not_here(manifest.engine)
 
 
 def machine() -> str:
@@ -117,12 +133,16 @@ def library_versions() -> dict[str, str]:
 
 
 def _open_velocity(folder: Path, manifest: Manifest, base: str) -> Velocity:
-    dtype = getattr(torch, manifest.precision)
+    dtype = manifest.dtype
     if manifest.format == "merged":
         backbone = load_backbone(folder, "cpu", dtype, ("transformer",))
         backbone.use_kernels("auto")
         return backbone.velocity
-    run = open_aoti(folder) if manifest.format == "aoti" else open_onnx(folder)
+    run: Run
+    if manifest.engine is not None:
+        run = open_engine(folder, manifest.engine)
+    else:
+        run = open_aoti(folder) if manifest.format == "aoti" else open_onnx(folder)
     return GraphVelocity(run, folder, base, manifest.num_steps, manifest.shift, manifest.limits, dtype)
 
 

@@ -22,7 +22,8 @@ from clora.export.artefact import library_versions, machine
 from clora.export.graph import example_inputs
 from clora.export.manifest import COLLECTION, Format, Limits, Manifest, Precision, list_files
 from clora.export.merged import set_schedule, write_merged
-from clora.export.onnx_graph import build_onnx, check_onnx, rotate
+from clora.export.onnx_graph import GRAPH, build_onnx, check_onnx, outline, rotate
+from clora.export.tensorrt_engine import EngineOptions, build_engine, check_engine, engine_limits, engine_profiles
 from clora.lora.catalogue import Catalogue, read_catalogue
 from clora.lora.files import read_lora
 from clora.method.flow import few_step_sigmas
@@ -30,8 +31,11 @@ from clora.method.flow import few_step_sigmas
 log = logging.getLogger(__name__)
 
 LIMITS = Limits(batch=32, tokens=16384, text_buckets=(32, 64, 128, 256, 512, 1024, 2048))
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 2}
+COPIES = {"merged": 1, "aoti": 2, "onnx": 2, "tensorrt": 3}  # of the weights on the disk, at the fullest moment
+WIDEST_FP16 = 1024  # of a transformer: values of wider ones leave float16's range, and pictures are black
 WORK = "work"  # a folder in the new artefact, gone before it is whole
+Outline = tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]
 
 
 @dataclass(frozen=True)
@@ -59,21 +63,34 @@ def find_source(base: str | None, lora: Path) -> Source:
     return Source(base, folder, lora, catalogue, read_footprint(base))
 
 
-def check_format(form: Format, precision: Precision) -> None:
+def check_format(form: Format, precision: Precision, options: EngineOptions | None = None) -> None:
     """Raise `InputError` where this machine lacks what a format needs, or a format the precision."""
+    if form != "tensorrt" and precision in ("float16", "fp8"):
+        raise InputError(f"precision: {form} has float32 and bfloat16, not {precision}; choose one, or format tensorrt")
     if form == "aoti":
         check_compiler()
-    elif form == "onnx":
+    elif form in ("onnx", "tensorrt"):
         check_onnx()
-        if precision != "float32":
-            raise InputError(f"precision: an onnx graph in {precision} cannot be verified on a CPU; leave it out")
+    if form == "onnx" and precision != "float32":
+        raise InputError(f"precision: an onnx graph in {precision} cannot be verified on a CPU; leave it out")
+    if form == "tensorrt":
+        check_engine(options or EngineOptions())
+
+
+def check_precision(source: Source, precision: Precision) -> None:
+    """Raise `InputError` for float16 and a base whose values would leave its range."""
+    width = max(K for _, K in dict(source.footprint.linears).values()) // 4  # of the second linear of an MLP
+    if precision == "float16" and width > WIDEST_FP16:
+        raise InputError(f"precision: {source.base} (width {width}) overflows in float16; leave it out for bfloat16")
 
 
 def check_room(source: Source, form: Format, precision: Precision, place: Path) -> None:
     """Raise `WriteError` where the disk at `place` has too little room."""
     parameters = sum(N * K for N, K in dict(source.footprint.linears).values())
-    copies = 1 if form == "merged" else 2
-    needed = parameters * BYTES[precision] * copies + source.lora.stat().st_size
+    per_parameter = BYTES[precision] * COPIES[form]
+    if form == "tensorrt":  # before the engine its fp32 twin, which is gone by then
+        per_parameter = max(per_parameter, BYTES["float32"] * COPIES["onnx"])
+    needed = parameters * per_parameter + source.lora.stat().st_size
     above = next(parent for parent in (place, *place.parents) if parent.exists())
     if (free := shutil.disk_usage(above).free) < needed:
         raise WriteError(f"output: {place} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; make room")
@@ -85,13 +102,17 @@ def build(
     precision: Precision,
     folder: Path,
     on_part: Callable[[str], None] = lambda what: None,
+    options: EngineOptions | None = None,
+    twin: Outline | None = None,
 ) -> Manifest:
     """Fill `folder` with an artefact's files; returns its manifest, which is not written yet.
 
-    `on_part` is told what is done next.
+    `on_part` is told what is done next. `options` are an engine's, `twin` the outline of the fp32 graph that its own
+    must be like: ValueError where it is not.
     """
     catalogue, schedule = source.catalogue, source.catalogue.schedule
-    dtype = getattr(torch, precision)
+    dtype = torch.bfloat16 if precision == "fp8" else getattr(torch, precision)
+    engine, limits = None, LIMITS
     on_part("reading the collection")
     modules = read_lora(source.lora, linear_shapes(source.base)).modules
     base = folder if form == "merged" else folder / WORK
@@ -102,7 +123,17 @@ def build(
     if form == "merged":
         set_schedule(folder, schedule.shift, catalogue.sampler)
     else:
-        write_graph(base, form, dtype, few_step_sigmas(schedule.num_steps, schedule.shift), folder, on_part)
+        place = base if form == "tensorrt" else folder
+        sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
+        write_graph(base, form, dtype, sigmas, place, on_part)
+        if form == "tensorrt":
+            if twin is not None and outline(base) != twin:
+                raise ValueError(f"the graph in {precision} is another network than its fp32 twin")
+            on_part("building the engine")
+            tokens = source.footprint.reference_tokens
+            limits = engine_limits(tokens)
+            profiles = engine_profiles(limits, tokens)
+            engine = build_engine(base / GRAPH, profiles, options or EngineOptions(), folder)
         shutil.rmtree(base)
     shutil.copyfile(source.lora, folder / COLLECTION)
     on_part("hashing")
@@ -115,10 +146,11 @@ def build(
         num_steps=schedule.num_steps,
         shift=schedule.shift,
         sampler=catalogue.sampler,
-        limits=LIMITS,
+        limits=limits,
         versions=library_versions(),
         platform=machine(),
         rounding=merge.rounding,
+        engine=engine,
         files=list_files(folder),
     )
 
@@ -133,10 +165,10 @@ def write_graph(
     inputs = example_inputs(
         backbone.token_channels, int(config["joint_attention_dim"]), int(config["attention_head_dim"]), dtype
     )
-    network = served_network(backbone, sigmas, rotate if form == "onnx" else None)
+    network = served_network(backbone, sigmas, None if form == "aoti" else rotate)
     del backbone  # and with it the linears of modulation
     on_part("exporting the graph")
-    build_graph = build_onnx if form == "onnx" else build_aoti
+    build_graph = build_aoti if form == "aoti" else build_onnx
     build_graph(network, inputs, LIMITS, folder)
 
 

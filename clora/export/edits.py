@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from clora.backbones.load import load_backbone
 from clora.errors import raise_faults
 from clora.export.artefact import check_base, check_sampling, open_artefact
-from clora.export.manifest import COLLECTION, read_manifest
+from clora.export.manifest import COLLECTION, Manifest, read_manifest
 from clora.inference.edit_plan import EditRequest
 from clora.inference.editor import Editor
 from clora.inference.sampling import few_step_sampling
@@ -39,14 +40,25 @@ def artefact_request(request: EditRequest, folder: Path) -> EditRequest:
         base = request.base or manifest.base
         check_base(folder, manifest, base)
     return replace(
-        request, base=base, lora=folder / COLLECTION, steps=None, guidance=None, device="cpu", dtype=manifest.precision
+        request,
+        base=base,
+        lora=folder / COLLECTION,
+        steps=None,
+        guidance=None,
+        device="cpu",
+        dtype=encoder_precision(manifest),
     )
+
+
+def encoder_precision(manifest: Manifest) -> Literal["float32", "bfloat16"]:
+    """Of the base's encoders around the artefact's network: its own, or bfloat16 beside an engine of less."""
+    return "float32" if manifest.precision == "float32" else "bfloat16"
 
 
 def artefact_editor(folder: Path, base: str) -> Editor:
     """The artefact in `folder`, checked and opened, between the encoders and the decoder of `base`."""
     artefact = open_artefact(folder, base)
     manifest = artefact.manifest
-    backbone = load_backbone(base, "cpu", getattr(torch, manifest.precision), ("vae", "text_encoder"))
+    backbone = load_backbone(base, "cpu", getattr(torch, encoder_precision(manifest)), ("vae", "text_encoder"))
     sampling = few_step_sampling(manifest.num_steps, manifest.shift, manifest.sampler)
     return Editor(backbone, artefact.catalogue, sampling, has_lora=True, velocity=artefact.velocity)

@@ -13,14 +13,15 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clora.errors import InputError, InputErrors, raise_faults
 from clora.io.atomic import sync_folder, write_text
 from clora.io.text import parse_json, read_text
 
-Format = Literal["merged", "aoti", "onnx"]
-Precision = Literal["float32", "bfloat16"]
+Format = Literal["merged", "aoti", "onnx", "tensorrt"]
+Precision = Literal["float32", "bfloat16", "float16", "fp8"]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -48,6 +49,29 @@ class Limits(_Record):
     text_buckets: tuple[Annotated[int, Field(ge=2)], ...] = Field(min_length=1)
 
 
+class Profile(_Record):
+    """Sizes that an engine was tuned for, each (least, usual, most)."""
+
+    batch: tuple[int, int, int]
+    tokens: tuple[int, int, int]
+    ref_tokens: tuple[int, int, int]
+    text: tuple[int, int, int]
+
+
+class Engine(_Record):
+    """How a TensorRT engine was built. `library`: tensorrt, or tensorrt_rtx for one that was built ahead of time;
+    `version`: the one release that runs it; `target`: the compute capability of its GPU, as in SM89. `attention` is
+    "fused" where every attention must run as one kernel; `attentions` counts them."""
+
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    target: str = Field(pattern=r"^SM[0-9]+$")
+    attention: Literal["fused", "decomposed"]
+    attentions: int = Field(ge=1)
+    weight_streaming: bool
+    profiles: tuple[Profile, ...] = Field(min_length=1)
+
+
 class Manifest(_Record):
     """`base_identity` is `clora.config.base_identity`'s, `catalogue` that of the collection as its header has it. VAE
     and text encoder are the base's own (of a merged folder: its copies), and run in PyTorch. `rounding`: see
@@ -66,8 +90,14 @@ class Manifest(_Record):
     versions: dict[str, str]
     platform: str
     rounding: float
+    engine: Engine | None = None
     parity: dict[str, Any] = {}
     files: dict[str, FileEntry] = Field(max_length=MOST_FILES)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the artefact takes and gives."""
+        return torch.bfloat16 if self.precision == "fp8" else getattr(torch, self.precision)
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:

@@ -33,12 +33,12 @@ def has_runtime() -> bool:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`backbones.load.Rotate` as ONNX's own operator."""
+    """`backbones.load.Rotate` as ONNX's own operator, in fp32 whatever x is in: its angles are of x's dtype."""
     B = x.shape[0]
     turned: Tensor = torch.onnx.ops.rotary_embedding(
-        x, cos[None].expand(B, -1, -1).to(x.dtype), sin[None].expand(B, -1, -1).to(x.dtype), interleaved=True
+        x.float(), cos[None].expand(B, -1, -1), sin[None].expand(B, -1, -1), interleaved=True
     )
-    return turned
+    return turned.to(x.dtype)
 
 
 def build_onnx(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, folder: Path) -> None:
@@ -69,6 +69,16 @@ def build_onnx(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, f
     used = {name for node in graph.node for name in node.input}
     if unused := [name for name in INPUTS if name not in used]:
         raise ValueError(f"the exported graph does not use {', '.join(unused)}")
+
+
+def outline(folder: Path) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
+    """What graphs of one network in two precisions share: its operators in order but for casts, and the name and shape
+    of every weight."""
+    import onnx
+
+    graph = onnx.load(str(folder / GRAPH), load_external_data=False).graph
+    weights = sorted((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer if tensor.external_data)
+    return tuple(node.op_type for node in graph.node if node.op_type != "Cast"), tuple(weights)
 
 
 def open_onnx(folder: Path) -> Run:

@@ -92,8 +92,8 @@ def verify(
     check_base(artefact.folder, manifest, base)
     on_part("loading the eager model")
     eager, eager_velocity = load_eager(base, artefact.folder / COLLECTION, torch.float32)
-    half = manifest.precision == "bfloat16"
-    own = load_eager(base, artefact.folder / COLLECTION, torch.bfloat16, ("transformer",))[1] if half else None
+    half = manifest.precision != "float32"
+    own = load_eager(base, artefact.folder / COLLECTION, manifest.dtype, ("transformer",))[1] if half else None
 
     prompt = artefact.catalogue.effects[0].prompt
     text = eager.encode_prompts([prompt], [[picture(seed)]])[0]
