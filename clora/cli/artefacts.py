@@ -13,6 +13,7 @@ from clora.errors import InputError
 
 Base = Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")]
 Edits = Annotated[int, typer.Option(min=1, max=1000, help="Seeded edits to compare.")]
+Public = Annotated[Path | None, typer.Option(metavar="PUB", help="Public key in PEM, which must have signed it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the edits and of all random inputs.")]
 
 
@@ -40,6 +41,8 @@ def export(
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of an engine's measured kernels: read where it is there, and written.")
     ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="Private ed25519 key to sign it with.")] = None,
+    with_vae: Annotated[bool, typer.Option("--vae/--no-vae", help="The VAE as graphs too, of aoti and onnx.")] = True,
     edits: Edits = 3,
     seed: Seed = 0,
     as_json: Json = False,
@@ -62,7 +65,7 @@ def export(
     if format != "tensorrt" and engine != EngineOptions():
         raise InputError("target, weight_streaming, timing_cache: belong to --format tensorrt; leave them out")
     chosen = precision or ("bfloat16" if format == "tensorrt" else "float32")
-    manifest = run(ExportRequest(output, format, base, lora, chosen, edits, seed, engine))
+    manifest = run(ExportRequest(output, format, base, lora, chosen, edits, seed, engine, key, with_vae))
     if as_json:
         print_json({"output": str(output), **manifest.model_dump()})
     else:
@@ -73,6 +76,7 @@ def export(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `clora export` wrote.")],
     base: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere than when exporting.")] = None,
+    key: Public = None,
     edits: Edits = 3,
     seed: Seed = 0,
     as_json: Json = False,
@@ -86,10 +90,11 @@ def verify(
     Example:
       clora verify artefact
       clora verify artefact --edits 20 --seed 1 --json
+      clora verify artefact --key public.pem
     """
     from clora.jobs.verify import verify_artefact
 
-    parity = verify_artefact(folder, base, edits, seed)
+    parity = verify_artefact(folder, base, edits, seed, key=key)
     if isinstance(parity, str):
         if as_json:
             print_json({"ok": None, "files": "whole", "unmeasured": parity})

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from clora.errors import InputError
-from clora.export.graph import Run, trace
+from clora.export.graph import NETWORK, Part, Run, trace
 from clora.export.manifest import Limits
 
-PACKAGE = "model.pt2"
+SUFFIX = ".pt2"
 
 
 def check_compiler() -> None:
@@ -26,19 +26,21 @@ def check_compiler() -> None:
         raise InputError("format aoti: needs a C++ compiler, none is on PATH; install g++, or choose merged or onnx")
 
 
-def build_aoti(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, folder: Path) -> None:
-    """Compile the network into `folder`, for this machine's CPU and every size within `limits`."""
-    program = trace(network, inputs, limits)
+def build_aoti(
+    network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, folder: Path, part: Part = NETWORK
+) -> None:
+    """Compile a part's network into `folder`, for this machine's CPU and every size within `limits`."""
+    program = trace(network, inputs, limits, part)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about its own internals
-        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / PACKAGE))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / (part.file + SUFFIX)))
 
 
-def open_aoti(folder: Path) -> Run:
-    """The package in a folder, which must have been checked: this runs its code."""
+def open_aoti(folder: Path, part: Part = NETWORK) -> Run:
+    """The part's package in a folder, which must have been checked: this runs its code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        package = torch._inductor.aoti_load_package(str(folder / PACKAGE), run_single_threaded=True)
+        package = torch._inductor.aoti_load_package(str(folder / (part.file + SUFFIX)), run_single_threaded=True)
 
     def run(*inputs: Tensor) -> Tensor:
         velocity: Tensor = package(*inputs)

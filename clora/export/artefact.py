@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from clora.backbones.cond import Cond
+from clora.backbones.cond import Cond, VaeGraph
 from clora.backbones.load import load_backbone, rotary_positions
 from clora.config import base_identity
 from clora.errors import InputError
@@ -24,6 +24,7 @@ from clora.export.graph import Run
 from clora.export.manifest import Limits, Manifest, check_folder
 from clora.export.onnx_graph import has_runtime, open_onnx
 from clora.export.tensorrt_engine import open_engine, why_not_here
+from clora.export.vae_graphs import open_vae
 from clora.lora.catalogue import Catalogue
 from clora.method.flow import Velocity, few_step_sigmas
 
@@ -32,27 +33,33 @@ LIBRARIES = ("clora", "diffusers", "numpy", "onnx", "onnxruntime", "torch", "tra
 
 @dataclass(frozen=True, eq=False)
 class Artefact:
-    """`velocity` is (x (B, T, C), sigma (B,), cond) -> (B, T, C), as `Backbone.velocity` without slots."""
+    """`velocity` is (x (B, T, C), sigma (B,), cond) -> (B, T, C), as `Backbone.velocity` without slots; `vae` encodes
+    and decodes in place of the base's, where the artefact has graphs of it."""
 
     folder: Path
     manifest: Manifest
     catalogue: Catalogue
     velocity: Velocity
+    vae: tuple[VaeGraph, VaeGraph] | None = None
 
 
-def open_artefact(folder: Path, base: str | None = None) -> Artefact:
+def open_artefact(folder: Path, base: str | None = None, key: Path | None = None) -> Artefact:
     """Check every file of an artefact, then open it on the CPU. `base` says where its base is now, None: where it was.
+    With a public `key` it must be signed by its owner.
 
     Raises `InputErrors` as `check_folder` does, and `InputError` for one that was made for another machine or torch;
     nothing of the folder is loaded before that.
     """
-    return open_files(folder, check_folder(folder), base)
+    return open_files(folder, check_folder(folder, key), base)
 
 
 def open_files(folder: Path, manifest: Manifest, base: str | None = None) -> Artefact:
     """`open_artefact` for files that are known to be what `manifest` says; raises as it does for the rest."""
     catalogue = check_fit(folder, manifest)
-    return Artefact(folder, manifest, catalogue, _open_velocity(folder, manifest, base or manifest.base))
+    velocity = _open_velocity(folder, manifest, base or manifest.base)
+    has_vae = manifest.format != "merged" and manifest.components.get("vae") == "artefact"
+    vae = open_vae(folder, manifest.format, manifest.dtype) if has_vae else None
+    return Artefact(folder, manifest, catalogue, velocity, vae)
 
 
 def check_fit(folder: Path, manifest: Manifest) -> Catalogue:

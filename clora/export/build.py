@@ -14,7 +14,7 @@ import torch
 from clora.backbones import COMPONENTS
 from clora.backbones.counts import Footprint
 from clora.backbones.hub import hub_folder
-from clora.backbones.load import linear_shapes, load_backbone, read_footprint, served_network
+from clora.backbones.load import linear_shapes, load_backbone, read_footprint, served_network, served_vae
 from clora.config import base_identity, resolve_base
 from clora.errors import InputError, WriteError
 from clora.export.aoti import build_aoti, check_compiler
@@ -24,6 +24,7 @@ from clora.export.manifest import COLLECTION, Format, Limits, Manifest, Precisio
 from clora.export.merged import set_schedule, write_merged
 from clora.export.onnx_graph import GRAPH, build_onnx, check_onnx, outline, rotate
 from clora.export.tensorrt_engine import EngineOptions, build_engine, check_engine, engine_limits, engine_profiles
+from clora.export.vae_graphs import build_vae
 from clora.lora.catalogue import Catalogue, read_catalogue
 from clora.lora.files import read_lora
 from clora.method.flow import few_step_sigmas
@@ -104,11 +105,12 @@ def build(
     on_part: Callable[[str], None] = lambda what: None,
     options: EngineOptions | None = None,
     twin: Outline | None = None,
+    with_vae: bool = True,
 ) -> Manifest:
     """Fill `folder` with an artefact's files; returns its manifest, which is not written yet.
 
     `on_part` is told what is done next. `options` are an engine's, `twin` the outline of the fp32 graph that its own
-    must be like: ValueError where it is not.
+    must be like: ValueError where it is not. `with_vae`: as graphs beside the network, in formats that have them.
     """
     catalogue, schedule = source.catalogue, source.catalogue.schedule
     dtype = torch.bfloat16 if precision == "fp8" else getattr(torch, precision)
@@ -135,6 +137,9 @@ def build(
             profiles = engine_profiles(limits, tokens)
             engine = build_engine(base / GRAPH, profiles, options or EngineOptions(), folder)
         shutil.rmtree(base)
+    own_vae = form == "merged" or (with_vae and form in ("aoti", "onnx"))
+    if own_vae and form != "merged":
+        write_vae(source, form, dtype, folder, on_part)
     shutil.copyfile(source.lora, folder / COLLECTION)
     on_part("hashing")
     return Manifest(
@@ -151,6 +156,11 @@ def build(
         platform=machine(),
         rounding=merge.rounding,
         engine=engine,
+        components={
+            "transformer": "artefact",
+            "vae": "artefact" if own_vae else "base",
+            "text_encoder": "artefact" if form == "merged" else "base",
+        },
         files=list_files(folder),
     )
 
@@ -170,6 +180,13 @@ def write_graph(
     on_part("exporting the graph")
     build_graph = build_aoti if form == "aoti" else build_onnx
     build_graph(network, inputs, LIMITS, folder)
+
+
+def write_vae(source: Source, form: Format, dtype: torch.dtype, folder: Path, on_part: Callable[[str], None]) -> None:
+    """The base's VAE as two graphs in `folder`."""
+    on_part("exporting the VAE")
+    backbone = load_backbone(source.folder, "cpu", dtype, ("vae",))
+    build_vae(served_vae(backbone), backbone.token_channels // 4, form, dtype, LIMITS, folder)
 
 
 def check_new(output: Path) -> None:

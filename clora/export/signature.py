@@ -34,8 +34,9 @@ def check_signature(content: bytes, key: Path, folder: Path) -> None:
         raise InputError(
             f"{folder}: is not signed ({SIGNATURE} is missing); take it from where {key} is from, or sign it"
         )
+    written = _small(place)
     try:
-        signature = base64.b64decode(_small(place).strip(), validate=True)
+        signature = base64.b64decode(written.strip(), validate=True)
         public.verify(signature, content)
     except (ValueError, _invalid()) as error:
         raise InputError(
@@ -45,9 +46,9 @@ def check_signature(content: bytes, key: Path, folder: Path) -> None:
 
 def private_key(path: Path) -> Any:
     """The ed25519 key that signs; `InputError` where the file holds none."""
-    crypto = _library("serialization")
+    crypto, content = _library("serialization"), _small(path)
     try:
-        key = crypto.load_pem_private_key(_small(path), password=None)
+        key = crypto.load_pem_private_key(content, password=None)
     except (ValueError, TypeError) as error:
         raise InputError(
             f"key {path}: is no private key in PEM without a password; make one with openssl genpkey -algorithm ed25519"
@@ -57,9 +58,9 @@ def private_key(path: Path) -> Any:
 
 def public_key(path: Path) -> Any:
     """The ed25519 key that checks; `InputError` where the file holds none."""
-    crypto = _library("serialization")
+    crypto, content = _library("serialization"), _small(path)
     try:
-        key = crypto.load_pem_public_key(_small(path))
+        key = crypto.load_pem_public_key(content)
     except ValueError as error:
         raise InputError(
             f"key {path}: is no public key in PEM; write it with openssl pkey -in PRIVATE -pubout -out {path.name}"

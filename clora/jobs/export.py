@@ -17,6 +17,7 @@ from clora.export.artefact import open_files, why_unmeasured
 from clora.export.build import Outline, Source, build, check_format, check_new, check_precision, check_room, find_source
 from clora.export.manifest import Format, Manifest, Precision, write_manifest
 from clora.export.onnx_graph import has_runtime, outline
+from clora.export.signature import private_key
 from clora.export.tensorrt_engine import EngineOptions
 from clora.export.verify import check_parity, verify
 from clora.io.atomic import new_folder
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What `clora export` is asked for. base None: the catalogue's; lora None: the base's own collection."""
+    """What `clora export` is asked for. base None: the catalogue's; lora None: the base's own collection. key:
+    a private key to sign with."""
 
     output: Path
     format: Format
@@ -37,6 +39,8 @@ class ExportRequest:
     num_edits: int = 3
     seed: int = 0
     engine: EngineOptions = field(default_factory=EngineOptions)
+    key: Path | None = None
+    with_vae: bool = True
 
 
 def export(request: ExportRequest, console: Console | None = None) -> Manifest:
@@ -48,6 +52,8 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
     output = request.output
     check_new(output)
     check_output(output)
+    if request.key is not None:
+        private_key(request.key)
     check_format(request.format, request.precision, request.engine)
     source = find_source(request.base, _lora_of(request))
     check_precision(source, request.precision)
@@ -62,12 +68,14 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
             with new_folder(output) as folder:
                 twin = _prove_twin(request, source, folder, show) if request.format == "tensorrt" else None
                 shape = None if twin is None else twin.outline
-                manifest = build(source, request.format, request.precision, folder, show, request.engine, shape)
+                manifest = build(
+                    source, request.format, request.precision, folder, show, request.engine, shape, request.with_vae
+                )
                 parity = _measure(request, folder, manifest, source.base, show)
                 if twin is not None:
                     parity["twin"] = twin.parity
                 manifest = manifest.model_copy(update={"parity": parity})
-                write_manifest(folder, manifest)  # last: without it the folder is no artefact
+                write_manifest(folder, manifest, request.key)  # last: without it the folder is no artefact
         except OSError as error:
             raise output_error(output, error) from error
     return manifest
@@ -103,7 +111,7 @@ def _prove_twin(request: ExportRequest, source: Source, folder: Path, show: Call
         return None
     place = folder / "twin"
     place.mkdir()
-    manifest = build(source, "onnx", "float32", place, lambda what: show(f"fp32 twin: {what}"))
+    manifest = build(source, "onnx", "float32", place, lambda what: show(f"fp32 twin: {what}"), with_vae=False)
     parity = _measure(request, place, manifest, source.base, show)
     found = Twin(parity, outline(place))
     shutil.rmtree(place)
