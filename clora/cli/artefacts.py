@@ -28,7 +28,7 @@ def export(
     base: Base = None,
     lora: Annotated[Path | None, typer.Option(help="Collection; default: the base's own.")] = None,
     precision: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Literal["float32", "bfloat16", "float16", "fp8"] | None,
         typer.Option(help="Of the weights; all sums are made in fp32. Default: float32, of an engine bfloat16."),
     ] = None,
     target: Annotated[
@@ -42,6 +42,7 @@ def export(
         Path | None, typer.Option(help="File of an engine's measured kernels: read where it is there, and written.")
     ] = None,
     key: Annotated[Path | None, typer.Option(metavar="PEM", help="Private ed25519 key to sign it with.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Folder of images that fp8 is calibrated on.")] = None,
     with_vae: Annotated[bool, typer.Option("--vae/--no-vae", help="The VAE as graphs too, of aoti and onnx.")] = True,
     edits: Edits = 3,
     seed: Seed = 0,
@@ -65,7 +66,7 @@ def export(
     if format != "tensorrt" and engine != EngineOptions():
         raise InputError("target, weight_streaming, timing_cache: belong to --format tensorrt; leave them out")
     chosen = precision or ("bfloat16" if format == "tensorrt" else "float32")
-    manifest = run(ExportRequest(output, format, base, lora, chosen, edits, seed, engine, key, with_vae))
+    manifest = run(ExportRequest(output, format, base, lora, chosen, edits, seed, engine, key, with_vae, calibration))
     if as_json:
         print_json({"output": str(output), **manifest.model_dump()})
     else:

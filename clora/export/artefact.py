@@ -1,32 +1,32 @@
 """An artefact opened: its velocity, at the noise levels of its schedule.
 
-Shape legend: B batch, T image tokens, C latent channels per token, L text tokens, D text width, M a text bucket.
+Shape legend: B batch, T image tokens, C latent channels per token.
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import Tensor
 
-from clora.backbones.cond import Cond, VaeGraph
+from clora.backbones.cond import VaeGraph
 from clora.backbones.load import load_backbone, rotary_positions
 from clora.config import base_identity
 from clora.errors import InputError
 from clora.export.aoti import open_aoti
 from clora.export.graph import Run
-from clora.export.manifest import Limits, Manifest, check_folder
+from clora.export.graph_velocity import GraphVelocity
+from clora.export.manifest import Manifest, check_folder
 from clora.export.onnx_graph import has_runtime, open_onnx
 from clora.export.tensorrt_engine import open_engine, why_not_here
 from clora.export.vae_graphs import open_vae
 from clora.lora.catalogue import Catalogue
-from clora.method.flow import Velocity, few_step_sigmas
+from clora.method.flow import Velocity
 
 LIBRARIES = ("clora", "diffusers", "numpy", "onnx", "onnxruntime", "torch", "transformers")
 
@@ -150,66 +150,5 @@ def _open_velocity(folder: Path, manifest: Manifest, base: str) -> Velocity:
         run = open_engine(folder, manifest.engine)
     else:
         run = open_aoti(folder) if manifest.format == "aoti" else open_onnx(folder)
-    return GraphVelocity(run, folder, base, manifest.num_steps, manifest.shift, manifest.limits, dtype)
-
-
-@dataclass(eq=False)
-class GraphVelocity:
-    """A graph as a velocity: noise level -> step, text padded to its bucket, positions of the grids. `base` gives the
-    positions."""
-
-    run: Run
-    folder: Path
-    base: str
-    num_steps: int
-    shift: float
-    limits: Limits
-    dtype: torch.dtype
-    _positions: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def __call__(self, x_BTC: Tensor, sigma_B: Tensor, cond: Cond) -> Tensor:
-        """Raises `InputError` for a noise level that is not the schedule's, and for sizes beyond the limits."""
-        text = self._bucketed(cond)
-        self._check(x_BTC, cond)
-        lengths = cond.text_lengths or (cond.text_BLD.shape[1],) * len(x_BTC)
-        grids = (cond.grid, *cond.ref_grids)
-        key = (grids, text.shape[1])
-        if key not in self._positions:
-            if len(self._positions) >= 64:
-                self._positions.clear()
-            self._positions[key] = rotary_positions(self.base, grids, text.shape[1])
-        refs = torch.cat(cond.refs, dim=1).to(self.dtype)
-        step = self._steps(sigma_B.expand(len(x_BTC)))
-        inputs = (x_BTC.to(self.dtype), refs, text, *self._positions[key], step, torch.tensor(lengths))
-        return self.run(*inputs).to(x_BTC.dtype)
-
-    def _steps(self, sigma_B: Tensor) -> Tensor:
-        """The number of each noise level in the schedule, int64 (B,)."""
-        levels = few_step_sigmas(self.num_steps, self.shift)
-        found = sigma_B.float()[:, None] == levels
-        if not found.any(dim=1).all():
-            odd = sigma_B[~found.any(dim=1)][0].item()
-            raise InputError(
-                f"{self.folder}: noise level {odd:.6g} is none of its {self.num_steps} (shift {self.shift:g}); sample"
-                " by its own schedule"
-            )
-        return found.int().argmax(dim=1)
-
-    def _bucketed(self, cond: Cond) -> Tensor:
-        """Text (B, M, D) padded to the smallest bucket that holds it."""
-        length = cond.text_BLD.shape[1]
-        fitting = [bucket for bucket in self.limits.text_buckets if bucket >= length]
-        if not fitting:
-            most = self.limits.text_buckets[-1]
-            raise InputError(f"{self.folder}: a text of {length} tokens is longer than its {most}; shorten the prompt")
-        return F.pad(cond.text_BLD.to(self.dtype), (0, 0, 0, fitting[0] - length))
-
-    def _check(self, x_BTC: Tensor, cond: Cond) -> None:
-        batch, most = len(x_BTC), self.limits.tokens
-        tokens, ref_tokens = x_BTC.shape[1], sum(ref.shape[1] for ref in cond.refs)
-        if not 1 <= batch <= self.limits.batch:
-            raise InputError(f"{self.folder}: a batch of {batch} is beyond its {self.limits.batch}; make it smaller")
-        for what, number in (("a result", tokens), ("references", ref_tokens)):
-            if not 2 <= number <= most:
-                raise InputError(f"{self.folder}: {what} of {number} tokens; it takes 2 to {most}: use other sizes")
+    positions = partial(rotary_positions, base)
+    return GraphVelocity(run, str(folder), positions, manifest.num_steps, manifest.shift, manifest.limits, dtype)

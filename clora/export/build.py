@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import nn
 
 from clora.backbones import COMPONENTS
 from clora.backbones.counts import Footprint
@@ -19,8 +21,10 @@ from clora.config import base_identity, resolve_base
 from clora.errors import InputError, WriteError
 from clora.export.aoti import build_aoti, check_compiler
 from clora.export.artefact import library_versions, machine
+from clora.export.calibration import calibrate
+from clora.export.fp8_graph import quantize_graph
 from clora.export.graph import example_inputs
-from clora.export.manifest import COLLECTION, Format, Limits, Manifest, Precision, list_files
+from clora.export.manifest import COLLECTION, Format, Limits, Manifest, Precision, Quantization, list_files
 from clora.export.merged import set_schedule, write_merged
 from clora.export.onnx_graph import GRAPH, build_onnx, check_onnx, outline, rotate
 from clora.export.tensorrt_engine import EngineOptions, build_engine, check_engine, engine_limits, engine_profiles
@@ -106,15 +110,17 @@ def build(
     options: EngineOptions | None = None,
     twin: Outline | None = None,
     with_vae: bool = True,
+    images: Sequence[Image.Image] = (),
 ) -> Manifest:
     """Fill `folder` with an artefact's files; returns its manifest, which is not written yet.
 
     `on_part` is told what is done next. `options` are an engine's, `twin` the outline of the fp32 graph that its own
     must be like: ValueError where it is not. `with_vae`: as graphs beside the network, in formats that have them.
+    `images` (RGB): what FP8 is calibrated on.
     """
     catalogue, schedule = source.catalogue, source.catalogue.schedule
     dtype = torch.bfloat16 if precision == "fp8" else getattr(torch, precision)
-    engine, limits = None, LIMITS
+    engine, quantization, limits = None, None, LIMITS
     on_part("reading the collection")
     modules = read_lora(source.lora, linear_shapes(source.base)).modules
     base = folder if form == "merged" else folder / WORK
@@ -127,14 +133,17 @@ def build(
     else:
         place = base if form == "tensorrt" else folder
         sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
-        write_graph(base, form, dtype, sigmas, place, on_part)
+        network = write_graph(base, form, dtype, sigmas, place, on_part)
         if form == "tensorrt":
             if twin is not None and outline(base) != twin:
                 raise ValueError(f"the graph in {precision} is another network than its fp32 twin")
+            limits = engine_limits(source.footprint.reference_tokens)
+            if precision == "fp8":
+                on_part("calibrating FP8")
+                quantization = quantize(network, base, source, images, limits, dtype)
+            del network
             on_part("building the engine")
-            tokens = source.footprint.reference_tokens
-            limits = engine_limits(tokens)
-            profiles = engine_profiles(limits, tokens)
+            profiles = engine_profiles(limits, source.footprint.reference_tokens)
             engine = build_engine(base / GRAPH, profiles, options or EngineOptions(), folder)
         shutil.rmtree(base)
     own_vae = form == "merged" or (with_vae and form in ("aoti", "onnx"))
@@ -156,6 +165,7 @@ def build(
         platform=machine(),
         rounding=merge.rounding,
         engine=engine,
+        quantization=quantization,
         components={
             "transformer": "artefact",
             "vae": "artefact" if own_vae else "base",
@@ -167,8 +177,8 @@ def build(
 
 def write_graph(
     base: Path, form: Format, dtype: torch.dtype, sigmas: torch.Tensor, folder: Path, on_part: Callable[[str], None]
-) -> None:
-    """The merged transformer of the folder `base` as a graph in `folder`."""
+) -> nn.Module:
+    """The merged transformer of the folder `base` as a graph in `folder`; returns the network."""
     on_part("tabulating the modulation")
     backbone = load_backbone(base, "cpu", dtype, ("transformer",))
     config: Any = backbone.transformer.config
@@ -180,6 +190,22 @@ def write_graph(
     on_part("exporting the graph")
     build_graph = build_aoti if form == "aoti" else build_onnx
     build_graph(network, inputs, LIMITS, folder)
+    return network
+
+
+def quantize(
+    network: nn.Module,
+    graph: Path,
+    source: Source,
+    images: Sequence[Image.Image],
+    limits: Limits,
+    dtype: torch.dtype,
+) -> Quantization:
+    """Calibrate a network on edits of `images`, and rewrite its graph in the folder `graph` in FP8."""
+    fp8 = calibrate(network, str(source.folder), source.catalogue, images, limits, dtype)
+    layers = quantize_graph(graph, fp8.rounded)
+    costs = {"cost": fp8.cost, "cost_of_all": fp8.cost_of_all, "worst": fp8.worst}
+    return Quantization(layers=layers, kept=fp8.kept, images=len(images), **costs)
 
 
 def write_vae(source: Source, form: Format, dtype: torch.dtype, folder: Path, on_part: Callable[[str], None]) -> None:

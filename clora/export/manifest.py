@@ -51,6 +51,19 @@ class Limits(_Record):
     text_buckets: tuple[Annotated[int, Field(ge=2)], ...] = Field(min_length=1)
 
 
+class Quantization(_Record):
+    """What of an engine is in FP8 (e4m3). `kept`: the linears of blocks that stay in bf16, because they cost most when
+    they alone are rounded. `cost`: ||v' - v|| / ||v|| of velocities, simulated in torch, the largest of some
+    forwards; `cost_of_all`: with none kept; `worst`: of one value, relative to the largest."""
+
+    layers: int = Field(ge=1)
+    kept: tuple[str, ...]
+    cost: float
+    cost_of_all: float
+    worst: float
+    images: int = Field(ge=1)
+
+
 class Profile(_Record):
     """Sizes that an engine was tuned for, each (least, usual, most)."""
 
@@ -97,6 +110,7 @@ class Manifest(_Record):
     platform: str
     rounding: float
     engine: Engine | None = None
+    quantization: Quantization | None = None
     components: dict[Component, Literal["artefact", "base"]] = {}
     parity: dict[str, Any] = {}
     files: dict[str, FileEntry] = Field(max_length=MOST_FILES)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 
 from clora.config import collection_lora
+from clora.data.images import SUFFIXES, load_image
 from clora.errors import InputError
 from clora.export.artefact import open_files, why_unmeasured
 from clora.export.build import Outline, Source, build, check_format, check_new, check_precision, check_room, find_source
@@ -19,17 +21,18 @@ from clora.export.manifest import Format, Manifest, Precision, write_manifest
 from clora.export.onnx_graph import has_runtime, outline
 from clora.export.signature import private_key
 from clora.export.tensorrt_engine import EngineOptions
-from clora.export.verify import check_parity, verify
+from clora.export.verify import check_parity, picture, verify
 from clora.io.atomic import new_folder
 from clora.io.output import check_output, output_error
 
+MOST_IMAGES = 16  # that FP8 is calibrated on
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ExportRequest:
     """What `clora export` is asked for. base None: the catalogue's; lora None: the base's own collection. key:
-    a private key to sign with."""
+    a private key to sign with. calibration: a folder of images for FP8; None: random pictures."""
 
     output: Path
     format: Format
@@ -41,6 +44,7 @@ class ExportRequest:
     engine: EngineOptions = field(default_factory=EngineOptions)
     key: Path | None = None
     with_vae: bool = True
+    calibration: Path | None = None
 
 
 def export(request: ExportRequest, console: Console | None = None) -> Manifest:
@@ -57,6 +61,7 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
     check_format(request.format, request.precision, request.engine)
     source = find_source(request.base, _lora_of(request))
     check_precision(source, request.precision)
+    images = _calibration(request) if request.precision == "fp8" else []
     check_room(source, request.format, request.precision, output)
     console = console or Console(stderr=True)
     with console.status("exporting") as status:
@@ -68,9 +73,8 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
             with new_folder(output) as folder:
                 twin = _prove_twin(request, source, folder, show) if request.format == "tensorrt" else None
                 shape = None if twin is None else twin.outline
-                manifest = build(
-                    source, request.format, request.precision, folder, show, request.engine, shape, request.with_vae
-                )
+                settings = (request.engine, shape, request.with_vae, images)
+                manifest = build(source, request.format, request.precision, folder, show, *settings)
                 parity = _measure(request, folder, manifest, source.base, show)
                 if twin is not None:
                     parity["twin"] = twin.parity
@@ -116,6 +120,20 @@ def _prove_twin(request: ExportRequest, source: Source, folder: Path, show: Call
     found = Twin(parity, outline(place))
     shutil.rmtree(place)
     return found
+
+
+def _calibration(request: ExportRequest) -> list[Image.Image]:
+    """The images (RGB) that FP8 is calibrated on."""
+    folder = request.calibration
+    if folder is None:
+        log.warning("fp8: calibrated on random pictures; give a folder of your own with --calibration")
+        return [picture(request.seed + number) for number in range(MOST_IMAGES)]
+    if not folder.is_dir():
+        raise InputError(f"calibration: {folder} is no folder; give one with images")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:MOST_IMAGES]
+    if not paths:
+        raise InputError(f"calibration: {folder} has no image in it; give a folder with some")
+    return [load_image(path) for path in paths]
 
 
 def _lora_of(request: ExportRequest) -> Path:
