@@ -17,7 +17,7 @@ from clora.backbones import COMPONENTS
 from clora.backbones.counts import Footprint
 from clora.backbones.hub import hub_folder
 from clora.backbones.load import linear_shapes, load_backbone, read_footprint, served_network, served_vae
-from clora.config import base_identity, resolve_base
+from clora.config import base_identity, read_sidecar, resolve_base
 from clora.errors import InputError, WriteError
 from clora.export.aoti import build_aoti, check_compiler
 from clora.export.artefact import library_versions, machine
@@ -27,6 +27,7 @@ from clora.export.graph import example_inputs
 from clora.export.manifest import COLLECTION, Format, Limits, Manifest, Precision, Quantization, list_files
 from clora.export.merged import set_schedule, write_merged
 from clora.export.onnx_graph import GRAPH, build_onnx, check_onnx, outline, rotate
+from clora.export.snippet import write_snippet
 from clora.export.tensorrt_engine import EngineOptions, build_engine, check_engine, engine_limits, engine_profiles
 from clora.export.vae_graphs import build_vae
 from clora.lora.catalogue import Catalogue, read_catalogue
@@ -130,6 +131,9 @@ def build(
     del modules
     if form == "merged":
         set_schedule(folder, schedule.shift, catalogue.sampler)
+        sizes, prompts = read_sidecar(source.folder), {effect.name: effect.prompt for effect in catalogue.effects}
+        areas = (sizes.vae_image_area, sizes.condition_image_area)
+        write_snippet(folder, prompts, schedule.num_steps, precision, *areas)
     else:
         place = base if form == "tensorrt" else folder
         sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from clora.backbones.cond import VaeGraph
 from clora.backbones.load import load_backbone, served_vae
 from clora.export import edits
 from clora.export.artefact import open_artefact
-from clora.export.manifest import COLLECTION, Limits, check_folder, read_manifest
-from clora.export.vae_graphs import build_vae, open_vae
+from clora.export.manifest import COLLECTION, check_folder, read_manifest
 from clora.export.verify import picture, relative, verify
 from clora.inference.edit_plan import EditRequest
 from clora.jobs.edit import edit_files
@@ -40,23 +41,15 @@ def test_served_vae_is_the_pipelines_own_bit_for_bit(random_base: Path) -> None:
     assert pixels.std() > 0.05
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["onnx", "aoti"])
-def test_build_vae_graphs_are_the_eager_vae_at_other_sizes(form: str, random_base: Path, tmp_path: Path) -> None:
-    if form == "onnx":
-        pytest.importorskip("onnxruntime")
-    backbone = load_backbone(random_base, "cpu", torch.float32, ("vae",))
-    networks = served_vae(backbone)
-    with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):
-        build_vae(networks, 16, form, torch.float32, Limits(batch=4, tokens=64, text_buckets=(32,)), tmp_path)  # type: ignore[arg-type]
-    encode, decode = open_vae(tmp_path, form, torch.float32)  # type: ignore[arg-type]
+def check_sizes(graphs: tuple[VaeGraph, VaeGraph], networks: tuple[nn.Module, nn.Module]) -> None:
+    """Encoder and decoder of a VAE that makes a latent pixel of 4 x 4, at three sizes."""
     rng = torch.Generator().manual_seed(0)
     for batch, (height, width) in zip((1, 3, 4), SIZES, strict=True):
         pixels = torch.rand(batch, 3, height, width, generator=rng) * 2 - 1
         latents = torch.randn(batch, 16, height // 4, width // 4, generator=rng)
         with torch.no_grad():
-            assert relative(encode(pixels), networks[0](pixels)) <= 3e-6
-            assert relative(decode(latents), networks[1](latents)) <= 3e-6
+            assert relative(graphs[0](pixels), networks[0](pixels)) <= 3e-6
+            assert relative(graphs[1](latents), networks[1](latents)) <= 3e-6
 
 
 @pytest.mark.slow
@@ -89,6 +82,7 @@ def test_export_with_its_vae_edits_without_the_bases(
 
     artefact = open_artefact(folder)
     assert artefact.vae is not None
+    check_sizes(artefact.vae, served_vae(load_backbone(base, "cpu", torch.float32, ("vae",))))
     encode, decode = artefact.vae
     off = verify(replace(artefact, vae=(encode, lambda latents: decode(latents * 1.01))), num_edits=1)
     assert len([fault for fault in off.faults if "the VAE is" in fault]) == 1
