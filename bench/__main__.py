@@ -20,6 +20,7 @@ BENCHES = (
     "lab.tiny_base",
     "lab.verdicts",
     "serving.sampler",
+    "serving.tensorrt",
     "training.joint",
     "training.tiny_step",
     "training.train_cycle",

@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 from torch import nn
 
 from clora.backbones.cond import VaeGraph
 from clora.backbones.load import load_backbone, served_vae
+from clora.backbones.qwen_image.served_vae import ServedDecoder
 from clora.export import edits
+from clora.export.aoti import build_aoti, open_aoti
 from clora.export.artefact import open_artefact
-from clora.export.manifest import COLLECTION, check_folder, read_manifest
+from clora.export.graph import DECODER
+from clora.export.manifest import COLLECTION, Limits, check_folder, read_manifest
 from clora.export.verify import picture, relative, verify
 from clora.inference.edit_plan import EditRequest
 from clora.jobs.edit import edit_files
@@ -50,6 +54,23 @@ def check_sizes(graphs: tuple[VaeGraph, VaeGraph], networks: tuple[nn.Module, nn
         with torch.no_grad():
             assert relative(graphs[0](pixels), networks[0](pixels)) <= 3e-6
             assert relative(graphs[1](latents), networks[1](latents)) <= 3e-6
+
+
+@pytest.mark.slow
+def test_build_aoti_compiles_a_decoder(tmp_path: Path) -> None:
+    """Of a smaller VAE, and not the encoder: compiling takes a minute for either, and is the same function."""
+    torch.manual_seed(0)
+    spread = {"latents_mean": [0.1] * 16, "latents_std": [1.5] * 16}
+    sizes = {"base_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False] * 2}
+    network = ServedDecoder(AutoencoderKLQwenImage(**sizes, **spread)).eval()
+    rng = torch.Generator().manual_seed(0)
+    limits = Limits(batch=4, tokens=64, text_buckets=(32,))
+    with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):
+        build_aoti(network, (torch.randn(2, 16, 4, 6, generator=rng),), limits, tmp_path, DECODER)
+    decode = open_aoti(tmp_path, DECODER)
+    latents = torch.randn(3, 16, 12, 20, generator=rng)
+    with torch.no_grad():
+        assert relative(decode(latents), network(latents)) <= 3e-6
 
 
 @pytest.mark.slow
