@@ -79,7 +79,7 @@ def outline(folder: Path) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, 
     import onnx
 
     graph = onnx.load(str(folder / GRAPH), load_external_data=False).graph
-    weights = sorted((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer if tensor.external_data)
+    weights = sorted((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer)
     return tuple(node.op_type for node in graph.node if node.op_type != "Cast"), tuple(weights)
 
 

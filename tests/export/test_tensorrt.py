@@ -260,3 +260,19 @@ def test_export_refuses_float16_where_it_overflows(
     with pytest.raises(InputError, match=r"precision: Qwen/.* \(width 3072\) overflows in float16; leave it out"):
         check_precision(real, "float16")
     check_precision(real, "bfloat16")
+
+
+def test_outline_counts_weights_wherever_they_are_stored(tmp_path: Path) -> None:
+    """A small weight lies beside the graph in fp32 and inside it in bf16, whose bytes are below torch's threshold."""
+    found = []
+    for external in (True, False):
+        folder = tmp_path / str(external)
+        folder.mkdir()
+        tensor = onnx.helper.make_tensor("bias", onnx.TensorProto.FLOAT, [128], [0.5] * 128)
+        x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [128])
+        y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [128])
+        nodes = [onnx.helper.make_node("Add", ["x", "bias"], ["y"])]
+        model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y], [tensor]))
+        onnx.save(model, folder / GRAPH, save_as_external_data=external, location="w", size_threshold=0)
+        found.append(outline(folder))
+    assert found[0] == found[1] == (("Add",), (("bias", (128,)),))
