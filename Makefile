@@ -1,9 +1,9 @@
-# make setup | demo | eval-demo | test | lint | bench | torture. Each target sets up what it needs: .venv with the pinned packages of
-# requirements/cpu.lock and clora built into it. Needed beforehand: python3 >= 3.11, a C++ compiler, make.
+# make setup | demo | eval-demo | test | lint | bench | torture | sanitize. Each target sets up what it needs: .venv with the
+# pinned packages of requirements/cpu.lock and clora built into it. Needed beforehand: python3 >= 3.11, a C++ compiler, make.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 LOCK := requirements/cpu.lock
-EXTRAS := dev,train,export,eval,heif,quantize,serve
+EXTRAS := dev,train,export,eval,heif,quantize,serve,sign,tensorrt
 BIN := .venv/bin
 STAMP := .venv/.installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp)

@@ -22,6 +22,7 @@ BENCHES = (
     "serving.load",
     "serving.mixed_effects",
     "serving.sampler",
+    "serving.tensorrt",
     "training.joint",
     "training.tiny_step",
     "training.train_cycle",

@@ -95,6 +95,7 @@ PARTS = {
             seconds=130, limit=220, dry=("--rounds", "2", "--runs", "lean"),
         ),
         bench("sampler", "serving.sampler", "--rounds", "50", seconds=20, limit=40),
+        bench("tensorrt", "serving.tensorrt", "--size", "full", "--rounds", "20", seconds=100, limit=240),
         bench("dmd_score", "kernels.dmd_score", "--rounds", "30", seconds=20, limit=40),
         bench("tiny_step", "training.tiny_step", seconds=25, limit=50),
         bench(
@@ -111,7 +112,7 @@ LISTS = {
     "first": ("build", "tests", "lora_linear", "forward", "block", "train_cycle", "adaln", "renoise"),
     "second": (
         "build", "lora_linear_mixed", "forward_60", "lora_qkv", "tests_all", "train_cycle_20", "train_cycle_lean",
-        "sampler", "dmd_score", "tiny_step", "train_cycle_60", "sanitizer",
+        "sampler", "dmd_score", "tiny_step", "tensorrt", "train_cycle_60", "sanitizer",
     ),
 }  # fmt: skip
 BUDGETS = {"first": FIRST_SECONDS, "second": SECOND_SECONDS}

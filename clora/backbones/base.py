@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clora.backbones import Kernels
-from clora.backbones.cond import Cond, Grid, Size
+from clora.backbones.cond import Cond, Grid, Size, VaeGraph
 from clora.lora.adapters import Adapters
 from clora.lora.slots import Slot
 
@@ -65,6 +65,9 @@ class Backbone(Protocol):
     def decode(self, x_BTC: Tensor, grid: Grid) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], fp32."""
 
+    def use_vae_graphs(self, encode: VaeGraph, decode: VaeGraph) -> None:
+        """Encode and decode images with graphs of `load.served_vae` from now on; the VAE need not be loaded."""
+
     def to_pil(self, images: Tensor) -> list[Image.Image]:
         """RGB images from (B, 3, H, W) in [0, 1], rounded to 8 bits."""
 
@@ -76,6 +79,10 @@ class Backbone(Protocol):
     @property
     def transformer(self) -> nn.Module:
         """The module that adapters lie on."""
+
+    @property
+    def vae(self) -> nn.Module:
+        """The module that encodes and decodes images."""
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -5,7 +5,7 @@ Shape legend: B batch, L text tokens, D text width, T image tokens, C latent cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 Size = tuple[int, int]  # height and width of an image in pixels
 Grid = tuple[int, int]  # and in tokens
+VaeGraph = Callable[[Tensor], Tensor]
+"""pixels (B, 3, H, W) in [-1, 1] -> normalised latents (B, z, h, w), or latents -> pixels in [0, 1], fp32."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,6 +71,15 @@ def served_network(backbone: Backbone, sigmas: Tensor, rotate: Rotate | None = N
     return served.ServedNetwork(backbone.transformer, sigmas, rotate or served.rotate).eval()
 
 
+def served_vae(backbone: Backbone) -> tuple[nn.Module, nn.Module]:
+    """The backbone's VAE as the two networks that artefacts hold, encoder and decoder
+    (`qwen_image.served_vae`), which share its weights."""
+    from clora.backbones.qwen_image.served_vae import ServedDecoder, ServedEncoder
+
+    vae: Any = backbone.vae
+    return ServedEncoder(vae).eval(), ServedDecoder(vae).eval()
+
+
 def rotary_positions(base: str | Path, grids: Sequence[Grid], num_text: int) -> tuple[Tensor, Tensor]:
     """The positions that a `served_network` takes for a result and its references (`grids`, the result first) and
     `num_text` tokens of text: cos and sin, fp32. No weights are read."""

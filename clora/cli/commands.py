@@ -281,6 +281,7 @@ def edit(
     device: edit_options.Device = None,
     dtype: edit_options.Dtype = None,
     artefact: edit_options.Artefact = None,
+    key: edit_options.Key = None,
     as_json: Json = False,
 ) -> None:
     """Edit images with a collection, or with any LoRA file.
@@ -316,7 +317,7 @@ def edit(
         device=device,
         dtype=dtype,
     )
-    paths = [str(path) for path in edit_files(request, artefact=artefact)]
+    paths = [str(path) for path in edit_files(request, artefact=artefact, key=key)]
     if as_json:
         print_json({"outputs": paths})
     else:

@@ -39,3 +39,6 @@ Artefact = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Folder of `clora export`, in place of a LoRA; runs on the CPU."),
 ]
+Key = Annotated[
+    Path | None, typer.Option(metavar="PUB", help="Of --artefact: public key in PEM, which must have signed it.")
+]

@@ -16,12 +16,12 @@ from clora.inference.editor import Editor
 from clora.inference.sampling import few_step_sampling
 
 
-def artefact_request(request: EditRequest, folder: Path) -> EditRequest:
+def artefact_request(request: EditRequest, folder: Path, key: Path | None = None) -> EditRequest:
     """The request with what the artefact in `folder` decides: base and collection, steps, precision, the CPU.
 
     Only its manifest is read. Raises `InputErrors` with every option that an artefact has no choice of.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, key)
     faults = [
         f"{name}: is the artefact's own, {folder} cannot take another; leave it out"
         for name, given in (("lora", request.lora), ("dtype", request.dtype))
@@ -39,14 +39,23 @@ def artefact_request(request: EditRequest, folder: Path) -> EditRequest:
         base = request.base or manifest.base
         check_base(folder, manifest, base)
     return replace(
-        request, base=base, lora=folder / COLLECTION, steps=None, guidance=None, device="cpu", dtype=manifest.precision
+        request,
+        base=base,
+        lora=folder / COLLECTION,
+        steps=None,
+        guidance=None,
+        device="cpu",
+        dtype=manifest.encoder_precision,
     )
 
 
-def artefact_editor(folder: Path, base: str) -> Editor:
+def artefact_editor(folder: Path, base: str, key: Path | None = None) -> Editor:
     """The artefact in `folder`, checked and opened, between the encoders and the decoder of `base`."""
-    artefact = open_artefact(folder, base)
+    artefact = open_artefact(folder, base, key)
     manifest = artefact.manifest
-    backbone = load_backbone(base, "cpu", getattr(torch, manifest.precision), ("vae", "text_encoder"))
+    components = ("text_encoder",) if artefact.vae else ("vae", "text_encoder")
+    backbone = load_backbone(base, "cpu", getattr(torch, manifest.encoder_precision), components)
+    if artefact.vae is not None:
+        backbone.use_vae_graphs(*artefact.vae)
     sampling = few_step_sampling(manifest.num_steps, manifest.shift, manifest.sampler)
     return Editor(backbone, artefact.catalogue, sampling, has_lora=True, velocity=artefact.velocity)

@@ -7,6 +7,7 @@ token, W text width, E width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ Run = Callable[..., Tensor]
 
 INPUTS = ("x", "refs", "text", "cos", "sin", "step", "text_len")
 OUTPUT = "velocity"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of an artefact: the name of its files, of its inputs and output, and which sizes may change."""
+
+    file: str
+    inputs: tuple[str, ...]
+    output: str
+    sizes: Callable[[Limits], tuple[dict[int, Any], ...]]
 
 
 def example_inputs(channels: int, text_width: int, head_width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -45,11 +56,21 @@ def dynamic_sizes(limits: Limits) -> tuple[dict[int, Any], ...]:
     return {0: batch, 1: tokens}, {0: batch, 1: ref_tokens}, {0: batch, 1: text}, joint, joint, {0: batch}, {0: batch}
 
 
-def trace(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits) -> ExportedProgram:
+def image_sizes(limits: Limits) -> tuple[dict[int, Any], ...]:
+    """Of pixels or latents, (B, C, H, W): batch, height and width may change."""
+    return ({0: Dim("batch", min=1, max=limits.batch), 2: Dim.AUTO, 3: Dim.AUTO},)
+
+
+NETWORK = Part("model", INPUTS, OUTPUT, dynamic_sizes)
+ENCODER = Part("vae_encoder", ("pixels",), "latents", image_sizes)
+DECODER = Part("vae_decoder", ("latents",), "pixels", image_sizes)
+
+
+def trace(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, part: Part = NETWORK) -> ExportedProgram:
     """The network as torch's graph. Raises ValueError where the graph leaves an input unused: padding would then be
     attended, or a step ignored, without any sign."""
     with torch.no_grad():
-        program = torch.export.export(network, inputs, dynamic_shapes=dynamic_sizes(limits))
+        program = torch.export.export(network, inputs, dynamic_shapes=part.sizes(limits))
     used = {node.name: bool(node.users) for node in program.graph.nodes if node.op == "placeholder"}
     if unused := [name for name in program.graph_signature.user_inputs if not used[str(name)]]:
         raise ValueError(f"the exported graph does not use {', '.join(map(str, unused))}")

@@ -2,7 +2,7 @@
 
 An artefact is a folder. Some formats are native code that loading runs, so that nothing of a folder is opened before
 `check_folder` has found every file whole: listed, inside the folder, of the size and SHA-256 that `manifest.json` says,
-and no file beside those. A hash proves that a folder is as it was exported, not who exported it.
+and no file beside those. A hash proves that a folder is as it was exported, not who exported it: see `signature`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clora.errors import InputError, InputErrors, raise_faults
+from clora.export.signature import SIGNATURE, check_signature, sign
 from clora.io.atomic import sync_folder, write_text
 from clora.io.text import parse_json, read_text
 
-Format = Literal["merged", "aoti", "onnx"]
-Precision = Literal["float32", "bfloat16"]
+Format = Literal["merged", "aoti", "onnx", "tensorrt"]
+Precision = Literal["float32", "bfloat16", "float16", "fp8"]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 COLLECTION = "collection.safetensors"  # the LoRA that was merged, in every artefact: what `clora verify` compares with
+UNLISTED = {MANIFEST, SIGNATURE}
 MOST_FILES = 1000
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -51,9 +54,49 @@ class Limits(_Record):
 LIMITS = Limits(batch=32, tokens=16384, text_buckets=(32, 64, 128, 256, 512, 1024, 2048))
 
 
+class Quantization(_Record):
+    """What of an engine is in FP8 (e4m3). `kept`: the linears of blocks that stay in bf16, because they cost most when
+    they alone are rounded. `cost`: ||v' - v|| / ||v|| of velocities, simulated in torch, the largest of some
+    forwards; `cost_of_all`: with none kept; `worst`: of one value, relative to the largest."""
+
+    layers: int = Field(ge=1)
+    kept: tuple[str, ...]
+    cost: float
+    cost_of_all: float
+    worst: float
+    images: int = Field(ge=1)
+
+
+class Profile(_Record):
+    """Sizes that an engine was tuned for, each (least, usual, most)."""
+
+    batch: tuple[int, int, int]
+    tokens: tuple[int, int, int]
+    ref_tokens: tuple[int, int, int]
+    text: tuple[int, int, int]
+
+
+class Engine(_Record):
+    """How a TensorRT engine was built. `library`: tensorrt, or tensorrt_rtx for one that was built ahead of time;
+    `version`: the one release that runs it; `target`: the compute capability of its GPU, as in SM89. `attention` is
+    "fused" where every attention must run as one kernel; `attentions` counts them."""
+
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    target: str = Field(pattern=r"^SM[0-9]+$")
+    attention: Literal["fused", "decomposed"]
+    attentions: int = Field(ge=1)
+    weight_streaming: bool
+    profiles: tuple[Profile, ...] = Field(min_length=1)
+
+
+Component = Literal["transformer", "vae", "text_encoder"]
+
+
 class Manifest(_Record):
-    """`base_identity` is `clora.config.base_identity`'s, `catalogue` that of the collection as its header has it. VAE
-    and text encoder are the base's own (of a merged folder: its copies), and run in PyTorch. `rounding`: see
+    """`base_identity` is `clora.config.base_identity`'s, `catalogue` that of the collection as its header has it.
+    `components`: whose each is, the folder's or the base's; the text encoder runs in PyTorch, wherever it is, and what
+    is not named is the base's. `rounding`: see
     `lora.merge.Merge`. `parity`: what `export.verify` measured on the machine that exported."""
 
     format_version: Literal[1] = 1
@@ -69,8 +112,21 @@ class Manifest(_Record):
     versions: dict[str, str]
     platform: str
     rounding: float
+    engine: Engine | None = None
+    quantization: Quantization | None = None
+    components: dict[Component, Literal["artefact", "base"]] = {}
     parity: dict[str, Any] = {}
     files: dict[str, FileEntry] = Field(max_length=MOST_FILES)
+
+    @property
+    def encoder_precision(self) -> Literal["float32", "bfloat16"]:
+        """Of the base's encoders around the network: its own, or bfloat16 beside an engine of less."""
+        return "float32" if self.precision == "float32" else "bfloat16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the artefact takes and gives."""
+        return torch.bfloat16 if self.precision == "fp8" else getattr(torch, self.precision)
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:
@@ -81,7 +137,7 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
             sync_folder(path)
             continue
         name = path.relative_to(folder).as_posix()
-        if name == MANIFEST:
+        if name in UNLISTED:
             continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -90,13 +146,17 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
     return found
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, the last file of a new artefact."""
-    write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+def write_manifest(folder: Path, manifest: Manifest, key: Path | None = None) -> None:
+    """Write `manifest.json`, the last file of a new artefact, and before it its signature with a private key."""
+    text = manifest.model_dump_json(indent=2) + "\n"
+    if key is not None:
+        sign(text.encode(), key, folder)
+    write_text(folder / MANIFEST, text)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artefact, without a look at its files.
+def read_manifest(folder: Path, key: Path | None = None) -> Manifest:
+    """The manifest of an artefact, without a look at its files. With a public key it must be signed by its owner, and
+    is not parsed before that is known.
 
     Raises `InputError` where there is none, or one of another format version; `InputErrors` for every bad field.
     """
@@ -105,8 +165,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{folder}: is no folder; give the folder that `clora export` wrote")
     if path.is_symlink() or not path.is_file():
         raise InputError(f"{folder}: has no {MANIFEST}, so it is no artefact; give a folder that `clora export` wrote")
+    text = read_text(path)
+    if key is not None:
+        check_signature(text.encode(), key, folder)
     try:
-        raw = parse_json(read_text(path))
+        raw = parse_json(text)
     except InputError:
         raise
     except ValueError as error:
@@ -121,18 +184,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputErrors([f"{path}: {place}: {message}; export again" for place, message in faults]) from error
 
 
-def check_folder(folder: Path) -> Manifest:
-    """The manifest of an artefact whose every file is whole; nothing but hashes is made of them.
+def check_folder(folder: Path, key: Path | None = None) -> Manifest:
+    """The manifest of an artefact whose every file is whole; nothing but hashes is made of them. `key`: as in
+    `read_manifest`.
 
     Raises `InputErrors` with every file that is missing, cut off, changed, unlisted, a link, or not in the folder.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, key)
     faults = [fault for name in manifest.files if (fault := _path_fault(name)) is not None]
     raise_faults([f"{folder / MANIFEST}: {fault}; export again" for fault in faults])
     faults = [fault for name, entry in manifest.files.items() if (fault := _file_fault(folder, name, entry))]
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name not in manifest.files and name != MANIFEST and (path.is_symlink() or not path.is_dir()):
+        if name not in manifest.files and name not in UNLISTED and (path.is_symlink() or not path.is_dir()):
             faults.append(f"{name} is not in {MANIFEST}; remove it")
     raise_faults([f"{folder}: {fault}" for fault in faults])
     return manifest
@@ -142,7 +206,7 @@ def _path_fault(name: str) -> str | None:
     """Why a listed name is no plain path inside the folder."""
     path = PurePosixPath(name)
     plain = name == path.as_posix() and name != "." and "\\" not in name and "\0" not in name and ":" not in name
-    if not plain or path.is_absolute() or ".." in path.parts or name == MANIFEST:
+    if not plain or path.is_absolute() or ".." in path.parts or name in UNLISTED:
         return f"names the file {name!r}, which is not inside the folder"
     return None
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from clora.errors import InputError
-from clora.export.graph import INPUTS, OUTPUT, Run, dynamic_sizes
+from clora.export.graph import NETWORK, Part, Run
 from clora.export.manifest import Limits
 
-GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"  # of the network; other parts have their own names
 OPSET = 23
 
 
@@ -33,23 +33,25 @@ def has_runtime() -> bool:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`backbones.load.Rotate` as ONNX's own operator."""
+    """`backbones.load.Rotate` as ONNX's own operator, in fp32 whatever x is in: its angles are of x's dtype."""
     B = x.shape[0]
     turned: Tensor = torch.onnx.ops.rotary_embedding(
-        x, cos[None].expand(B, -1, -1).to(x.dtype), sin[None].expand(B, -1, -1).to(x.dtype), interleaved=True
+        x.float(), cos[None].expand(B, -1, -1), sin[None].expand(B, -1, -1), interleaved=True
     )
-    return turned
+    return turned.to(x.dtype)
 
 
-def build_onnx(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, folder: Path) -> None:
-    """Write graph and weights of the network (made with `rotate`) into `folder`, checked by onnx itself.
+def build_onnx(
+    network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, folder: Path, part: Part = NETWORK
+) -> None:
+    """Write graph and weights of a part (the network's made with `rotate`) into `folder`, checked by onnx itself.
 
     Raises ValueError where the graph leaves an input unused: padding would then be attended without any sign.
     """
     import onnx
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of every operator of torchvision's that it lacks
-    path = folder / GRAPH
+    path = folder / graph_name(part)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch about its own internals
         torch.onnx.export(
@@ -58,50 +60,65 @@ def build_onnx(network: nn.Module, inputs: tuple[Tensor, ...], limits: Limits, f
             path,
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=dynamic_sizes(limits),
-            input_names=INPUTS,
-            output_names=(OUTPUT,),
+            dynamic_shapes=part.sizes(limits),
+            input_names=part.inputs,
+            output_names=(part.output,),
             external_data=True,
             verbose=False,
         )
     onnx.checker.check_model(str(path))
     graph = onnx.load(str(path), load_external_data=False).graph
     used = {name for node in graph.node for name in node.input}
-    if unused := [name for name in INPUTS if name not in used]:
+    if unused := [name for name in part.inputs if name not in used]:
         raise ValueError(f"the exported graph does not use {', '.join(unused)}")
 
 
-def open_onnx(folder: Path) -> Run:
-    """The graph in a checked folder, run by onnxruntime on the CPU."""
+def outline(folder: Path) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
+    """What graphs of one network in two precisions share: its operators in order but for casts, and the name and shape
+    of every weight."""
+    import onnx
+
+    graph = onnx.load(str(folder / GRAPH), load_external_data=False).graph
+    weights = sorted((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer)
+    return tuple(node.op_type for node in graph.node if node.op_type != "Cast"), tuple(weights)
+
+
+def graph_name(part: Part) -> str:
+    """The file of a part's graph; its weights are in the file of that name and `.data`."""
+    return f"{part.file}.onnx"
+
+
+def open_onnx(folder: Path, part: Part = NETWORK) -> Run:
+    """The part's graph in a checked folder, run by onnxruntime on the CPU."""
     _require("onnx", "onnxruntime")
-    check_weights_place(folder)
+    check_weights_place(folder, part)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / graph_name(part)), options, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Tensor:
-        feed = {name: value.contiguous().numpy() for name, value in zip(INPUTS, inputs, strict=True)}
-        return torch.from_numpy(session.run([OUTPUT], feed)[0])
+        feed = {name: value.contiguous().numpy() for name, value in zip(part.inputs, inputs, strict=True)}
+        return torch.from_numpy(session.run([part.output], feed)[0])
 
     return run
 
 
-def check_weights_place(folder: Path) -> None:
+def check_weights_place(folder: Path, part: Part = NETWORK) -> None:
     """Raise `InputError` where the graph's weights are to be read from anywhere but the file beside it."""
     import onnx
 
+    place = folder / graph_name(part)
     try:
-        model = onnx.load(str(folder / GRAPH), load_external_data=False)
+        model = onnx.load(str(place), load_external_data=False)
     except Exception as error:  # protobuf's own
-        raise InputError(f"{folder / GRAPH}: is no ONNX graph ({error}); export again") from error
+        raise InputError(f"{place}: is no ONNX graph ({error}); export again") from error
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
-            if entry.key == "location" and entry.value != WEIGHTS:
-                place = folder / GRAPH
+            if entry.key == "location" and entry.value != f"{place.name}.data":
                 raise InputError(
-                    f"{place}: {tensor.name} is to be read from {entry.value!r}, not {WEIGHTS}; export again"
+                    f"{place}: {tensor.name} is to be read from {entry.value!r}, not {place.name}.data; export again"
                 )
 
 

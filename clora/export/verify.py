@@ -1,7 +1,8 @@
 """Is an artefact equal to the eager model? Seeded velocities, padded text and edits, side by side.
 
 The eager model is the base with the collection as adapters, unmerged, in fp32. An fp32 artefact must be as near as two
-orders of the same sums are. One in bf16 may be at most twice as far as the eager model in bf16 is.
+orders of the same sums are. One in bf16 may be at most twice as far as the eager model in bf16 is; with FP8, twice as
+far as that and what FP8 cost where it was simulated.
 
 Shape legend: B batch, T image tokens, C latent channels per token, L text tokens, D text width.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ SHAPES: tuple[tuple[Grid, tuple[Grid, ...], tuple[int, ...]], ...] = (
 class Parity:
     """What was measured, and the bar for it. Errors are the largest absolute difference: of velocities and latents
     relative to the largest value, of pixels in 1/255. `padding`: how far other values in padded text move a velocity.
-    `seeds` and `effects` are those of the edits."""
+    `vae`: of its graphs, of latents and pixels, where the artefact has them. `effects` are those of the edits."""
 
     precision: str
     velocity: float
@@ -60,6 +60,8 @@ class Parity:
     pixel_bar: int | None
     edits: int
     effects: tuple[str, ...]
+    vae: float | None = None
+    vae_bar: float | None = None
 
     @property
     def faults(self) -> list[str]:
@@ -67,6 +69,8 @@ class Parity:
         found = []
         if not self.velocity <= self.velocity_bar:
             found.append(f"velocity is {self.velocity:.3g} from the eager model's, the bar is {self.velocity_bar:.3g}")
+        if self.vae is not None and self.vae_bar is not None and not self.vae <= self.vae_bar:
+            found.append(f"the VAE is {self.vae:.3g} from the base's, the bar is {self.vae_bar:.3g}")
         if self.padding != 0:
             found.append(f"padded text moves the velocity by {self.padding:.3g}, where it must change nothing")
         if self.pixel_bar is not None and self.pixel > self.pixel_bar:
@@ -92,8 +96,8 @@ def verify(
     check_base(artefact.folder, manifest, base)
     on_part("loading the eager model")
     eager, eager_velocity = load_eager(base, artefact.folder / COLLECTION, torch.float32)
-    half = manifest.precision == "bfloat16"
-    own = load_eager(base, artefact.folder / COLLECTION, torch.bfloat16, ("transformer",))[1] if half else None
+    half = manifest.precision != "float32"
+    own = load_eager(base, artefact.folder / COLLECTION, manifest.dtype, ("transformer",))[1] if half else None
 
     prompt = artefact.catalogue.effects[0].prompt
     text = eager.encode_prompts([prompt], [[picture(seed)]])[0]
@@ -105,18 +109,21 @@ def verify(
         error = max(error, relative(artefact.velocity(*case), truth))
         if own is not None:
             own_error = max(own_error, relative(own(*case), truth))
+    fp8 = 0.0 if manifest.quantization is None else manifest.quantization.worst
     padding = padding_change(artefact.velocity, cases)
 
+    on_part("the VAE")
+    vae = None if artefact.vae is None else compare_vae(artefact, eager, base, seed)
     effects = [artefact.catalogue.effects[i % len(artefact.catalogue.effects)] for i in range(num_edits)]
     latent, pixel = 0.0, 0
     for number, effect in enumerate(effects):
         on_part(f"edit {number + 1} of {num_edits}")
-        far, off = compare_edit(artefact, eager, eager_velocity, effect.prompt, seed + number)
+        far, off = compare_edit(artefact, base, eager, eager_velocity, effect.prompt, seed + number)
         latent, pixel = max(latent, far), max(pixel, off)
     return Parity(
         manifest.precision,
         error,
-        BF16_FACTOR * own_error if half else FP32_VELOCITY,
+        BF16_FACTOR * (own_error + fp8) if half else FP32_VELOCITY,
         len(cases),
         padding,
         latent,
@@ -124,6 +131,8 @@ def verify(
         None if half else FP32_PIXEL,
         num_edits,
         tuple(effect.name for effect in effects),
+        vae and vae[0],
+        vae and vae[1],
     )
 
 
@@ -175,18 +184,44 @@ def padding_change(velocity: Velocity, cases: list[tuple[Tensor, Tensor, Cond]])
     return worst
 
 
+def compare_vae(artefact: Artefact, eager: Backbone, base: str, seed: int) -> tuple[float, float]:
+    """How far an artefact's VAE is from the base's in fp32, relative, and the bar: encoding two pictures of unequal
+    sides, decoding what the base makes of them. In bf16 the bar is twice how far the base's own is."""
+    own = vae_backbone(artefact, base)
+    half = None if artefact.manifest.dtype == torch.float32 else load_backbone(base, "cpu", own.dtype, ("vae",))
+    images = [picture(seed + number).crop((0, 0, 64, 48)) for number in (1, 2)]
+    wanted, grid = eager.encode_references(images)
+    errors = []
+    for backbone in (own, half) if half is not None else (own,):
+        latents = relative(backbone.encode_references(images)[0], wanted)
+        errors.append(max(latents, relative(backbone.decode(wanted, grid), eager.decode(wanted, grid))))
+    return errors[0], FP32_VELOCITY if half is None else BF16_FACTOR * errors[1]
+
+
+def vae_backbone(artefact: Artefact, base: str) -> Backbone:
+    """The base without weights, encoding and decoding with the artefact's graphs."""
+    backbone = load_backbone(base, "cpu", artefact.manifest.dtype, ())
+    assert artefact.vae is not None
+    backbone.use_vae_graphs(*artefact.vae)
+    return backbone
+
+
 def compare_edit(
-    artefact: Artefact, eager: Backbone, eager_velocity: Velocity, prompt: str, seed: int
+    artefact: Artefact, base: str, eager: Backbone, eager_velocity: Velocity, prompt: str, seed: int
 ) -> tuple[float, int]:
-    """The errors of one edit of a random picture: of its latents, relative, and of its pixels in 1/255."""
+    """The errors of one edit of a random picture: of its latents, relative, and of its pixels in 1/255. The artefact's
+    own VAE encodes and decodes for it, where it has one."""
     manifest, image = artefact.manifest, picture(seed)
     sampling = few_step_sampling(manifest.num_steps, manifest.shift, manifest.sampler)
-    size = eager.output_size(image)
-    cond = make_cond(eager.encode_prompts([prompt], [[image]]), [eager.encode_references([image])], eager.grid(size))
-    run = partial(follow, eager, cond=cond, sampling=sampling, seeds=[seed], pipeline_noise=True)
-    wanted, made = run(eager_velocity), run(artefact.velocity)
-    pixels = [torch.round(eager.decode(x0, cond.grid) * 255) for x0 in (wanted, made)]
-    return relative(made, wanted), int((pixels[0] - pixels[1]).abs().max().item())
+    own = eager if artefact.vae is None else vae_backbone(artefact, base)
+    grid, text = eager.grid(eager.output_size(image)), eager.encode_prompts([prompt], [[image]])
+    found, pixels = [], []
+    for backbone, velocity in ((eager, eager_velocity), (own, artefact.velocity)):
+        cond = make_cond(text, [backbone.encode_references([image])], grid)
+        x0 = follow(backbone, velocity, cond, sampling, [seed], pipeline_noise=True)
+        found.append(x0)
+        pixels.append(torch.round(backbone.decode(x0, grid) * 255))
+    return relative(found[1], found[0]), int((pixels[0] - pixels[1]).abs().max().item())
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from clora.data.contact_sheet import MOST_CELL, Block, sheet_html, sheet_image
 from clora.data.images import load_image
-from clora.errors import Stopped, WriteError
+from clora.errors import InputError, Stopped, WriteError
 from clora.export.edits import artefact_editor, artefact_request
 from clora.inference.edit_plan import EditPlan, EditRequest, plan_edit, size_notes
 from clora.inference.editor import Editor, load_editor
@@ -27,16 +27,20 @@ from clora.io.output import prepare_folder, write_output
 CHUNK = 16  # images in memory at once
 
 
-def edit_files(request: EditRequest, console: Console | None = None, artefact: Path | None = None) -> list[Path]:
-    """Do what `request` says, with an artefact's folder where one is given; returns the files written: the grid, or one
-    per image and seed.
+def edit_files(
+    request: EditRequest, console: Console | None = None, artefact: Path | None = None, key: Path | None = None
+) -> list[Path]:
+    """Do what `request` says, with an artefact's folder where one is given, which a public `key` must have signed where
+    one is given; returns the files written: the grid, or one per image and seed.
 
     Everything that can be wrong with it is found, and listed in `InputErrors`, before a model is loaded. Ctrl-C raises
     `Stopped`, a disk that does not take a result `WriteError`; what was made until then is written.
     """
     console = console or Console(stderr=True)
+    if key is not None and artefact is None:
+        raise InputError("key: is for an artefact; give its folder with --artefact, or leave --key out")
     if artefact is not None:
-        request = artefact_request(request, artefact)
+        request = artefact_request(request, artefact, key)
     plan = plan_edit(request)
     for folder in dict.fromkeys(path.parent for path in plan.paths):
         prepare_folder(folder)
@@ -45,7 +49,7 @@ def edit_files(request: EditRequest, console: Console | None = None, artefact: P
     place: Place = Sheet(plan) if request.grid else Files(plan)
     total = len(plan.jobs)
     try:
-        editor = _open_editor(plan) if artefact is None else artefact_editor(artefact, plan.base)
+        editor = _open_editor(plan) if artefact is None else artefact_editor(artefact, plan.base, key)
         for index, picture in track(run(editor, plan), "editing", total, console=console, transient=True):
             place.add(index, picture)
         place.close()

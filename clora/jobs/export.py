@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 
 from clora.config import collection_lora
+from clora.data.images import SUFFIXES, load_image
 from clora.errors import InputError
-from clora.export import onnx_graph
-from clora.export.artefact import open_files
-from clora.export.build import build, check_format, check_new, check_room, find_source
+from clora.export.artefact import open_files, why_unmeasured
+from clora.export.build import Outline, Source, build, check_format, check_new, check_precision, check_room, find_source
 from clora.export.manifest import Format, Manifest, Precision, write_manifest
-from clora.export.verify import check_parity, verify
+from clora.export.onnx_graph import has_runtime, outline
+from clora.export.signature import private_key
+from clora.export.tensorrt_engine import EngineOptions
+from clora.export.verify import check_parity, picture, verify
 from clora.io.atomic import new_folder
 from clora.io.output import check_output, output_error
 
+MOST_IMAGES = 16  # that FP8 is calibrated on
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What `clora export` is asked for. base None: the catalogue's; lora None: the base's own collection."""
+    """What `clora export` is asked for. base None: the catalogue's; lora None: the base's own collection. key:
+    a private key to sign with. calibration: a folder of images for FP8; None: random pictures."""
 
     output: Path
     format: Format
@@ -34,6 +41,10 @@ class ExportRequest:
     precision: Precision = "float32"
     num_edits: int = 3
     seed: int = 0
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    key: Path | None = None
+    with_vae: bool = True
+    calibration: Path | None = None
 
 
 def export(request: ExportRequest, console: Console | None = None) -> Manifest:
@@ -45,8 +56,12 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
     output = request.output
     check_new(output)
     check_output(output)
-    check_format(request.format, request.precision)
+    if request.key is not None:
+        private_key(request.key)
+    check_format(request.format, request.precision, request.engine)
     source = find_source(request.base, _lora_of(request))
+    check_precision(source, request.precision)
+    images = _calibration(request) if request.precision == "fp8" else []
     check_room(source, request.format, request.precision, output)
     console = console or Console(stderr=True)
     with console.status("exporting") as status:
@@ -56,10 +71,15 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
 
         try:
             with new_folder(output) as folder:
-                manifest = build(source, request.format, request.precision, folder, show)
+                twin = _prove_twin(request, source, folder, show) if request.format == "tensorrt" else None
+                shape = None if twin is None else twin.outline
+                settings = (request.engine, shape, request.with_vae, images)
+                manifest = build(source, request.format, request.precision, folder, show, *settings)
                 parity = _measure(request, folder, manifest, source.base, show)
+                if twin is not None:
+                    parity["twin"] = twin.parity
                 manifest = manifest.model_copy(update={"parity": parity})
-                write_manifest(folder, manifest)  # last: without it the folder is no artefact
+                write_manifest(folder, manifest, request.key)  # last: without it the folder is no artefact
         except OSError as error:
             raise output_error(output, error) from error
     return manifest
@@ -69,13 +89,51 @@ def _measure(
     request: ExportRequest, folder: Path, manifest: Manifest, base: str, show: Callable[[str], None]
 ) -> dict[str, Any]:
     """The manifest's `parity`; raises `ParityError` where a bar is missed."""
-    if manifest.format == "onnx" and not onnx_graph.has_runtime():
-        why = "onnxruntime is not installed"
+    if why := why_unmeasured(manifest):
         log.warning("%s: not compared with the eager model, %s; run clora verify where it is", request.output, why)
         return {"ok": None, "unmeasured": why}
     parity = verify(open_files(folder, manifest, base), base, request.num_edits, request.seed, show)
     check_parity(request.output, parity)
     return parity.to_json()
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The fp32 graph of an engine's network: what it measured, and its outline."""
+
+    parity: dict[str, Any]
+    outline: Outline
+
+
+def _prove_twin(request: ExportRequest, source: Source, folder: Path, show: Callable[[str], None]) -> Twin | None:
+    """Build the fp32 graph that an engine's is like, compare it with the eager model, and remove it.
+
+    It is what a machine without the engine's GPU can prove. None where onnxruntime is not installed. Raises
+    `ParityError` where a bar is missed.
+    """
+    if not has_runtime():
+        return None
+    place = folder / "twin"
+    place.mkdir()
+    manifest = build(source, "onnx", "float32", place, lambda what: show(f"fp32 twin: {what}"), with_vae=False)
+    parity = _measure(request, place, manifest, source.base, show)
+    found = Twin(parity, outline(place))
+    shutil.rmtree(place)
+    return found
+
+
+def _calibration(request: ExportRequest) -> list[Image.Image]:
+    """The images (RGB) that FP8 is calibrated on."""
+    folder = request.calibration
+    if folder is None:
+        log.warning("fp8: calibrated on random pictures; give a folder of your own with --calibration")
+        return [picture(request.seed + number) for number in range(MOST_IMAGES)]
+    if not folder.is_dir():
+        raise InputError(f"calibration: {folder} is no folder; give one with images")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:MOST_IMAGES]
+    if not paths:
+        raise InputError(f"calibration: {folder} has no image in it; give a folder with some")
+    return [load_image(path) for path in paths]
 
 
 def _lora_of(request: ExportRequest) -> Path:

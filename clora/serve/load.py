@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from clora.backbones.load import linear_shapes, load_backbone, served_network
-from clora.config import base_identity, collection_lora, resolve_base
+from clora.backbones.load import linear_shapes, load_backbone, rotary_positions, served_network
+from clora.config import collection_lora, resolve_base
 from clora.errors import InputError
-from clora.export.artefact import GraphVelocity, check_base, library_versions, machine, open_artefact
-from clora.export.manifest import COLLECTION, LIMITS, Manifest, read_manifest
+from clora.export.artefact import check_base, open_artefact
+from clora.export.graph_velocity import GraphVelocity
+from clora.export.manifest import COLLECTION, LIMITS, read_manifest
 from clora.inference.batching import Served, StepBatcher
 from clora.io.digest import file_digest
 from clora.lora.catalogue import Catalogue, read_catalogue
@@ -56,7 +58,10 @@ def _open_artefact(settings: Settings, folder: Path) -> Parts:
         check_base(folder, manifest, base)
     artefact = open_artefact(folder, base)
     served = artefact.served()
-    backbone = load_backbone(base, "cpu", getattr(torch, manifest.precision), ENCODERS)
+    components = ENCODERS if artefact.vae is None else ("text_encoder",)
+    backbone = load_backbone(base, "cpu", getattr(torch, manifest.encoder_precision), components)
+    if artefact.vae is not None:
+        backbone.use_vae_graphs(*artefact.vae)
     start = _starter(served, settings)
     digest = file_digest(folder / COLLECTION).hex()
     collection = _collection(artefact.catalogue, digest)
@@ -72,23 +77,9 @@ def _open_merged(settings: Settings, base: str | None, collection: Path) -> Part
     schedule = catalogue.schedule
     sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
     network = _merged_network(base, collection, device, dtype, sigmas)
-    manifest = Manifest(
-        format="merged",
-        precision=precision,
-        base=base,
-        base_identity=base_identity(base, None),
-        catalogue=catalogue.model_dump(),
-        num_steps=schedule.num_steps,
-        shift=schedule.shift,
-        sampler=catalogue.sampler,
-        limits=LIMITS,
-        versions=library_versions(),
-        platform=machine(),
-        rounding=0.0,
-        parity={},
-        files={},
-    )
-    graph = GraphVelocity(_on_device(network, device), collection, base, manifest, dtype)
+    positions = partial(rotary_positions, base)
+    run = _on_device(network, device)
+    graph = GraphVelocity(run, str(collection), positions, schedule.num_steps, schedule.shift, LIMITS, dtype)
     served = Served(graph.run, graph.conditions, sigmas, catalogue.sampler, dtype, LIMITS.batch)
     backbone = load_backbone(base, device, dtype, ENCODERS)
     found = _collection(catalogue, file_digest(collection).hex())

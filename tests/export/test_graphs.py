@@ -20,8 +20,8 @@ from clora import _C
 from clora.backbones.cond import Cond, cat_conds, make_cond
 from clora.cli.sample_program import program
 from clora.errors import InputError
+from clora.export import artefact as opening
 from clora.export import build as building
-from clora.export import onnx_graph
 from clora.export.artefact import Artefact, open_artefact
 from clora.export.graph import trace
 from clora.export.manifest import COLLECTION, Format, Limits, read_manifest
@@ -47,7 +47,7 @@ def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     base, lora = request.getfixturevalue("one_block" if request.param == "aoti" else "one_block_2511")
     folder = tmp_path_factory.mktemp(request.param) / "artefact"
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):  # a compiler in less of a hurry
-        export(ExportRequest(folder, request.param, str(base), lora, num_edits=1))
+        export(ExportRequest(folder, request.param, str(base), lora, num_edits=1, with_vae=False))
     yield open_artefact(folder)
 
 
@@ -214,9 +214,9 @@ def test_export_of_onnx_without_its_runtime_is_checked_but_not_measured(
     one_block: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch writes is replaced by a stand-in here: the other tests have the graph itself."""
-    monkeypatch.setattr(onnx_graph, "has_runtime", lambda: False)
+    monkeypatch.setattr(opening, "has_runtime", lambda: False)
     monkeypatch.setattr(building, "build_onnx", lambda network, inputs, limits, folder: (folder / GRAPH).touch())
-    manifest = export(ExportRequest(tmp_path / "artefact", "onnx", str(one_block[0]), one_block[1]))
+    manifest = export(ExportRequest(tmp_path / "artefact", "onnx", str(one_block[0]), one_block[1], with_vae=False))
     assert manifest.parity == {"ok": None, "unmeasured": "onnxruntime is not installed"}
     assert set(manifest.files) == {COLLECTION, GRAPH}
 

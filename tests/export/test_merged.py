@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from clora.config import collection_lora, read_sidecar
 from clora.errors import InputError
 from clora.export.artefact import check_sampling, open_artefact
 from clora.export.manifest import list_files, read_manifest, write_manifest
+from clora.export.snippet import SNIPPET, write_snippet
 from clora.export.verify import picture, verify
 from clora.inference.editor import load_editor
 from clora.lora.files import read_lora
@@ -50,6 +53,35 @@ def test_write_merged_folder_is_the_editors_image_in_stock_diffusers(
     wanted = editor.edit([image], [effect.name], seeds=[11])[0]
     assert pixels(made, wanted) <= 2
     assert pixels(made, image) > 20
+
+
+def test_write_snippet_makes_the_editors_image(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program itself, as a user runs it, but for its last three lines."""
+    for name in ("VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE"):
+        monkeypatch.setattr(stock, name, getattr(stock, name))  # it sets them for its own process
+    spec = importlib.util.spec_from_file_location("snippet", merged / SNIPPET)
+    assert spec is not None and spec.loader is not None
+    snippet = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(snippet)
+    editor = load_editor("tiny", collection_lora("tiny"), "cpu", torch.float32)
+    assert editor.catalogue is not None
+    effect, image = editor.catalogue.effects[3], picture(5)
+    pipeline = snippet.load("cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    for seed in (11, 12):  # the second as well: each has its own noise
+        made = snippet.edit(pipeline, image, effect.prompt, seed)
+        assert pixels(made, editor.edit([image], [effect.name], seeds=[seed])[0]) <= 2
+    assert pixels(made, image) > 20 and effect.prompt in (snippet.__doc__ or "")
+
+
+def test_write_snippet_holds_no_code_of_a_catalogue(tmp_path: Path) -> None:
+    name, prompt = 'x""" + quit() + """', 'a\\" """\nimport os\nos.abort()\n"""'
+    write_snippet(tmp_path, {name: prompt}, 8, "float32", 4096, 4096)
+    tree = ast.parse((tmp_path / SNIPPET).read_text())
+    assert isinstance(tree.body[0], ast.Expr) and "os.abort()" in str(ast.get_docstring(tree))
+    calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert "pipeline" in calls and "quit" not in calls and "torch" in imported and "os" not in imported
 
 
 def pixels(a: Image.Image, b: Image.Image) -> int:

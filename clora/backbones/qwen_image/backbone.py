@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clora.backbones import Kernels
 from clora.backbones.base_schedule import base_sigmas
-from clora.backbones.cond import Cond, Grid, Size
+from clora.backbones.cond import Cond, Grid, Size, VaeGraph
 from clora.backbones.qwen_image.block import fastest_attention, fuse_blocks
 from clora.backbones.qwen_image.images import decode_latents, encode_pixels, grid_of
 from clora.backbones.qwen_image.pipeline import load_pipeline
@@ -86,6 +86,8 @@ class QwenImageBackbone:
         self.device, self.dtype = device, dtype
         self.adapters: Adapters | None = None
         self.fused = False
+        self.encode_graph: VaeGraph | None = None
+        self.decode_graph: VaeGraph | None = None
         self._rotary: tuple[Any, tuple[Tensor, Tensor]] | None = None  # the last tables, and what they are of
 
     @property
@@ -205,8 +207,9 @@ class QwenImageBackbone:
         """Packed, normalised latents (B, T, C) of images (RGB) resized to (height, width), and their grid; in the
         base's dtype."""
         grid = self.grid(size)
-        self._component("vae")
-        return encode_pixels(self.pipeline, images, size, self.device, self.dtype), grid
+        if self.encode_graph is None:
+            self._component("vae")
+        return encode_pixels(self.pipeline, images, size, self.device, self.dtype, self.encode_graph), grid
 
     def encode_references(self, images: Sequence[Image.Image]) -> tuple[Tensor, Grid]:
         sizes = {self.reference_size(image) for image in images}
@@ -218,9 +221,13 @@ class QwenImageBackbone:
         return self.encode_images(images, size)
 
     def decode(self, x_BTC: Tensor, grid: Grid) -> Tensor:
-        self._component("vae")
-        unit = self.pixels_per_token
-        return decode_latents(self.pipeline, x_BTC, (grid[0] * unit, grid[1] * unit), self.device)
+        if self.decode_graph is None:
+            self._component("vae")
+        size = (grid[0] * self.pixels_per_token, grid[1] * self.pixels_per_token)
+        return decode_latents(self.pipeline, x_BTC, size, self.device, self.dtype, self.decode_graph)
+
+    def use_vae_graphs(self, encode: VaeGraph, decode: VaeGraph) -> None:
+        self.encode_graph, self.decode_graph = encode, decode
 
     def to_pil(self, images: Tensor) -> list[Image.Image]:
         pixels = (images.detach().float().permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clora.backbones.cond import Grid, Size
+from clora.backbones.cond import Grid, Size, VaeGraph
 from clora.errors import InputError
 
 
@@ -28,11 +28,21 @@ def grid_of(size: Size, unit: int) -> Grid:
 
 @torch.no_grad()
 def encode_pixels(
-    pipeline: Any, images: Sequence[Image.Image], size: Size, device: torch.device, dtype: torch.dtype
+    pipeline: Any,
+    images: Sequence[Image.Image],
+    size: Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    graph: VaeGraph | None = None,
 ) -> Tensor:
-    """Packed, normalised latents (B, T, C) of images (RGB) resized to (height, width): the posterior's mode."""
-    pixels = pipeline.image_processor.preprocess(list(images), *size).unsqueeze(2)
-    return pack_latents(pipeline, pipeline._encode_vae_image(pixels.to(device, dtype), generator=None))
+    """Packed, normalised latents (B, T, C) of images (RGB) resized to (height, width): the posterior's mode.
+
+    `graph`: a `served_vae.ServedEncoder`, in place of the pipeline's VAE.
+    """
+    pixels = pipeline.image_processor.preprocess(list(images), *size).to(device, dtype)
+    if graph is not None:
+        return pack_latents(pipeline, graph(pixels))
+    return pack_latents(pipeline, pipeline._encode_vae_image(pixels.unsqueeze(2), generator=None))
 
 
 def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
@@ -43,10 +53,18 @@ def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_latents(pipeline: Any, x_BTC: Tensor, size: Size, device: torch.device) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], fp32, of this (height, width), as the stock pipeline decodes them."""
+def decode_latents(
+    pipeline: Any, x_BTC: Tensor, size: Size, device: torch.device, dtype: torch.dtype, graph: VaeGraph | None = None
+) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], fp32, of this (height, width), as the stock pipeline decodes them.
+
+    `graph`: a `served_vae.ServedDecoder`, in place of the pipeline's VAE.
+    """
     vae = pipeline.vae
-    latents = pipeline._unpack_latents(x_BTC, *size, pipeline.vae_scale_factor).to(device, vae.dtype)
+    unpacked = pipeline._unpack_latents(x_BTC, *size, pipeline.vae_scale_factor)
+    if graph is not None:
+        return graph(unpacked[:, :, 0].to(device, dtype))
+    latents = unpacked.to(device, vae.dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
     inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)

@@ -20,6 +20,7 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import (
@@ -75,6 +76,7 @@ def load_pipeline(base: str, folder: Path, dtype: torch.dtype, components: Seque
     # The pipeline takes these from its VAE and guesses without one.
     pipeline.vae_scale_factor = 2 ** len(vae_config["temperal_downsample"])
     pipeline.latent_channels = vae_config["z_dim"]
+    pipeline.image_processor = VaeImageProcessor(vae_scale_factor=2 * pipeline.vae_scale_factor)
     pipeline.text_positions = load(Qwen2_5_VLConfig, "text_encoder").text_config.max_position_embeddings
     _check_template(base, pipeline)
     for name in components:

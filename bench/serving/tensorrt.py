@@ -1,0 +1,142 @@
+"""A served network as a TensorRT engine, and what FP8 costs: `python -m bench.serving.tensorrt [--size full] [--json]`.
+
+At `--size full` two layers of the real width with random weights. Without a GPU the engine is built ahead of time
+(`--target`, TensorRT for RTX) and not run; on one it is built by TensorRT, compared with the network in PyTorch, and
+timed in turns with it. Where the libraries are not installed, the result says so. FP8 is simulated in torch: the
+relative error of a velocity with every linear of the blocks in FP8, and with the costliest tenth kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+
+from clora.backbones.qwen_image.served import ServedNetwork, rotate
+from clora.errors import InputError
+from clora.export import onnx_graph
+from clora.export.fp8 import measure, watched
+from clora.export.graph import example_inputs
+from clora.export.manifest import Limits
+from clora.export.tensorrt_engine import (
+    ENGINE,
+    EngineOptions,
+    build_engine,
+    check_engine,
+    engine_profiles,
+    open_engine,
+    why_not_here,
+)  # fmt: skip
+from clora.io.atomic import write_text
+from clora.method.flow import few_step_sigmas
+
+SMALL = {"attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
+CONFIGS: dict[str, dict[str, Any]] = {"small": SMALL, "full": {}}
+TOKENS = {"small": (64, 64, 32), "full": (4096, 4096, 512)}  # of result, references and text
+FP8_TOKENS = (48, 48, 16)
+
+
+def random_network(size: str, turn: Callable[..., Tensor] | None = None) -> ServedNetwork:
+    """Two layers of random weights, bf16, as they are served at eight steps."""
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = QwenImageTransformer2DModel(num_layers=2, **CONFIGS[size]).to(torch.bfloat16).eval()
+    return ServedNetwork(model.requires_grad_(False), few_step_sigmas(8), turn or rotate).eval()
+
+
+def inputs_of(size: str, tokens: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    config, rng = CONFIGS[size], torch.Generator().manual_seed(1)
+    T, R, M = tokens
+    width, head = config.get("joint_attention_dim", 3584), config.get("attention_head_dim", 128)
+    angle = torch.randn(T + R + M, head // 2, generator=rng)
+    x, refs, text = (torch.randn(1, n, c, generator=rng).bfloat16() for n, c in ((T, 64), (R, 64), (M, width)))
+    return x, refs, text, angle.cos(), angle.sin(), torch.tensor([3]), torch.tensor([M])
+
+
+def fp8_cost(size: str) -> dict[str, Any]:
+    network, inputs = random_network(size), inputs_of(size, FP8_TOKENS)
+    with torch.no_grad(), watched(network) as most:
+        network(*inputs)
+    found = measure(network, most, [inputs])
+    return {"layers": len(found.costs), "kept": found.kept, "cost_of_all": found.cost_of_all, "cost": found.cost}
+
+
+def engine_result(size: str, target: str | None, rounds: int) -> dict[str, Any]:
+    """Seconds to build, bytes, and where it runs: error and milliseconds beside the network in PyTorch."""
+    if target is None and not torch.cuda.is_available():
+        target = "SM89"
+    options = EngineOptions(target)
+    try:
+        onnx_graph.check_onnx()
+        check_engine(options)
+    except InputError as error:
+        return {"why_none": str(error)}
+    tokens = TOKENS[size]
+    config = CONFIGS[size]
+    widths = (64, config.get("joint_attention_dim", 3584), config.get("attention_head_dim", 128))
+    traced = example_inputs(*widths, torch.bfloat16)
+    limits = Limits(batch=2, tokens=tokens[0], text_buckets=(tokens[2],))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        network = random_network(size, onnx_graph.rotate)
+        onnx_graph.build_onnx(network, traced, limits, folder)
+        started = time.perf_counter()
+        engine = build_engine(folder / onnx_graph.GRAPH, engine_profiles(limits, tokens[0]), options, folder)
+        built = {"seconds": time.perf_counter() - started, "bytes": (folder / ENGINE).stat().st_size}
+        result = {"engine": engine.model_dump(), "build": built}
+        if why := why_not_here(engine):
+            return result | {"why_not_run": why}
+        return result | run_beside(open_engine(folder, engine), random_network(size), inputs_of(size, tokens), rounds)
+
+
+@torch.no_grad()
+def run_beside(
+    run: Callable[..., Tensor], network: nn.Module, inputs: tuple[Tensor, ...], rounds: int
+) -> dict[str, Any]:
+    """The engine and the network in PyTorch in turns, both on the GPU; the engine's inputs are copied there."""
+    network, on_gpu = network.cuda(), tuple(value.cuda() for value in inputs)
+    truth = network.float()(*(value.float() if value.is_floating_point() else value for value in on_gpu))
+    network = network.bfloat16()
+    ways = {"engine": lambda: run(*on_gpu), "torch": lambda: network(*on_gpu)}
+    errors = {name: ((way().float() - truth).abs().max() / truth.abs().max()).item() for name, way in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            way()
+            torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - started))
+    return {"errors": errors, "median_ms": {name: statistics.median(taken) for name, taken in times.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=[*CONFIGS], default="small")
+    parser.add_argument("--target", help="compute capability to build ahead of time for, as in SM89")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    document = {"size": options.size, "fp8_simulated": fp8_cost(options.size)}
+    document |= engine_result(options.size, options.target, options.rounds)
+    text = json.dumps(document, indent=1)
+    if options.out:
+        write_text(options.out, text + "\n")
+    print(text)
+    errors = document.get("errors")
+    if errors and not errors["engine"] <= 2 * errors["torch"]:
+        raise SystemExit("the engine is more than twice as far from fp32 as PyTorch in bf16")
+
+
+if __name__ == "__main__":
+    main()
