@@ -37,6 +37,8 @@ def open_model(settings: Settings) -> Parts:
     """
     if settings.artefact is not None and settings.collection is not None:
         raise InputError("artefact and collection are both given; serve one of them")
+    if settings.signed_by is not None and settings.artefact is None:
+        raise InputError("signed_by: only an artefact is signed; name one, or leave it out")
     if settings.artefact is not None:
         return _open_artefact(settings, settings.artefact)
     base, collection = settings.base, settings.collection
@@ -52,11 +54,11 @@ def _open_artefact(settings: Settings, folder: Path) -> Parts:
     for name in ("device", "dtype"):
         if getattr(settings, name) is not None:
             raise InputError(f"{name}: is the artefact's own, {folder} cannot take another; leave it out")
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, settings.signed_by)
     base = str(folder) if manifest.format == "merged" else settings.base or manifest.base
     if manifest.format != "merged":
         check_base(folder, manifest, base)
-    artefact = open_artefact(folder, base)
+    artefact = open_artefact(folder, base, settings.signed_by)
     served = artefact.served()
     components = ENCODERS if artefact.vae is None else ("text_encoder",)
     backbone = load_backbone(base, "cpu", getattr(torch, manifest.encoder_precision), components)

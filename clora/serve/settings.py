@@ -59,6 +59,7 @@ class Settings(_Section):
     answers to; by default those of this machine where it is bound to it, else any."""
 
     artefact: Path | None = None
+    signed_by: Path | None = None
     collection: Path | None = None
     base: str | None = None
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")] = "clora"
@@ -91,7 +92,7 @@ def load_settings(path: Path | None, given: Mapping[str, Any]) -> Settings:
         if not isinstance(loaded, dict):
             raise InputErrors([f"{path}: must hold 'key: value' lines, such as 'port: 8000'"])
         values = {str(key): value for key, value in loaded.items()}
-        for key in ("artefact", "collection", "keys", "thumbnail_image"):
+        for key in ("artefact", "signed_by", "collection", "keys", "thumbnail_image"):
             if isinstance(values.get(key), str):
                 values[key] = path.absolute().parent / Path(values[key]).expanduser()
     values |= {key: value for key, value in given.items() if value is not None}
