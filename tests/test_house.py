@@ -20,7 +20,7 @@ ARCHITECTURE = ROOT / "docs" / "ARCHITECTURE.md"
 
 # Only these know the model libraries; only torch, triton and the standard library may be used by kernels.
 MODEL_LIBRARIES = {"diffusers", "transformers"}
-KNOW_MODEL_LIBRARIES = ("clora.backbones.", "clora.tiny.recipe.")
+KNOW_MODEL_LIBRARIES = ("clora.backbones.", "clora.tiny.recipe.", "clora.evaluate.metrics.encoders.")
 KNOW_THE_TINY_WORLD = ("clora.tiny.", "clora.jobs.demo", "clora.evaluate.exact", "clora.evaluate.truths")
 KERNEL_LIBRARIES = {"torch", "triton"} | set(sys.stdlib_module_names)
 

@@ -18,6 +18,7 @@ from clora.data.images import load_image
 from clora.evaluate.bench_rows import MethodSummary, Row
 from clora.evaluate.benchmark import Benchmark
 from clora.evaluate.judge import Judge
+from clora.evaluate.metrics.encoders import Encoder
 from clora.io.atomic import write_text
 
 WORST = 24  # pictures in the gallery of bad cases
@@ -31,12 +32,13 @@ def write_bench_report(
     summaries: Sequence[MethodSummary],
     faults: Sequence[str],
     judge: Judge | None,
+    encoders: Sequence[Encoder] = (),
 ) -> dict[str, Any]:
     """Write both files into `output_dir` and return what the JSON holds. `faults`: controls that came out wrong."""
     answer: dict[str, Any] = {
         "methods": [summary.model_dump() for summary in summaries],
         "controls": list(faults),
-        "facts": _facts(bench, rows, judge),
+        "facts": _facts(bench, rows, judge) | {encoder.name: encoder.facts for encoder in encoders},
     }
     write_text(bench.output_dir / "report.json", json.dumps(answer, indent=1, allow_nan=False) + "\n")
     environment = jinja2.Environment(

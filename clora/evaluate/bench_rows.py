@@ -45,6 +45,8 @@ class Row(BaseModel):
     judge: str = ""  # model as the server names it, and the rung
     l1_source: float | None = None  # distances to the source picture, at the result's size
     ssim_source: float | None = None
+    clip_source: float | None = None  # cosines of embeddings of result and source
+    dino_source: float | None = None
     seconds: float | None = None
 
     @property
@@ -75,6 +77,8 @@ class MethodSummary(BaseModel):
     vsa_bounds: tuple[float, float] | None
     l1_source: float | None
     ssim_source: float | None
+    clip_source: float | None
+    dino_source: float | None
     seconds: float | None
     agreement: Agreement
     reference: str = ""
@@ -114,6 +118,8 @@ def _method(name: str, rows: list[Row], reference: str, base: dict[tuple[str, ..
         vsa_bounds=(worst / len(rows), best / len(rows)) if scored else None,
         l1_source=_mean([row.l1_source for row in rows]),
         ssim_source=_mean([row.ssim_source for row in rows]),
+        clip_source=_mean([row.clip_source for row in rows]),
+        dino_source=_mean([row.dino_source for row in rows]),
         seconds=_mean([row.seconds for row in rows]),
         agreement=_agreement(rows),
         reference=reference,
@@ -198,7 +204,7 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
 
 def _schema(pyarrow: object) -> object:
     kinds = {"bad": "bool_", "again_bad": "bool_", "vsa": "int64", "again_vsa": "int64", "seed": "int64"}
-    kinds |= {name: "float64" for name in ("l1_source", "ssim_source", "seconds")}
+    kinds |= {name: "float64" for name in ("l1_source", "ssim_source", "clip_source", "dino_source", "seconds")}
     fields = [(name, getattr(pyarrow, kinds.get(name, "string"))()) for name in Row.model_fields]
     return getattr(pyarrow, "schema")(fields)  # noqa: B009  (the package has no types)
 

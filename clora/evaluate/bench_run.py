@@ -15,6 +15,7 @@ from clora.data.images import cover_crop, load_image
 from clora.evaluate.bench_rows import Row
 from clora.evaluate.benchmark import TRUTH, UNTOUCHED, BenchEffect, Benchmark, Cell, JudgeSettings, cells
 from clora.evaluate.judge import Answer, Judge, Limits
+from clora.evaluate.metrics.encoders import Encoder
 from clora.evaluate.metrics.image import l1, ssim
 
 Progress = Callable[[], None]
@@ -58,14 +59,19 @@ def judge_cell(judge: Judge, effect: BenchEffect, cell: Cell, repeat: int = 0) -
 
 
 def score(
-    bench: Benchmark, found: Sequence[Cell], judge: Judge | None, on_done: Progress, seconds: dict[Path, float]
+    bench: Benchmark,
+    found: Sequence[Cell],
+    judge: Judge | None,
+    encoders: Sequence[Encoder],
+    on_done: Progress,
+    seconds: dict[Path, float],
 ) -> list[Row]:
     """A row for each cell, in order. Several results are judged at a time."""
     effects = {effect.name: effect for effect in bench.effects}
     settings = bench.judge
 
     def one(cell: Cell) -> Row:
-        row = _measured(cell, bench.output_dir, seconds.get(cell.path))
+        row = _measured(cell, bench.output_dir, encoders, seconds.get(cell.path))
         if judge is not None and settings is not None:
             effect = effects[cell.effect]
             row = with_verdict(row, judge_cell(judge, effect, cell))
@@ -107,10 +113,11 @@ def _asked_twice(cell: Cell, settings: JudgeSettings) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < settings.repeat_share * 2**32
 
 
-def _measured(cell: Cell, root: Path, seconds: float | None) -> Row:
+def _measured(cell: Cell, root: Path, encoders: Sequence[Encoder], seconds: float | None) -> Row:
     output = load_image(cell.path)
     source = cover_crop(load_image(cell.source), output.size)
     a, b = (np.asarray(image, np.float32) / np.float32(255) for image in (output, source))
+    cosines = {encoder.name: encoder.similarity(output, load_image(cell.source)) for encoder in encoders}
     return Row(
         method=cell.method,
         category=cell.category,
@@ -121,5 +128,7 @@ def _measured(cell: Cell, root: Path, seconds: float | None) -> Row:
         source=os.path.relpath(cell.source, root),
         l1_source=l1(a, b),
         ssim_source=ssim(a, b) if min(output.size) >= 11 else None,
+        clip_source=cosines.get("clip"),
+        dino_source=cosines.get("dino"),
         seconds=seconds,
     )

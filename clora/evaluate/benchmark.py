@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clora.data.images import SUFFIXES, load_image
 from clora.errors import InputError, InputErrors, raise_faults
+from clora.evaluate.metrics.encoders import EncoderName
 from clora.io.chat import Endpoint
 from clora.io.text import read_yaml
 
@@ -109,6 +110,7 @@ class Benchmark(_Section):
     reference: str | None = Field(None, description="the method that others are compared with; the first")
     seeds: list[int] = Field([0], min_length=1)
     batch_size: int = Field(4, ge=1)
+    encoders: dict[EncoderName, str | None] = Field({}, description="clip, dino: a folder or hub name; null: the usual")
     judge: JudgeSettings | None = None
 
     @model_validator(mode="after")

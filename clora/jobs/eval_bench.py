@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from clora.data.images import load_image
 from clora.errors import InputError, raise_faults
 from clora.evaluate.bench_report import write_bench_report
-from clora.evaluate.bench_rows import control_faults, summarise, write_rows
+from clora.evaluate.bench_rows import Row, control_faults, summarise, write_rows
 from clora.evaluate.bench_run import control_cells, open_judge, score
 from clora.evaluate.benchmark import (
     CONTROLS,
@@ -32,6 +32,7 @@ from clora.evaluate.benchmark import (
     read_benchmark,
 )
 from clora.evaluate.judge import Judge
+from clora.evaluate.metrics.encoders import Encoder, open_encoder
 from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue
 from clora.inference.editor import Editor, load_editor, swap_lora
 from clora.io.atomic import replacing
@@ -65,7 +66,7 @@ def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, 
         make_results(bench, own, console)
         judge = None if bench.judge is None else open_judge(bench.judge, bench.output_dir / "judge")
         if judge is not None and distributed.world_size() > 1:
-            _score(bench, own, judge, console)  # what is answered is on the disk for the first process
+            _score(bench, own, judge, [], console)  # what is answered is on the disk for the first process
         distributed.barrier()
         answer = _report(bench, found, judge, console) if distributed.is_main() else {}
         distributed.leave_together()
@@ -186,19 +187,22 @@ def _seconds(bench: Benchmark) -> dict[Path, float]:
     return found
 
 
-def _score(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> list[Any]:
+def _score(
+    bench: Benchmark, found: Sequence[Cell], judge: Judge | None, encoders: Sequence[Encoder], console: Console
+) -> list[Row]:
     with _progress(console) as progress:
         task = progress.add_task("measuring" if judge is None else "judging", total=len(found))
-        return score(bench, found, judge, lambda: progress.advance(task), _seconds(bench))
+        return score(bench, found, judge, encoders, lambda: progress.advance(task), _seconds(bench))
 
 
 def _report(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> dict[str, Any]:
-    rows = _score(bench, [*found, *control_cells(bench)], judge, console)
+    encoders = [open_encoder(name, model) for name, model in bench.encoders.items()]
+    rows = _score(bench, [*found, *control_cells(bench)], judge, encoders, console)
     own = [row for row in rows if row.method not in CONTROLS]
     summaries = summarise(own, bench.reference or bench.methods[0].name)
     faults = control_faults([row for row in rows if row.method in CONTROLS])
     write_rows(bench.output_dir, rows)
-    answer = write_bench_report(bench, own, summaries, faults, judge)
+    answer = write_bench_report(bench, own, summaries, faults, judge, encoders)
     for fault in faults:
         console.print(f"control: {fault}; do not trust this judge's figures", markup=False, soft_wrap=True)
     return answer

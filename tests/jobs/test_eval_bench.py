@@ -151,6 +151,17 @@ def test_evaluate_benchmark_judges_by_the_pictures(tmp_path, bench):
     assert "copied" in page and "http://" not in page.replace(url, "")
 
 
+def test_evaluate_benchmark_puts_encoders_into_rows_and_report(tmp_path, bench):
+    from tests.evaluate.test_encoders import save
+
+    save(tmp_path / "dino", "dino")
+    answer = evaluate_benchmark(write(tmp_path, bench | {"encoders": {"dino": str(tmp_path / "dino")}}))
+    by_name = {one["name"]: one for one in answer["methods"]}
+    assert by_name["copied"]["dino_source"] == pytest.approx(1, abs=1e-5)
+    assert by_name["grey"]["dino_source"] < 1 - 1e-4 and by_name["grey"]["clip_source"] is None
+    assert "short side 256" in answer["facts"]["dino"]
+
+
 def test_evaluate_benchmark_tells_of_a_judge_that_sees_pictures_in_another_order(tmp_path, bench):
     bench["effects"] = bench["effects"][:1]
     with served(Looking(swapped=True)) as url:
