@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clora.cli import artefacts, edit_options, lora_files, serving
+from clora.cli import artefacts, edit_options, lora_files, serving, study
 from clora.cli.app import BAD_INPUT, FAILED, app, command, is_main, run_command, say
 from clora.cli.output import Json, print_json, print_plan, print_report, print_table
 from clora.errors import InputError
@@ -369,6 +369,7 @@ command("convert")(lora_files.convert)
 command("export")(artefacts.export)
 command("verify")(artefacts.verify)
 command("serve")(serving.serve)
+command("study")(study.study)
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:

@@ -40,6 +40,8 @@ COMMANDS = [
     "convert",
     "export",
     "verify",
+    "serve",
+    "study",
 ]
 
 
