@@ -169,6 +169,7 @@ def test_sample_of_a_guided_teacher_is_the_stock_pipelines(
         assert (other - wanted).abs().max() > 1e-2
 
 
+@pytest.mark.big(6)
 @pytest.mark.slow
 def test_sample_at_full_width_is_the_stock_pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers of 3072, as the real model has sixty."""
