@@ -89,7 +89,7 @@ def decode_image(
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is none of {', '.join(formats)}; save it as one of them") from error
     except Exception as error:
-        # Whatever a decoder raises on damaged bytes (it may be any type) means one thing to the user.
+        # As above, without the decoder's words: this message goes to strangers.
         raise InputError(f"{name} is damaged or cut off; replace it") from error
 
 

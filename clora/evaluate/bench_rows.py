@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from clora.errors import InputError
 from clora.evaluate.benchmark import TRUTH, UNTOUCHED
 from clora.evaluate.statistics import Difference, bootstrap_interval, paired_difference
 from clora.io.atomic import replacing, write_text
@@ -207,13 +206,3 @@ def _schema(pyarrow: object) -> object:
     kinds |= {name: "float64" for name in ("l1_source", "ssim_source", "clip_source", "dino_source", "seconds")}
     fields = [(name, getattr(pyarrow, kinds.get(name, "string"))()) for name in Row.model_fields]
     return getattr(pyarrow, "schema")(fields)  # noqa: B009  (the package has no types)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a `rows.csv`. Raises `InputError` for a file that is not one."""
-    try:
-        with path.open(newline="") as file:
-            found = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
-        return [Row.model_validate(row | {"why": row.get("why", "")}) for row in found]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a benchmark's rows ({error}); run clora eval again") from error

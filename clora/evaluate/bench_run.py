@@ -114,10 +114,10 @@ def _asked_twice(cell: Cell, settings: JudgeSettings) -> bool:
 
 
 def _measured(cell: Cell, root: Path, encoders: Sequence[Encoder], seconds: float | None) -> Row:
-    output = load_image(cell.path)
-    source = cover_crop(load_image(cell.source), output.size)
+    output, original = load_image(cell.path), load_image(cell.source)
+    source = cover_crop(original, output.size)
     a, b = (np.asarray(image, np.float32) / np.float32(255) for image in (output, source))
-    cosines = {encoder.name: encoder.similarity(output, load_image(cell.source)) for encoder in encoders}
+    cosines = {encoder.name: encoder.similarity(output, original) for encoder in encoders}
     return Row(
         method=cell.method,
         category=cell.category,

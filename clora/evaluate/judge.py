@@ -179,11 +179,11 @@ class Judge:
         raise AssertionError("plain is the last rung")
 
     def _one_rung(self, body: dict[str, Any], kind: type[GateReply] | type[AlignmentReply], rung: Rung) -> Answer:
-        unused: list[str] = []
+        replies: list[str] = []  # those of earlier tries too
 
         def read(reply: Completion) -> Answer:
             self.limits.add_cost(reply)
-            unused.append(reply.text)
+            replies.append(reply.text)
             found = read_reply(reply.text, kind)
             return Answer(
                 value=found.value,
@@ -191,7 +191,7 @@ class Judge:
                 rung=rung,
                 model=reply.model,
                 fingerprint=reply.fingerprint,
-                raw=list(unused),
+                raw=list(replies),
                 prompt_tokens=reply.prompt_tokens,
                 answer_tokens=reply.answer_tokens,
             )

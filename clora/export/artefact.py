@@ -79,6 +79,26 @@ def open_files(folder: Path, manifest: Manifest, base: str | None = None) -> Art
     return Artefact(folder, manifest, catalogue, opened, vae)
 
 
+def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
+    """The base around an artefact's network: itself where it is merged, else `base`, None: the manifest's. Raises
+    `InputError` for another than it was exported from."""
+    if manifest.format == "merged":
+        return str(folder)
+    base = base or manifest.base
+    check_base(folder, manifest, base)
+    return base
+
+
+def open_encoders(artefact: Artefact, base: str) -> Backbone:
+    """What surrounds an artefact's network, on the CPU: the base's text encoder, and its VAE where the artefact has
+    none of its own."""
+    components = ("vae", "text_encoder") if artefact.vae is None else ("text_encoder",)
+    backbone = load_backbone(base, "cpu", getattr(torch, artefact.manifest.encoder_precision), components)
+    if artefact.vae is not None:
+        backbone.use_vae_graphs(*artefact.vae)
+    return backbone
+
+
 def check_fit(folder: Path, manifest: Manifest) -> Catalogue:
     """The catalogue of an artefact that fits its own schedule and this machine; `InputError` for others."""
     try:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from clora.backbones.load import load_backbone
 from clora.errors import raise_faults
-from clora.export.artefact import check_base, check_sampling, open_artefact
+from clora.export.artefact import base_of, check_sampling, open_artefact, open_encoders
 from clora.export.manifest import COLLECTION, read_manifest
 from clora.inference.edit_plan import EditRequest
 from clora.inference.editor import Editor
@@ -33,14 +30,9 @@ def artefact_request(request: EditRequest, folder: Path, key: Path | None = None
         faults.append(f"batch_size: {folder} takes {manifest.limits.batch} at most; make it smaller")
     raise_faults(faults)
     check_sampling(folder, manifest, request.steps, request.guidance)
-    if manifest.format == "merged":
-        base = str(folder)
-    else:
-        base = request.base or manifest.base
-        check_base(folder, manifest, base)
     return replace(
         request,
-        base=base,
+        base=base_of(folder, manifest, request.base),
         lora=folder / COLLECTION,
         steps=None,
         guidance=None,
@@ -52,10 +44,6 @@ def artefact_request(request: EditRequest, folder: Path, key: Path | None = None
 def artefact_editor(folder: Path, base: str, key: Path | None = None) -> Editor:
     """The artefact in `folder`, checked and opened, between the encoders and the decoder of `base`."""
     artefact = open_artefact(folder, base, key)
-    manifest = artefact.manifest
-    components = ("text_encoder",) if artefact.vae else ("vae", "text_encoder")
-    backbone = load_backbone(base, "cpu", getattr(torch, manifest.encoder_precision), components)
-    if artefact.vae is not None:
-        backbone.use_vae_graphs(*artefact.vae)
+    backbone, manifest = open_encoders(artefact, base), artefact.manifest
     sampling = few_step_sampling(manifest.num_steps, manifest.shift, manifest.sampler)
     return Editor(backbone, artefact.catalogue, sampling, has_lora=True, velocity=artefact.velocity)

@@ -113,12 +113,13 @@ def verify(
     padding = padding_change(artefact.velocity, cases)
 
     on_part("the VAE")
-    vae = None if artefact.vae is None else compare_vae(artefact, eager, base, seed)
+    around = eager if artefact.vae is None else vae_backbone(artefact, base)
+    vae = None if artefact.vae is None else compare_vae(around, eager, base, seed)
     effects = [artefact.catalogue.effects[i % len(artefact.catalogue.effects)] for i in range(num_edits)]
     latent, pixel = 0.0, 0
     for number, effect in enumerate(effects):
         on_part(f"edit {number + 1} of {num_edits}")
-        far, off = compare_edit(artefact, base, eager, eager_velocity, effect.prompt, seed + number)
+        far, off = compare_edit(artefact, around, eager, eager_velocity, effect.prompt, seed + number)
         latent, pixel = max(latent, far), max(pixel, off)
     return Parity(
         manifest.precision,
@@ -184,11 +185,10 @@ def padding_change(velocity: Velocity, cases: list[tuple[Tensor, Tensor, Cond]])
     return worst
 
 
-def compare_vae(artefact: Artefact, eager: Backbone, base: str, seed: int) -> tuple[float, float]:
-    """How far an artefact's VAE is from the base's in fp32, relative, and the bar: encoding two pictures of unequal
-    sides, decoding what the base makes of them. In bf16 the bar is twice how far the base's own is."""
-    own = vae_backbone(artefact, base)
-    half = None if artefact.manifest.dtype == torch.float32 else load_backbone(base, "cpu", own.dtype, ("vae",))
+def compare_vae(own: Backbone, eager: Backbone, base: str, seed: int) -> tuple[float, float]:
+    """How far an artefact's VAE, `own`'s, is from the base's in fp32, relative, and the bar: encoding two pictures of
+    unequal sides, decoding what the base makes of them. In bf16 the bar is twice how far the base's own is."""
+    half = None if own.dtype == torch.float32 else load_backbone(base, "cpu", own.dtype, ("vae",))
     images = [picture(seed + number).crop((0, 0, 64, 48)) for number in (1, 2)]
     wanted, grid = eager.encode_references(images)
     errors = []
@@ -207,13 +207,12 @@ def vae_backbone(artefact: Artefact, base: str) -> Backbone:
 
 
 def compare_edit(
-    artefact: Artefact, base: str, eager: Backbone, eager_velocity: Velocity, prompt: str, seed: int
+    artefact: Artefact, own: Backbone, eager: Backbone, eager_velocity: Velocity, prompt: str, seed: int
 ) -> tuple[float, int]:
-    """The errors of one edit of a random picture: of its latents, relative, and of its pixels in 1/255. The artefact's
-    own VAE encodes and decodes for it, where it has one."""
+    """The errors of one edit of a random picture: of its latents, relative, and of its pixels in 1/255. `own` encodes
+    and decodes for the artefact."""
     manifest, image = artefact.manifest, picture(seed)
     sampling = few_step_sampling(manifest.num_steps, manifest.shift, manifest.sampler)
-    own = eager if artefact.vae is None else vae_backbone(artefact, base)
     grid, text = eager.grid(eager.output_size(image)), eager.encode_prompts([prompt], [[image]])
     found, pixels = [], []
     for backbone, velocity in ((eager, eager_velocity), (own, artefact.velocity)):

@@ -15,14 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from clora import _C
 from clora.backbones.cond import Cond
-from clora.config import Sampler
 from clora.method.samplers import draw_noise, noise_generators, pipeline_order
 
 Engine = _C.AotiEngine | Callable[..., Tensor]
@@ -63,7 +62,7 @@ class Served:
     engine: Engine
     conditions: Callable[[Cond], Conditions]
     sigmas: Tensor
-    sampler: Sampler
+    sampler: Literal["consistency", "euler"]
     dtype: torch.dtype
     most_batch: int
 

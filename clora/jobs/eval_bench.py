@@ -154,19 +154,23 @@ def _make(bench: Benchmark, method: BenchMethod, editor: Editor, group: Sequence
             jobs.append(Job(sources.index(cell.source), edit_prompt(editor.catalogue, effects, prompt), cell.seed))
         since = time.perf_counter()
         for place, picture in editor.run(images, jobs, sampling=sampling, batch_size=bench.batch_size):
-            seconds = (time.perf_counter() - since) / min(bench.batch_size, len(chunk))
-            _write(bench, chunk[place], picture, images[jobs[place].image], seconds)
+            _write(chunk[place], picture, images[jobs[place].image])
             yield chunk[place]
-            since = time.perf_counter()
+        _note_seconds(bench, chunk, (time.perf_counter() - since) / len(chunk))
 
 
-def _write(bench: Benchmark, cell: Cell, picture: Image.Image, source: Image.Image, seconds: float) -> None:
-    """Source, time and result, in this order: where the result is there, so are the others."""
+def _write(cell: Cell, picture: Image.Image, source: Image.Image) -> None:
+    """Source, then result: where the result is there, so is the other."""
     cell.path.parent.mkdir(parents=True, exist_ok=True)
     _write_png(cell.source_copy, source)
-    with (bench.output_dir / f"seconds-{distributed.rank()}.jsonl").open("a") as file:
-        file.write(json.dumps([str(cell.path.relative_to(bench.output_dir)), round(seconds, 4)]) + "\n")
     _write_png(cell.path, picture)
+
+
+def _note_seconds(bench: Benchmark, made: Sequence[Cell], seconds: float) -> None:
+    """Keep what each of these results took, on average: a batch has one time for all."""
+    with (bench.output_dir / f"seconds-{distributed.rank()}.jsonl").open("a") as file:
+        for cell in made:
+            file.write(json.dumps([str(cell.path.relative_to(bench.output_dir)), round(seconds, 4)]) + "\n")
 
 
 def _write_png(path: Path, picture: Image.Image) -> None:

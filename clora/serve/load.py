@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clora.backbones.load import linear_shapes, load_backbone, rotary_positions, served_network
 from clora.config import collection_lora, resolve_base
 from clora.errors import InputError
-from clora.export.artefact import check_base, open_artefact
+from clora.export.artefact import base_of, open_artefact, open_encoders
 from clora.export.graph_velocity import GraphVelocity
 from clora.export.manifest import COLLECTION, LIMITS, read_manifest
 from clora.inference.batching import Served, StepBatcher
@@ -55,19 +55,11 @@ def _open_artefact(settings: Settings, folder: Path) -> Parts:
         if getattr(settings, name) is not None:
             raise InputError(f"{name}: is the artefact's own, {folder} cannot take another; leave it out")
     manifest = read_manifest(folder, settings.signed_by)
-    base = str(folder) if manifest.format == "merged" else settings.base or manifest.base
-    if manifest.format != "merged":
-        check_base(folder, manifest, base)
+    base = base_of(folder, manifest, settings.base)
     artefact = open_artefact(folder, base, settings.signed_by)
-    served = artefact.served()
-    components = ENCODERS if artefact.vae is None else ("text_encoder",)
-    backbone = load_backbone(base, "cpu", getattr(torch, manifest.encoder_precision), components)
-    if artefact.vae is not None:
-        backbone.use_vae_graphs(*artefact.vae)
-    start = _starter(served, settings)
-    digest = file_digest(folder / COLLECTION).hex()
-    collection = _collection(artefact.catalogue, digest)
-    return Parts(settings.name, collection, backbone, start, _places(folder, base))
+    found = _collection(artefact.catalogue, file_digest(folder / COLLECTION).hex())
+    backbone = open_encoders(artefact, base)
+    return Parts(settings.name, found, backbone, _starter(artefact.served(), settings), _places(folder, base))
 
 
 def _open_merged(settings: Settings, base: str | None, collection: Path) -> Parts:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, Grid, Size, make_cond
+from clora.inference.batching import OnStep, StepBatcher
 from clora.serve.lanes import Lane
 from clora.serve.offer import Collection
 from clora.serve.settings import Batches
@@ -29,28 +29,6 @@ from clora.serve.settings import Batches
 log = logging.getLogger(__name__)
 
 MOST_FAILURES = 3  # of the engine, one after the other, before the batcher is made anew
-
-
-OnStep = Callable[[int, int], None]
-"""on_step(steps done, steps in all), called by the batcher's thread."""
-
-
-class Batcher(Protocol):
-    """What denoises: `clora.inference.batching.StepBatcher`, whose methods say more."""
-
-    def submit(
-        self, cond: Cond, *, seed: int, effect: str = "", timeout: float | None = None, on_step: OnStep | None = None
-    ) -> Future[Tensor]:
-        """Ask for latents x0 (T, C), fp32."""
-
-    def cancel(self, future: Future[Tensor]) -> bool:
-        """Take a request out of its batch at the next step."""
-
-    def stats(self) -> dict[str, float]:
-        """Counters since the start."""
-
-    def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """End its thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +49,7 @@ class Parts:
     name: str
     collection: Collection
     backbone: Backbone
-    start: Callable[[], Batcher]
+    start: Callable[[], StepBatcher]
     secrets: tuple[str, ...] = ()
 
 
@@ -105,7 +83,7 @@ class Model:
         return self.encoder.submit(Picture(tuple(images), text, seen, size or seen[-1]))
 
     def denoise(self, cond: Cond, seed: int, effect: str, timeout: float, on_step: OnStep | None) -> Future[Tensor]:
-        """Latents x0 (T, C), as `Batcher.submit`, whose errors it raises."""
+        """Latents x0 (T, C), as `StepBatcher.submit`, whose errors it raises."""
         future = self.batcher.submit(cond, seed=seed, effect=effect, timeout=timeout, on_step=on_step)
         future.add_done_callback(self._note_engine)
         return future
@@ -192,7 +170,7 @@ class Model:
             log.warning("the engine failed: %s", type(error).__name__)
 
 
-def _close(batcher: Batcher, *lanes: Lane[Picture, Cond] | Lane[tuple[Tensor, Grid], Image.Image]) -> None:
+def _close(batcher: StepBatcher, *lanes: Lane[Picture, Cond] | Lane[tuple[Tensor, Grid], Image.Image]) -> None:
     for lane in lanes:
         lane.close()
     batcher.close(drain=False, timeout=1)

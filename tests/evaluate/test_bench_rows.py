@@ -4,8 +4,15 @@ import csv
 
 import pytest
 
-from clora.evaluate.bench_rows import Row, control_faults, read_rows, summarise, write_rows
+from clora.evaluate.bench_rows import Row, control_faults, summarise, write_rows
 from clora.evaluate.benchmark import TRUTH, UNTOUCHED
+
+
+def read_rows(path):
+    """The rows of a `rows.csv`, as a stranger reads it."""
+    with path.open(newline="") as file:
+        found = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    return [Row.model_validate(row) for row in found]
 
 
 def row(method="a", key="k", bad=False, vsa=4, effect="e", **more):
@@ -64,8 +71,6 @@ def test_write_rows_gives_the_same_rows_back(tmp_path):
     rows = [row(key='a "b", c', why="no\nanswer", bad=None), row(bad=True, seconds=0.25), row(vsa=5, l1_source=0.1)]
     write_rows(tmp_path, rows)
     assert read_rows(tmp_path / "rows.csv") == rows
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 3
 
 
 def test_write_rows_parquet_is_the_csv(tmp_path):

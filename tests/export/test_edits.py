@@ -66,7 +66,7 @@ def test_step_batcher_makes_the_image_that_edit_makes_of_a_seed(merged: Path) ->
 def test_artefact_request_names_what_an_artefact_cannot(
     merged: Path, request_: EditRequest, values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edits, "load_backbone", None)
+    monkeypatch.setattr(edits, "open_encoders", None)
     monkeypatch.setattr(edits, "open_artefact", None)
     with pytest.raises(InputError, match=message):
         edit_files(replace(request_, **values), artefact=merged)

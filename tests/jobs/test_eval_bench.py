@@ -22,11 +22,12 @@ from PIL import Image
 
 from clora.config import resolve_base
 from clora.errors import InputErrors
-from clora.evaluate.bench_rows import read_rows
-from clora.inference.editor import load_editor
+from clora.inference.editor import Editor, load_editor
+from clora.jobs import eval_bench
 from clora.jobs.eval_bench import evaluate_benchmark, is_benchmark
 from clora.tiny.world.scenes import render, sample_scene
 from clora.training.device import base_dtype
+from tests.evaluate.test_bench_rows import read_rows
 
 COLLECTION = Path(resolve_base("tiny")) / "collection.safetensors"
 EFFECTS = ("sepia", "grayscale")
@@ -134,6 +135,20 @@ def test_evaluate_benchmark_makes_what_clora_edit_makes(tmp_path, bench):
     made = Image.open(place)
     assert np.abs(np.asarray(made, int) - np.asarray(expected, int)).max() <= 1  # alone and in a batch
     assert place.with_name("1_SRCIMG.png").is_file()
+
+
+def test_evaluate_benchmark_counts_the_seconds_of_a_batch_once(tmp_path, bench, monkeypatch):
+    def run(self, images, jobs, *, sampling, batch_size):
+        for start in range(0, len(jobs), batch_size):
+            now[0] += 8.0  # a batch of up to four
+            yield from ((place, images[0]) for place in range(start, min(start + batch_size, len(jobs))))
+
+    now = [0.0]
+    monkeypatch.setattr(eval_bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Editor, "run", run)
+    bench["methods"] = [{"name": "collection", "lora": str(COLLECTION)}]
+    answer = evaluate_benchmark(write(tmp_path, bench))
+    assert answer["methods"][0]["seconds"] == pytest.approx(2 * 8.0 / 6, abs=1e-3)  # six results in two batches
 
 
 def test_evaluate_benchmark_judges_by_the_pictures(tmp_path, bench):

@@ -13,7 +13,8 @@ import httpx
 import numpy as np
 import pytest
 
-from clora.serve.models import Batcher, Model, Parts
+from clora.inference.batching import StepBatcher
+from clora.serve.models import Model, Parts
 from clora.serve.service import Service
 from tests.serve.conftest import call, listening, png, post
 from tests.serve.test_edits import pixels
@@ -167,7 +168,7 @@ def test_a_dead_engine_is_told_and_started_anew(make_service: Callable[..., Serv
 class Failing:
     """A batcher whose engine fails whatever it is asked."""
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, batcher: StepBatcher) -> None:
         self._batcher = batcher
         self.close, self.stats, self.cancel = batcher.close, batcher.stats, batcher.cancel
 

@@ -26,7 +26,7 @@ def artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def stop(*_: object) -> None:
         raise Loaded
 
-    monkeypatch.setattr(load, "check_base", lambda *_: None)
+    monkeypatch.setattr(load, "base_of", lambda *_: "tiny")
     monkeypatch.setattr(load, "open_artefact", stop)
     return make(tmp_path / "artefact")
 
