@@ -144,7 +144,7 @@ def build(
             if precision == "fp8":
                 on_part("calibrating FP8")
                 quantization = quantize(network, base, source, images, limits, dtype)
-            del network
+            del network  # a base of weights, which the builder needs the room of
             on_part("building the engine")
             profiles = engine_profiles(limits, source.footprint.reference_tokens)
             engine = build_engine(base / GRAPH, profiles, options or EngineOptions(), folder)
