@@ -20,30 +20,29 @@ KILLS = 10
 @pytest.mark.slow
 def test_export_killed_at_any_moment_is_whole_or_not_there(one_block: tuple[Path, Path], tmp_path: Path) -> None:
     base, lora = one_block
-    context, killed = multiprocessing.get_context("fork"), 0
-    export(ExportRequest(tmp_path / "first", "merged", str(base), lora, num_edits=1))  # imports what the children use
-    whole = context.Process(target=export, args=(ExportRequest(tmp_path / "whole", "merged", str(base), lora),))
-    started = time.perf_counter()
-    whole.start()
-    whole.join()
-    took = time.perf_counter() - started
-    check_folder(tmp_path / "whole")
-    for number in range(KILLS):
-        output = tmp_path / f"a{number}"
-        request = ExportRequest(output, "merged", str(base), lora, num_edits=1)
-        child = context.Process(target=export, args=(request,))
+
+    def request(name: str) -> ExportRequest:
+        return ExportRequest(tmp_path / name, "merged", str(base), lora, num_edits=1)
+
+    export(request("first"))  # imports what the children use
+    context, killed, took, attempts = multiprocessing.get_context("fork"), 0, 60.0, 0
+    while killed < KILLS and attempts < 3 * KILLS:
+        name, attempts = f"a{attempts}", attempts + 1
+        child, started = context.Process(target=export, args=(request(name),)), time.perf_counter()
         child.start()
-        child.join(took * (number + 0.5) / KILLS)
+        child.join(took * (killed + 0.5) / KILLS)
         if child.is_alive() and child.pid is not None:
             os.kill(child.pid, signal.SIGKILL)
             killed += 1
+        else:  # done before its moment: the moments follow what an export takes on this machine now
+            took = time.perf_counter() - started
         child.join()
-        if output.exists():
-            check_folder(output)
-        for left in tmp_path.glob(f".a{number}.*"):
+        if (tmp_path / name).exists():
+            check_folder(tmp_path / name)
+        for left in tmp_path.glob(f".{name}.*"):
             if (left / MANIFEST).exists():  # killed between its last file and its name
                 check_folder(left)
             else:
                 with pytest.raises(InputError, match="has no manifest.json, so it is no artefact"):
                     check_folder(left)
-    assert killed > 0  # how many depends on the machine's load; the first moment is a twentieth of the whole
+    assert killed == KILLS
