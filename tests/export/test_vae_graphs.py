@@ -15,7 +15,7 @@ from torch import nn
 from clora.backbones.cond import VaeGraph
 from clora.backbones.load import load_backbone, served_vae
 from clora.backbones.qwen_image.served_vae import ServedDecoder
-from clora.export import edits
+from clora.export import artefact as opening
 from clora.export.aoti import build_aoti, open_aoti_part
 from clora.export.artefact import open_artefact
 from clora.export.graph import DECODER
@@ -92,7 +92,7 @@ def test_export_with_its_vae_edits_without_the_bases(
         loaded.extend(components)
         return load_backbone(base, device, dtype, components)
 
-    monkeypatch.setattr(edits, "load_backbone", load)
+    monkeypatch.setattr(opening, "load_backbone", load)
     picture(4, 80).save(tmp_path / "in.png")
     request = EditRequest((tmp_path / "in.png",), tmp_path / "graph.png", effects=("a",), seeds=(1,))
     edit_files(request, artefact=folder)
