@@ -26,11 +26,9 @@ MATCH = ("train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98", "t
          "train.learning_rate=1e-4", "objective.ta_fm_weight=0", "objective.p_switch=0.8")  # fmt: skip
 ARMS = (
     Arm("coarse on", (*PLAIN, "train.coarse_steps=100000", "train.coarse_learning_rate=4e-3"), "coarse"),
-    Arm("segment", (*IMITATE, "objective.imitation_steps=[8,4,2]"), "coarse"),
-    Arm("segment 2", (*IMITATE, "objective.imitation_steps=[2]"), "coarse"),
-    Arm(
-        "segment on policy", (*IMITATE, "objective.imitation_steps=[8,4,2]", "objective.on_policy_share=0.5"), "coarse"
-    ),
+    Arm("segment", (*IMITATE, "schedule.step_counts=[8,4,2]"), "coarse"),
+    Arm("segment 2", (*IMITATE, "schedule.step_counts=[2]"), "coarse"),
+    Arm("segment on policy", (*IMITATE, "schedule.step_counts=[8,4,2]", "objective.on_policy_share=0.5"), "coarse"),
     Arm("dmd", (*MATCH, "objective.dmd_ts_weight=1"), "coarse"),
 )
 

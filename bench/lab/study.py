@@ -23,11 +23,13 @@ from rich.console import Console
 
 from bench.lab.extend import SCENES, Examples, Images, encode, sample
 from clora.config import Config, Sampler, acceleration_lora, load_config
+from clora.data.image_grid import Pixels
 from clora.distill.forwards import distillation_forwards
 from clora.distill.opened import OpenBase
 from clora.distill.run import open_bank
 from clora.distill.workspace import open_base
 from clora.evaluate.baselines import ACCELERATION, Method
+from clora.evaluate.exact import evaluate_methods
 from clora.inference.sampling import few_step_sampling, teacher_sampling
 from clora.jobs.teach import teach
 from clora.jobs.train import train
@@ -111,7 +113,9 @@ class Study:
         return self.config(*teachers, *start, *arm.overrides, out=f"arms/{arm.name}")
 
     def arm_file(self, name: str) -> Path:
-        return self.folder / "arms" / name / "collection.safetensors"
+        """Of an arm, or, as `ARM:coarse`, of what its coarse stage made."""
+        arm, _, stage = name.partition(":")
+        return self.folder / "arms" / arm / f"{stage or 'collection'}.safetensors"
 
     def teacher(self, name: str) -> Path:
         return self.folder / "teachers" / f"{name}.safetensors"
@@ -193,6 +197,26 @@ class Study:
 def _key(text: str) -> tuple[str, int]:
     effect, scene = text.split("|")
     return effect, int(scene)
+
+
+def judge(images: Mapping[str, Mapping[tuple[str, int], Sequence[Pixels]]], control: str) -> list[dict[str, Any]]:
+    """A row of figures for every method, with its paired differences to `control`, one of them."""
+    rows = []
+    for name, scores in evaluate_methods(images, reference=control).items():
+        row: dict[str, Any] = {"row": name, "bcr": round(scores.bcr, 3), "interval": _rounded(scores.bcr_interval)}
+        row |= {"vsa": round(scores.vsa, 2), "detail_error_db": round(scores.detail_error, 2)}
+        row["psnr"] = None if scores.psnr is None else round(scores.psnr, 2)
+        row |= {"outputs": scores.num_outputs, "reasons": scores.reasons}
+        row["to_control"] = {
+            key: {"mean": round(gap.mean, 3), "interval": gap.interval and _rounded(gap.interval)}
+            for key, gap in scores.differences.items()
+        }
+        rows.append(row)
+    return rows
+
+
+def _rounded(interval: tuple[float, float]) -> list[float]:
+    return [round(x, 3) for x in interval]
 
 
 def machine() -> str:

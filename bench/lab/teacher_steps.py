@@ -23,7 +23,7 @@ from clora.distill.workspace import open_base
 from clora.evaluate.baselines import Method, sample_examples
 from clora.evaluate.exact import MethodScores, Pair, evaluate_methods
 from clora.inference.sampling import teacher_sampling
-from clora.jobs.demo import encode_held_out
+from clora.jobs.demo_samples import encode_held_out
 from clora.tiny.dataset import EVAL_SCENES
 from clora.tiny.effects import EFFECTS, apply_effect
 from clora.tiny.world.scenes import render, sample_scene

@@ -165,9 +165,6 @@ class ObjectiveConfig(Section):
         doc("'segment_mean': of the teacher over the student's step; 'same_step': teacher + acceleration LoRA."),
     ] = "segment_mean"
     imitation_weight: Annotated[NonNegative, doc("Weight of that; it needs no critic.")] = 0.0
-    imitation_steps: Annotated[
-        StepCounts | None, doc("Step counts it is drawn for; null: `schedule.num_steps` alone.")
-    ] = None
     on_policy_share: Annotated[Share, doc("Share of its batches that start from the student's own rollout.")] = 0.0
     dmd_ts_weight: Annotated[NonNegative, doc("Weight of target-simulated DMD (Eq. 7).")] = 1.0
     dmd_bs_weight: Annotated[NonNegative, doc("Weight of backward-simulated DMD (Eq. 1).")] = 1.0
@@ -190,10 +187,22 @@ class ScheduleConfig(Section):
     """The few-step schedule: sigma_k = shift u / (1 + (shift - 1) u) for u = 1, 1 - 1/n, ... 1/n."""
 
     num_steps: Annotated[int, doc("Steps of the student.", ge=1, le=1000)] = 8
+    step_counts: Annotated[
+        StepCounts | None, doc("Step counts trained for, one drawn for a batch; null: `num_steps` alone.")
+    ] = None
     shift: Annotated[Positive, doc("Shift of the schedule toward noise; 1 = evenly spaced.")] = 3.0
     sampler: Annotated[Sampler, doc("'consistency': noise afresh at each step; 'euler': follow the velocity.")] = (
         "consistency"
     )
+
+    @section_check(mode="after")
+    def _trained_for(self) -> ScheduleConfig:
+        if self.step_counts and self.num_steps not in self.step_counts:
+            raise ValueError(
+                f"step_counts ({self.step_counts}) must hold num_steps ({self.num_steps}): add it, or set step_counts"
+                " to null"
+            )
+        return self
 
 
 class BucketConfig(Section):

@@ -30,7 +30,7 @@ def joint_step_forwards(config: Config) -> int:
 def full_step_forwards(config: Config, stream: Stream) -> float:
     """Of a step of the full objective: `critic_updates` updates of the critic, then one of the student (Eq. 9)."""
     train, objective = config.train, config.objective
-    rollout = (config.schedule.num_steps + 1) / 2  # left at a step drawn evenly, which is a forward too
+    rollout = 1 + steps_before(config)
     share = objective.critic_target_share if stream == "effect" else 0.0
     sample = share + (1 - share) * rollout
     critic = train.critic_updates * (1 + BACKWARD) + (train.critic_updates - train.critic_reuse) * sample
@@ -54,8 +54,12 @@ def full_step_forwards(config: Config, stream: Stream) -> float:
 def imitation_forwards(config: Config, stream: Stream) -> float:
     """Of a sample of imitation: student, teacher, and the rollout to its state where it has one."""
     objective = config.objective
-    counts = objective.imitation_steps or [config.schedule.num_steps]
-    rollout = sum((count - 1) / 2 for count in counts) / len(counts)
     on_policy = objective.on_policy_share if stream == "effect" else 1.0
     guided = objective.guidance != 1.0 and objective.imitation == "segment_mean"
-    return 1 + BACKWARD + (1 + guided) + on_policy * rollout
+    return 1 + BACKWARD + (1 + guided) + on_policy * steps_before(config)
+
+
+def steps_before(config: Config) -> float:
+    """How many steps a rollout takes before the one it is left at, which is drawn evenly: the mean."""
+    counts = config.schedule.step_counts or [config.schedule.num_steps]
+    return sum((count - 1) / 2 for count in counts) / len(counts)

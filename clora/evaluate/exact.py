@@ -148,13 +148,13 @@ def evaluate_methods(
     effects: Sequence[str] | None = None,
     num_draws: int = 32,
     size: int = 64,
-    reference: str = REFERENCE,
+    reference: str | Mapping[str, str] = REFERENCE,
 ) -> dict[str, MethodScores]:
     """`evaluate_outputs` of several methods, with the truths of only one source in memory at a time.
 
     `effects` are the classes an output may be mistaken for, besides the source: the whole world when None.
-    Each method's paired differences to the method named `reference` stand with its figures where both have a pair,
-    with as many outputs.
+    Each method's paired differences to the method named `reference`, or to its own of `reference`, stand with its
+    figures where both have a pair, with as many outputs.
     """
     pairs: dict[str, list[PairScores]] = {name: [] for name in methods}
     left_out: dict[str, list[Pair]] = {name: [] for name in methods}
@@ -169,14 +169,11 @@ def evaluate_methods(
                 else:
                     pairs[name].append(score_pair(outputs[effect, seed], truths, effect))
     scores = {name: summarise(pairs[name], left_out[name]) for name in methods}
-    if reference not in methods:
-        return scores
-    return {
-        name: replace(row, reference=reference, differences=differences(pairs[name], pairs[reference]))
-        if name != reference
-        else row
-        for name, row in scores.items()
-    }
+    for name, row in scores.items():
+        other = reference if isinstance(reference, str) else reference.get(name, "")
+        if other in methods and other != name:
+            scores[name] = replace(row, reference=other, differences=differences(pairs[name], pairs[other]))
+    return scores
 
 
 def differences(ours: Sequence[PairScores], reference: Sequence[PairScores]) -> dict[str, Difference]:

@@ -247,7 +247,7 @@ def method_table(methods: Sequence[MethodRow]) -> list[list[Cell]]:
 
 
 def difference_table(methods: Sequence[MethodRow]) -> tuple[str, list[str], list[tuple[str, list[Cell]]]]:
-    """The reference's name, the columns' labels, and (method, cells) of every method that has paired differences.
+    """The references' names, the columns' labels, and (method, cells) of every method that has paired differences.
 
     A cell is marked where its interval leaves out 0: there the two methods differ by more than chance.
     """
@@ -264,7 +264,7 @@ def difference_table(methods: Sequence[MethodRow]) -> tuple[str, list[str], list
                 note, apart = f"{low:+{measure.style}} to {high:+{measure.style}}", low > 0 or high < 0
             cells.append(Cell(f"{change.mean:+{measure.style}}", apart, note))
         table.append((row.name, cells))
-    return (rows[0].reference if rows else ""), [measure.label for measure in measures], table
+    return "; ".join(dict.fromkeys(row.reference for row in rows)), [measure.label for measure in measures], table
 
 
 def _shade(rate: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,42 +17,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 from rich.console import Console
 
 from clora import __version__
-from clora.config import Config, acceleration_lora, load_config
-from clora.data.examples import Example
-from clora.data.image_grid import Grid, Pixels, grid_image, to_uint8
-from clora.data.pairs import Pair
+from clora.config import Config, load_config
+from clora.data.image_grid import Grid, Pixels, grid_image
 from clora.distill.check import check_teaching
 from clora.distill.forwards import distillation_forwards, joint_step_forwards
-from clora.distill.opened import OpenBase
-from clora.distill.run import open_bank
-from clora.distill.workspace import open_base, open_workspace
+from clora.distill.workspace import open_workspace
 from clora.errors import InputErrors
-from clora.evaluate.baselines import (
-    ACCELERATION,
-    COARSE,
-    COLLECTION,
-    JOINT,
-    JOINT_STUDENT,
-    STACKED,
-    Method,
-    methods,
-    sample_examples,
-)
-from clora.evaluate.exact import Outputs, evaluate_methods
+from clora.evaluate.baselines import COLLECTION, JOINT_STUDENT
+from clora.evaluate.exact import evaluate_methods
 from clora.evaluate.report import Curve, MethodRow, PhaseRow, Report, write_report
 from clora.io.atomic import write_text
+from clora.jobs.demo_samples import held_out, read_samples, sample_all, table_order
 from clora.jobs.teach import JOINT as JOINT_FOLDER
 from clora.jobs.teach import teach, teach_joint
 from clora.jobs.train import train
 from clora.jobs.validate import validate_config
-from clora.lora.files import read_lora
-from clora.method.prompts import effect_prompts
 from clora.tiny.dataset import (
-    EVAL_SCENES,
     effect_config,
     effect_names,
     write_effect_pairs,
@@ -63,6 +46,7 @@ from clora.tiny.world.scenes import render, sample_scene
 from clora.training.tracker import read_log
 
 Size = Literal["full", "long", "smoke"]
+PICTURED = ("coarse+accel", COLLECTION)  # in the fewest steps; in the schedule's all methods are
 
 
 @dataclass(frozen=True)
@@ -164,7 +148,7 @@ def run_demo(
     phases.run("distil", lambda: train(config, resume="latest", console=console))
     phases.run("joint-fm", lambda: train_joint(config, console))
     phases.run("joint-fm (student prompts)", lambda: train_control(config, console))
-    phases.run("sample", lambda: sample_all(config, scale, out, console))
+    phases.run("sample", lambda: sample_all(config, held_out(out, scale.eval_sources), out, console))
     phases.run("score", lambda: score(out))
     return report(config, out, phases)
 
@@ -205,9 +189,11 @@ def train_joint(config: Config, console: Console) -> None:
 
 
 def train_control(config: Config, console: Console) -> None:
-    """The collection's own coarse stage, drawn out until it has cost as many forwards as the whole distillation: what
-    is left of the collection when distillation is taken away. To `joint_student/collection.safetensors`."""
-    steps = round(distillation_forwards(config) / joint_step_forwards(config))
+    """The collection's own coarse stage trained on, at half its learning rate, until it has cost as many forwards as
+    the full stage: what is left of the collection when distillation is taken away."""
+    train_settings, per_step = config.train, joint_step_forwards(config)
+    steps = max(1, round(distillation_forwards(config) / per_step) - train_settings.coarse_steps)
+    rate = (train_settings.coarse_learning_rate or train_settings.learning_rate) / 2
     out = config.output_dir / JOINT_STUDENT
     out.mkdir(exist_ok=True)
     if not (cache := out / "cache").exists():
@@ -216,105 +202,27 @@ def train_control(config: Config, console: Console) -> None:
     config = config.with_values(
         output_dir=out,
         effects=effects,
-        student={"acceleration": None},
-        train={"max_train_steps": steps, "coarse_steps": steps, "ema_start": 0},
+        student={"acceleration": None, "init_from": config.output_dir / "coarse.safetensors"},
+        train={"max_train_steps": steps, "coarse_steps": steps, "ema_start": 0, "coarse_learning_rate": rate},
     )
     train(config, resume="latest", console=console)
 
 
-def sample_all(config: Config, scale: Scale, out: Path, console: Console) -> None:
-    """Every method's images of every effect on the held-out scenes, to `samples/METHOD.npz`, with times."""
-    sources = {EVAL_SCENES + i: out / "data" / "held_out" / f"{i:03d}.png" for i in range(scale.eval_sources)}
-    workspace = open_base(config, console)
-    examples = encode_held_out(workspace, sources)
-    found = load_methods(workspace, out)
-    folder = out / "samples"
-    folder.mkdir(exist_ok=True)
-    for method in found:
-        path = folder / f"{method.name}.npz"
-        if path.exists():
-            continue
-        console.print(f"sampling {method.name} ({method.nfe} forwards an image)")
-        images, seconds = sample_held_out(workspace, method, examples)
-        arrays: dict[str, Any] = {f"{effect}|{scene}": image for (effect, scene), image in images.items()}
-        arrays |= {"seconds": seconds, "nfe": method.nfe, "num_loras": method.num_loras}
-        np.savez(path.with_suffix(".tmp.npz"), **arrays)
-        path.with_suffix(".tmp.npz").rename(path)
-
-
-def encode_held_out(workspace: OpenBase, sources: dict[int, Path]) -> dict[tuple[str, int], Example]:
-    """Every effect on every held-out scene, encoded."""
-    config = workspace.config
-    student = {prompt.name: prompt.student_prompt for prompt in effect_prompts(config)}
-    negative = config.objective.negative_prompt
-    examples = {}
-    for effect in config.effects:
-        texts = {"student": student[effect.name], "teacher": effect.prompt, "negative": negative}
-        for scene, path in sources.items():
-            pair = Pair((path,), None, None, effect.name, str(path))
-            examples[effect.name, scene] = workspace.encoder.encode(pair, effect.name, texts)
-    workspace.backbone.free_encoders()
-    return examples
-
-
-def load_methods(workspace: OpenBase, out: Path) -> list[Method]:
-    """Load every adapter a method needs into slots of its own."""
-    adapters, accelerate = workspace.adapters, acceleration_lora(workspace.config.base.model)
-    files = {
-        COLLECTION: out / "collection.safetensors",
-        JOINT: out / "joint.safetensors",
-        JOINT_STUDENT: out / JOINT_STUDENT / "collection.safetensors",
-        COARSE: out / "coarse.safetensors",
-    }
-    if accelerate is not None:
-        files[ACCELERATION] = accelerate
-    for slot, path in files.items():
-        adapters.add_lora(slot, read_lora(path, adapters.module_shapes).modules)
-    bank = open_bank(workspace)
-    assert bank is not None
-    return methods(workspace.config, bank, files)
-
-
-Images = dict[tuple[str, int], NDArray[np.uint8]]
-
-
-def sample_held_out(
-    workspace: OpenBase, method: Method, examples: dict[tuple[str, int], Example]
-) -> tuple[Images, float]:
-    """uint8 images by (effect, scene), and seconds per image; the same seed for a scene in every method."""
-    keys, seeds = list(examples), [scene % 100_003 for _, scene in examples]
-    batch_size = workspace.config.eval.batch_size
-    started = time.perf_counter()
-    made = sample_examples(workspace.backbone, method, list(examples.values()), seeds, batch_size)
-    images = {keys[place]: to_uint8(image) for place, image in made}
-    return images, (time.perf_counter() - started) / len(images)
-
-
-def read_samples(folder: Path) -> Iterator[tuple[str, dict[str, Any], Outputs]]:
-    """Name, figures and outputs of every sampled method."""
-    for path in sorted(folder.glob("*.npz")):
-        with np.load(path) as stored:
-            figures = {key: stored[key].item() for key in ("seconds", "nfe", "num_loras")}
-            outputs: dict[tuple[str, int], list[Pixels]] = {}
-            for key in stored.files:
-                if "|" in key:
-                    effect, scene = key.split("|")
-                    outputs[effect, int(scene)] = [stored[key]]
-        yield path.stem, figures, outputs
-
-
-ORDER = ("teacher-40", "teacher-8", "teacher+accel", *STACKED, "collection")
-
-
 def score(out: Path) -> None:
-    """Score every method against the known truth, among all effects of the world: `scores.json`."""
+    """Score every method against the known truth, among all effects of the world: `scores.json`.
+
+    Differences are to the collection in as many steps, for the teachers of many to the collection as it is.
+    """
     sampled = {name: (figures, outputs) for name, figures, outputs in read_samples(out / "samples")}
-    scores = evaluate_methods({name: outputs for name, (_, outputs) in sampled.items()})
+    nfe = {name: int(figures["nfe"]) for name, (figures, _) in sampled.items()}
+    collections = {nfe[name]: name for name in nfe if name.split(", ")[0] == COLLECTION}
+    references = {name: collections.get(count, COLLECTION) for name, count in nfe.items()}
+    scores = evaluate_methods({name: outputs for name, (_, outputs) in sampled.items()}, reference=references)
     rows = {
         name: MethodRow.from_scores(
             name,
             scores[name],
-            nfe=int(figures["nfe"]),
+            nfe=nfe[name],
             num_loras=int(figures["num_loras"]),
             seconds_per_image=float(figures["seconds"]),
         ).model_dump()
@@ -327,7 +235,8 @@ def report(config: Config, out: Path, phases: Phases) -> Path:
     """Write report.json, report.html and its grid of pictures, grid.png, from what the phases left behind."""
     names = [effect.name for effect in config.effects]
     sampled = {name: (figures, outputs) for name, figures, outputs in read_samples(out / "samples")}
-    order = [name for name in ORDER if name in sampled] + [name for name in sampled if name not in ORDER]
+    nfe = {name: int(figures["nfe"]) for name, (figures, _) in sampled.items()}
+    order = table_order(nfe)
     scored = json.loads((out / "scores.json").read_text())
     rows = [MethodRow.model_validate(scored[name]) for name in order]
     whole = Report(
@@ -345,7 +254,9 @@ def report(config: Config, out: Path, phases: Phases) -> Path:
             "version": __version__,
         },
     )
-    grid = grid_of(names, order, sampled)
+    fewest = min(nfe.values())
+    shown = [n for n in order if nfe[n] >= nfe[COLLECTION] or (nfe[n] == fewest and n.split(", ")[0] in PICTURED)]
+    grid = grid_of(names, shown, sampled)
     grid_image(grid.rows, grid.columns, grid.row_labels).save(out / "grid.png")
     return write_report(out, whole, [grid])
 

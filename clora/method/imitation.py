@@ -23,10 +23,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clora.method.flow import add_noise, euler_step, few_step_sigmas
+from clora.method.flow import add_noise, euler_step
 from clora.method.given import Anchor, DistillBatch, Networks, anchor_of, ask_teacher
 from clora.method.losses import Figures, velocity_loss
-from clora.method.noise import DistillConfig, Draws, chance, exit_step, fresh_noise, normal, own_share, uniform
+from clora.method.noise import (
+    DistillConfig,
+    Draws,
+    chance,
+    draw_schedule,
+    exit_step,
+    fresh_noise,
+    normal,
+    own_share,
+    uniform,
+)
 from clora.method.simulate import rollout_state
 
 LEAST_SIGMA = 0.004  # below it the teacher's velocity is rounding noise
@@ -37,11 +47,10 @@ def imitation_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draw
     a rollout has up to num_steps - 1 more.
 
     The states are images y noised to the step's sigma, or, with chance `objective.on_policy_share` and in the general
-    stream always, those of the student's own rollout (one step for the whole batch). Where `objective.imitation_steps`
-    names several step counts, one is drawn for the batch, so that the student learns to sample in each of them.
+    stream always, those of the student's own rollout (one step for the whole batch).
     """
-    asked, draws, counts = anchor_of(batch), draws.anchors(), cfg.objective.imitation_steps or [cfg.schedule.num_steps]
-    sigmas = few_step_sigmas(counts[_pick(len(counts), draws)], cfg.schedule.shift)
+    asked, draws = anchor_of(batch), draws.anchors()
+    sigmas = draw_schedule(cfg, draws)
     x_sigma, sigma, sigma_next = _states(nets, asked, batch.latent_shape, sigmas, cfg, draws)
 
     def student(x_sigma: Tensor, sigma: Tensor) -> Tensor:
@@ -80,11 +89,6 @@ def _ask_few_step_teacher(nets: Networks, asked: Anchor, x_sigma: Tensor, sigma:
     if nets.few_step_teacher is None:
         raise ValueError("objective.imitation is same_step, but the networks have no few_step_teacher")
     return nets.few_step_teacher(x_sigma, sigma, asked.teacher_cond)
-
-
-def _pick(count: int, draws: Draws) -> int:
-    """One of `count`, the same for the whole batch; a single one draws nothing."""
-    return exit_step(count, draws) if count > 1 else 0
 
 
 def step_interval(sigmas: Tensor, step_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,7 @@ def draw_ts_gen_sigma(cfg: DistillConfig, draws: Draws) -> Tensor:
     tau_max = cfg.objective.tau_max
     if cfg.objective.ts_sigma == "continuous":
         return uniform(0.0, tau_max, draws)
-    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
+    sigmas = draw_schedule(cfg, draws)
     device = draws.generator.device
     steps = sigmas[sigmas < tau_max].to(device)
     if len(steps) == 0:
@@ -133,7 +133,17 @@ def draw_ta_fm_sigma(cfg: DistillConfig, draws: Draws, sigma_dmd: Tensor | None 
     return shift_sigma(floor + (1.0 - floor) * uniform(0.0, 1.0, draws), cfg.schedule.shift)
 
 
-# Plain numbers.
+# What is one for the whole batch.
+
+
+def draw_schedule(cfg: DistillConfig, draws: Draws) -> Tensor:
+    """The noise levels of a sampler of one of the step counts that are trained for, fp32, falling, without the final 0.
+
+    A single count draws nothing.
+    """
+    counts = cfg.schedule.step_counts or [cfg.schedule.num_steps]
+    count = counts[exit_step(len(counts), draws)] if len(counts) > 1 else counts[0]
+    return few_step_sigmas(count, cfg.schedule.shift)
 
 
 def exit_step(num_steps: int, draws: Draws) -> int:

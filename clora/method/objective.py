@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clora.config import ObjectiveConfig
 from clora.errors import InputError
-from clora.method.flow import add_noise, few_step_sigmas, shift_sigma
+from clora.method.flow import add_noise, shift_sigma
 from clora.method.given import CriticSample, DistillBatch, Networks, Query, anchor_of, ask_scores
 from clora.method.losses import Figures, dmd_loss, flow_matching_loss
 from clora.method.noise import (
@@ -29,6 +29,7 @@ from clora.method.noise import (
     Draws,
     chance,
     draw_dmd_sigma,
+    draw_schedule,
     draw_ta_fm_sigma,
     draw_ts_critic_sigma,
     draw_ts_gen_sigma,
@@ -206,7 +207,7 @@ def critic_samples(
 
 def student_sample(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draws: Draws) -> Tensor:
     """The batch's backward-simulated samples x0 (B, T, C) at a drawn exit step, the same for all; with grad."""
-    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
+    sigmas = draw_schedule(cfg, draws)
     step = exit_step(len(sigmas), draws)
     first = normal(batch.latent_shape, draws)
     x0, _ = backward_simulate(
@@ -223,8 +224,8 @@ def student_samples(
     if len(batches) < 2 or nets.cat_conds is None:
         with torch.no_grad():
             return [student_sample(nets, batch, cfg, own) for batch, own in zip(batches, draws, strict=True)]
-    sigmas = few_step_sigmas(cfg.schedule.num_steps, cfg.schedule.shift)
-    steps = [exit_step(len(sigmas), own) for own in draws]
+    sigmas = [draw_schedule(cfg, own) for own in draws]
+    steps = [exit_step(len(levels), own) for levels, own in zip(sigmas, draws, strict=True)]
     return backward_simulate_together(
         nets.student,
         [batch.student_cond for batch in batches],

@@ -40,7 +40,7 @@ def rollout_state(
         raise ValueError(f"step {step} is outside a schedule of {len(sigmas)} steps")
     x_sigma = eps_first
     for k in range(step):
-        sigma, sigma_next = _levels(sigmas, k, x_sigma)
+        sigma, sigma_next = _level(sigmas, k, x_sigma), _level(sigmas, k + 1, x_sigma)
         noise = None if fresh_noise is None else partial(fresh_noise, k)
         x_sigma = _next_state(x_sigma, velocity(x_sigma, sigma, cond), sigma, sigma_next, noise)
     return x_sigma
@@ -63,7 +63,7 @@ def backward_simulate(
         x0 (B, T, C) predicted at `step`, and that step's sigma (B,).
     """
     x_sigma = rollout_state(velocity, cond, eps_first, step, sigmas, fresh_noise)
-    sigma = sigmas[step].to(x_sigma.device).expand(len(x_sigma))
+    sigma = _level(sigmas, step, x_sigma)
     return x0_from_velocity(x_sigma, velocity(x_sigma, sigma, cond), sigma), sigma
 
 
@@ -73,38 +73,38 @@ def backward_simulate_together(
     cat_conds: Callable[[Sequence[Any]], Any],
     eps_first: Sequence[Tensor],
     steps: Sequence[int],
-    sigmas: Tensor,
+    sigmas: Sequence[Tensor],
     fresh_noise: Callable[[int, int], Tensor] | None,
 ) -> list[Tensor]:
     """The x0 of `backward_simulate` for several batches, without grad, in one forward a sampler step for all.
 
     Args:
-        conds, eps_first, steps: each batch's own. `cat_conds` joins conditions along the batch.
+        conds, eps_first, steps, sigmas: each batch's own. `cat_conds` joins conditions along the batch.
         fresh_noise: `fresh_noise(i, k)` gives batch i's noise of the move from step k to step k + 1; None as there.
 
     Returns:
         Each batch's x0, predicted at its own step.
     """
     states = list(eps_first)
-    sigmas = sigmas.to(states[0].device)
     with torch.no_grad():
         for k in range(max(steps) + 1):
             going = [i for i, step in enumerate(steps) if step >= k]
             x_sigma = torch.cat([states[i] for i in going])
-            v = velocity(x_sigma, sigmas[k].expand(len(x_sigma)), cat_conds([conds[i] for i in going]))
+            sigma = torch.cat([_level(sigmas[i], k, states[i]) for i in going])
+            v = velocity(x_sigma, sigma, cat_conds([conds[i] for i in going]))
             for i, v_i in zip(going, v.split([len(states[i]) for i in going]), strict=True):
                 if k == steps[i]:
-                    states[i] = x0_from_velocity(states[i], v_i, sigmas[k].expand(len(v_i)))
+                    states[i] = x0_from_velocity(states[i], v_i, _level(sigmas[i], k, v_i))
                 else:
                     noise = None if fresh_noise is None else partial(fresh_noise, i, k)
-                    states[i] = _next_state(states[i], v_i, *_levels(sigmas, k, v_i), noise)
+                    ends = _level(sigmas[i], k, v_i), _level(sigmas[i], k + 1, v_i)
+                    states[i] = _next_state(states[i], v_i, *ends, noise)
     return states
 
 
-def _levels(sigmas: Tensor, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where `step` begins and ends, (B,) each."""
-    begin, end = sigmas[step : step + 2].to(x.device)
-    return begin.expand(len(x)), end.expand(len(x))
+def _level(sigmas: Tensor, step: int, x: Tensor) -> Tensor:
+    """Where `step` begins, for each sample of x: (B,)."""
+    return sigmas[step].to(x.device).expand(len(x))
 
 
 def _next_state(

@@ -278,7 +278,7 @@ def test_a_key_of_another_section_or_trainer_is_recognised(tmp_path: Path, given
 
 def test_a_key_like_no_other_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     fault = faults_of(write(tmp_path, MINIMAL), "schedule.qqqq=1")[0]
-    assert fault.endswith("unknown key 'schedule.qqqq'; known in 'schedule': num_steps, shift, sampler")
+    assert fault.endswith("unknown key 'schedule.qqqq'; known in 'schedule': num_steps, step_counts, shift, sampler")
 
 
 def test_repeated_yaml_keys_are_all_named_with_their_lines(tmp_path: Path) -> None:

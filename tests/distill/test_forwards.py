@@ -46,13 +46,14 @@ def test_imitation_forwards_closed_forms() -> None:
     """Recipes A and B of one sample; the paper's is 56 with five critic updates and a guided teacher."""
     shared = {"preset": "segment_mean", "output_dir": "o", "train": {"anchor_batch_size": 1}}
 
-    def of(**objective: object) -> float:
-        return imitation_forwards(build_config(shared | {"objective": objective}, Path()), "effect")
+    def of(step_counts: object = (8, 4, 2), **objective: object) -> float:
+        values = shared | {"objective": objective, "schedule": {"step_counts": step_counts}}
+        return imitation_forwards(build_config(values, Path()), "effect")
 
     assert of(on_policy_share=0.0) == 1 + 2 + 2
     assert of(on_policy_share=0.0, guidance=1.0) == 1 + 2 + 1
-    assert of(on_policy_share=1.0, imitation_steps=[8]) == 1 + 2 + 2 + 3.5
-    assert of(on_policy_share=0.5, imitation_steps=[8, 2]) == 1 + 2 + 2 + 0.5 * (3.5 + 0.5) / 2
+    assert of([8], on_policy_share=1.0) == 1 + 2 + 2 + 3.5
+    assert of([8, 2], on_policy_share=0.5) == 1 + 2 + 2 + 0.5 * (3.5 + 0.5) / 2
     config = build_config(shared, Path())
     assert full_step_forwards(config, "effect") == imitation_forwards(config, "effect")
     assert imitation_forwards(config, "general") == 1 + 2 + 2 + (3.5 + 1.5 + 0.5) / 3  # always on policy

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import clora.distill.step as step
 import clora.jobs.demo as demo
+import clora.jobs.demo_samples as demo_samples
 import clora.jobs.teach as teaching
 from clora.jobs.demo import Phases, run_demo
 from clora.training.tracker import read_log
@@ -44,8 +45,8 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("teach", teaching, "apply_gradients", 3),
         ("distil", step, "apply_gradients", 3),
         ("joint-fm", teaching, "apply_gradients", 3),
-        (CONTROL, step, "apply_gradients", 3),
-        ("sample", demo, "sample_held_out", 2),
+        (CONTROL, step, "apply_gradients", 0),
+        ("sample", demo_samples, "sample_held_out", 2),
         ("score", demo, "evaluate_methods", 0),
     ):
         with monkeypatch.context() as patch:

@@ -156,12 +156,14 @@ def asked_batch(y: Tensor | None, **fields: Any) -> DistillBatch:
     return DistillBatch(stream, **conds, latent_shape=(1, 2), batch_size=6, samples=[], step=0, y=y, **fields)  # type: ignore[arg-type]
 
 
-def ask(batch: DistillBatch, seed: int = 0, few: bool = False, **objective: Any) -> tuple[Tensor, Networks]:
+def ask(
+    batch: DistillBatch, seed: int = 0, few: bool = False, counts: list[int] | None = None, **objective: Any
+) -> tuple[Tensor, Networks]:
     nets = Networks(Recorder(0.5), Recorder(9.0), Recorder(0.25), lambda conds: [*conds[0], *conds[1]])
     nets = replace(nets, few_step_teacher=Recorder(-1.0) if few else None)
     cfg = SimpleNamespace(
         objective=ObjectiveConfig(**{"guidance": 1.0, "imitation_weight": 1.0, **objective}),
-        schedule=ScheduleConfig(num_steps=4, sampler="euler"),
+        schedule=ScheduleConfig(num_steps=4, step_counts=counts, sampler="euler"),
     )
     loss, figures = imitation_loss(nets, batch, cfg, Draws.alone(torch.Generator().manual_seed(seed), 6))
     assert figures.keys() == {"imitation_loss"} and figures["imitation_loss"] == loss.detach()
@@ -226,7 +228,7 @@ def test_imitation_loss_same_step_asks_the_few_step_teacher_where_the_student_is
 def test_imitation_loss_draws_one_of_its_step_counts() -> None:
     seen = Counter()
     for seed in range(40):
-        _, nets = ask(asked_batch(torch.zeros(6, 1, 2)), seed, imitation_steps=[1, 2])
+        _, nets = ask(asked_batch(torch.zeros(6, 1, 2)), seed, counts=[1, 2])
         levels = set(nets.student.calls[0][1].tolist())
         assert levels <= {1.0, float(few_step_sigmas(2)[1])}
         seen["two" if len(levels) == 2 else "one"] += 1

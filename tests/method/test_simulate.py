@@ -53,17 +53,17 @@ def test_backward_simulate_runs_step_plus_one_forwards_and_grads_the_last(step: 
 
 
 def test_backward_simulate_together_equals_each_alone() -> None:
-    """Three batches that leave at their own steps, in the forwards of the longest."""
-    steps, sizes = [2, 5, 0], [2, 1, 3]
+    """Three batches with schedules of their own leave at steps of their own, in the forwards of the longest."""
+    steps, sizes, schedules = [2, 5, 0], [2, 1, 3], [few_step_sigmas(4), SIGMAS, few_step_sigmas(2)]
     rng = torch.Generator().manual_seed(3)
     firsts = [torch.randn(size, 3, 4, generator=rng) for size in sizes]
     noises = [torch.randn(8, size, 3, 4, generator=rng) for size in sizes]
     net = CountingNet()
-    got = backward_simulate_together(net, ["a", "b", "c"], "".join, firsts, steps, SIGMAS, lambda i, k: noises[i][k])
+    got = backward_simulate_together(net, ["a", "b", "c"], "".join, firsts, steps, schedules, lambda i, k: noises[i][k])
     assert [cond for _, _, cond, _ in net.calls] == ["abc", "ab", "ab", "b", "b", "b"]
     assert [len(x) for x, *_ in net.calls] == [6, 3, 3, 1, 1, 1] and not any(grad for *_, grad in net.calls)
     for i, x0 in enumerate(got):
-        want, _ = backward_simulate(CountingNet(), None, firsts[i], steps[i], SIGMAS, noises[i].__getitem__)
+        want, _ = backward_simulate(CountingNet(), None, firsts[i], steps[i], schedules[i], noises[i].__getitem__)
         torch.testing.assert_close(x0, want.detach())
 
 
@@ -86,7 +86,7 @@ def test_rollout_state_without_noise_is_the_stock_euler_path(step: int) -> None:
 def test_backward_simulate_together_without_noise_equals_each_alone() -> None:
     rng = torch.Generator().manual_seed(3)
     firsts = [torch.randn(2, 3, 4, generator=rng) for _ in range(2)]
-    got = backward_simulate_together(CountingNet(), ["a", "b"], "".join, firsts, [2, 5], SIGMAS, None)
+    got = backward_simulate_together(CountingNet(), ["a", "b"], "".join, firsts, [2, 5], [SIGMAS, SIGMAS], None)
     for x0, first, step in zip(got, firsts, (2, 5), strict=True):
         want, _ = backward_simulate(CountingNet(), None, first, step, SIGMAS, None)
         torch.testing.assert_close(x0, want.detach())
