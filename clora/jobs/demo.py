@@ -66,9 +66,10 @@ SCALES: dict[Size, Scale] = {
         eval_sources=4,
         overrides=(
             "teach.max_train_steps=400",
-            "train.max_train_steps=1630",
+            "train.max_train_steps=1900",
             "train.coarse_steps=1600",
             "train.ema_start=1600",
+            "train.ema_decay=0.98",
             "train.anchor_batch_size=16",
         ),
     ),
