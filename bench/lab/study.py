@@ -38,6 +38,8 @@ from clora.lora.files import read_lora
 from clora.lora.slots import Slot
 from clora.tiny.dataset import effect_config, write_effect_pairs, write_eval_sources
 
+SLOT = "arm"  # of the file that is sampled
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -161,11 +163,11 @@ class Study:
             self.console.print(f"sampling {row.name}")
             if row.who != "teacher":
                 modules = read_lora(self.arm_file(row.who), workspace.adapters.module_shapes).modules
-                workspace.adapters.add_lora(row.who, modules)
+                workspace.adapters.add_lora(SLOT, modules)
             method = self._method(row, config, bank.slots_for)
             found[row.name] = sample(workspace, method, encoded[row.who])
             if row.who != "teacher":
-                workspace.adapters.remove_stack(row.who)
+                workspace.adapters.remove_stack(SLOT)
             path = self._sample_path(row)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(path.with_suffix(".tmp.npz"), **{f"{e}|{s}": one[0] for (e, s), one in found[row.name].items()})
@@ -188,7 +190,7 @@ class Study:
             sampling = few_step_sampling(row.num_steps, config.schedule.shift, row.sampler)
 
         def slots_for(effects: Sequence[str | None]) -> Sequence[Slot]:
-            slots = teachers(effects) if row.who == "teacher" else [row.who]
+            slots = teachers(effects) if row.who == "teacher" else [SLOT]
             return [(slot, ACCELERATION) for slot in slots] if row.accelerated else slots
 
         return Method(row.name, 1, sampling, "teacher" if row.who == "teacher" else "student", slots_for)
