@@ -18,15 +18,8 @@ from clora.jobs.train import train
 from clora.lora.catalogue import read_catalogue
 from clora.lora.files import read_lora
 from clora.training.tracker import read_log
+from tests.support.full_width import FULL_WIDTH
 from tests.support.random_base import write_random_base
-
-FULL_WIDTH = {
-    "num_layers": 2,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 3584,
-    "axes_dims_rope": (16, 56, 56),
-}
 
 
 @pytest.mark.slow
