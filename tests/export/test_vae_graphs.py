@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,12 @@ from clora.export.verify import picture, relative, verify
 from clora.inference.edit_plan import EditRequest
 from clora.jobs.edit import edit_files
 from clora.jobs.export import ExportRequest, export
+from clora.serve.load import open_model
+from clora.serve.models import Model
+from clora.serve.service import Service
+from clora.serve.settings import Settings
+from tests.serve.conftest import post
+from tests.serve.test_edits import pixels
 
 SIZES = ((64, 64), (48, 80), (16, 24))
 # As few layers as a VAE may have: what is proved of a graph does not depend on them, and tracing takes as long as all.
@@ -103,8 +110,14 @@ def test_export_with_its_vae_edits_without_the_bases(
     edit_files(request, artefact=folder)
     assert loaded == ["text_encoder"]
     edit_files(replace(request, output=tmp_path / "eager.png", base=str(base), lora=folder / COLLECTION))
+    settings = Settings(artefact=folder, thumbnails=False)
+    with closing(Service(settings, Model(open_model(settings), settings.batches))) as service:
+        answer = post(
+            service, {"effect": "a", "seed": "1"}, [("image", ("in.png", (tmp_path / "in.png").read_bytes()))]
+        )
     made, wanted = (np.asarray(Image.open(tmp_path / f"{name}.png"), np.int16) for name in ("graph", "eager"))
-    assert np.abs(made - wanted).max() <= 1
+    for one in (made, pixels(answer)):
+        assert one.shape == wanted.shape and np.abs(one - wanted).max() <= 1
 
     artefact = open_artefact(folder)
     assert artefact.vae is not None
