@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -28,22 +28,37 @@ settings.register_profile("clora", deadline=None, derandomize=True)
 settings.load_profile("clora")
 
 
+# What a process of the suite may use at most, so that two of them run on a laptop beside its user's own work.
+MOST_GB = 4.0
+GREW = pytest.StashKey[bool]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if (big := item.get_closest_marker("big")) and not os.environ.get("CI"):
-            if (reason := too_big(big.args[0], psutil.virtual_memory().available / 1e9)) is not None:
-                item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(pytest.mark.skip(reason=f"needs {big.args[0]:g} GB of memory; CI=1 runs it"))
 
 
-def too_big(needed_gb: float, available_gb: float) -> str | None:
-    """Why a test that needs so much memory is left out: the suite runs on two processes, beside a user's own work."""
-    if available_gb >= 2 * needed_gb:
-        return None
-    return (
-        f"needs {needed_gb:g} GB of memory, {available_gb:.1f} are free of the {2 * needed_gb:g} wanted; CI=1 runs it"
-    )
+def peak_gb() -> float:
+    """The most memory that this process, or any process that it started and that has ended, has had at a time."""
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return most / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
+
+
+@pytest.fixture(autouse=True)
+def memory_bar(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails the test that takes its process past MOST_GB, unless it is marked `big`.
+
+    A peak stays: after one such test, or a big one, the process is not asked again.
+    """
+    yield
+    peak = peak_gb()
+    if peak > MOST_GB and not request.config.stash.get(GREW, False):
+        request.config.stash[GREW] = True
+        if request.node.get_closest_marker("big") is None:
+            pytest.fail(f"its process came to {peak:.1f} GB of {MOST_GB:g}: make it smaller, or mark it big(GB)", False)
 
 
 @pytest.fixture(autouse=True)

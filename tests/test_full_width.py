@@ -18,16 +18,8 @@ from clora.jobs.train import train
 from clora.lora.catalogue import read_catalogue
 from clora.lora.files import read_lora
 from clora.training.tracker import read_log
-from tests.conftest import too_big
+from tests.support.full_width import FULL_WIDTH
 from tests.support.random_base import write_random_base
-
-FULL_WIDTH = {
-    "num_layers": 2,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 3584,
-    "axes_dims_rope": (16, 56, 56),
-}
 
 
 @pytest.mark.slow
@@ -69,8 +61,3 @@ def test_train_runs_at_full_width(tmp_path: Path) -> None:
     assert len(modules) == 2 * 14
     rows = read_log(tmp_path / "run" / "train")
     assert rows and all(np.isfinite(value) for row in rows for value in row.values())
-
-
-def test_too_big_wants_twice_what_a_test_needs() -> None:
-    assert too_big(10, 20) is None
-    assert too_big(10, 19.9) == "needs 10 GB of memory, 19.9 are free of the 20 wanted; CI=1 runs it"

@@ -114,7 +114,7 @@ def test_clora_sample_survives_files_with_flipped_bytes(tmp_path: Path) -> None:
     save_file(some_conditions(), path)
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for _ in range(12):
+    for _ in range(5):  # csrc/tests/safetensors_fuzz.cpp gives its reader thousands
         damaged = bytearray(whole)
         for place in RNG.integers(0, header, RNG.integers(1, 4)):
             damaged[place] = RNG.integers(0, 256)

@@ -24,6 +24,7 @@ from clora.errors import InputError
 from clora.inference.editor import default_sampling
 from clora.inference.sampling import Sampling, few_step_sampling, follow, sample, sampling_sigmas, teacher_sampling
 from clora.method.flow import few_step_sigmas
+from tests.support.full_width import FULL_WIDTH
 from tests.support.random_base import write_random_base
 
 # The scheduler of Qwen-Image-Edit-2509.
@@ -173,14 +174,7 @@ def test_sample_of_a_guided_teacher_is_the_stock_pipelines(
 @pytest.mark.slow
 def test_sample_at_full_width_is_the_stock_pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers of 3072, as the real model has sixty."""
-    widths = {
-        "num_layers": 2,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 3584,
-        "axes_dims_rope": (16, 56, 56),
-    }
-    base = write_random_base(tmp_path / "base", area=32 * 32, dtype=torch.bfloat16, **widths)
+    base = write_random_base(tmp_path / "base", area=32 * 32, dtype=torch.bfloat16, **FULL_WIDTH)
     FlowMatchEulerDiscreteScheduler(**REAL).save_pretrained(base / "scheduler")
     backbone = load_backbone(base, dtype=torch.float32)
     backbone.add_adapters(["attn.to_q"])

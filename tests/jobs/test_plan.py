@@ -104,12 +104,21 @@ CASES = [
 
 @pytest.mark.parametrize(("dtype", "train"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 def test_memory_plan_is_within_a_tenth_of_the_measured_peak(dtype: torch.dtype, train: Mapping[str, Any]) -> None:
-    planned, measured = planned_and_measured(dtype, train)
+    # Without arithmetic for bf16 a step takes a CPU a minute; where three samples are kept, fewer tokens do.
+    side = 8 if dtype == torch.bfloat16 and "anchor_batch_size" in train else 16
+    planned, measured = planned_and_measured(dtype, train, side=side)
     assert planned == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("train", [{"gradient_checkpointing": False}, {"memory_budget_gb": NO_MEMORY}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "train"),
+    [
+        (torch.float32, {"gradient_checkpointing": False}),
+        (torch.float32, {"memory_budget_gb": NO_MEMORY}),
+        (torch.bfloat16, {"memory_budget_gb": NO_MEMORY}),
+    ],
+    ids=str,
+)
 def test_memory_plan_of_an_int8_base_is_within_a_tenth_of_the_measured_peak(
     dtype: torch.dtype, train: Mapping[str, Any]
 ) -> None:
@@ -127,11 +136,11 @@ def test_memory_plan_of_zero_cond_t_is_within_a_tenth_of_the_measured_peak(
 
 
 def planned_and_measured(
-    dtype: torch.dtype, train: Mapping[str, Any], quantized: bool = False, zero_cond_t: bool = False
+    dtype: torch.dtype, train: Mapping[str, Any], quantized: bool = False, zero_cond_t: bool = False, side: int = 16
 ) -> tuple[int, int]:
     """Peaks of tensors over whole steps on three random layers, Adam's state included."""
     transformer_config = SMALL | {"zero_cond_t": zero_cond_t}
-    size = Size(transformer_config, (16, 16), 20, 8, dtype, rounds=1)
+    size = Size(transformer_config, (side, side), 20, 8, dtype, rounds=1)
     values = {
         "preset": "clora",
         "base": "tiny",
@@ -152,6 +161,8 @@ def planned_and_measured(
         for step in [step for step in range(20) if distillation.batches.stream(step) == "effect"][:2]:
             full_step(distillation, step)
     settings = small_settings(
+        image_tokens=side**2,
+        reference_tokens=side**2,
         batch_size=config.train.batch_size,
         anchor_batch_size=config.train.anchor_batch_size or config.train.batch_size,
         base_bytes=dtype.itemsize,

@@ -92,7 +92,7 @@ def check_against_fp64(
 def test_adaln_equals_fp64_reference_on_random_shapes(kind: str, dtype: torch.dtype, device: str) -> None:
     op, ref, names = OPS[kind]
     draw = random.Random(f"{kind} {dtype}")
-    for _ in range(70):
+    for _ in range(70 if device == "cuda" else 35):
         shape = (draw.randint(1, 2), draw.choice([1, 2, 3, 4]), draw.choice([1, 2, 3, 31, 64, 97, 200]))
         tensors, index = make_inputs(names, shape, dtype, draw.choice(INDICES), device, dense=draw.random() < 0.5)
         check_against_fp64(op, ref, names, tensors, index, floor=4.0 if dtype == torch.float32 else 1.0)

@@ -64,7 +64,7 @@ def test_dmd_score_equals_fp64_reference(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dmd_score_equals_fp64_reference_on_random_shapes(dtype: torch.dtype, device: str) -> None:
     draw = random.Random(str(dtype))
-    for _ in range(70):
+    for _ in range(70 if device == "cuda" else 35):
         shape = (draw.randint(1, 3), draw.choice([1, 2, 3, 17, 40]), draw.choice([1, 2, 16, 31, 64, 97]))
         guidance, floor = draw.choice(GUIDANCES), draw.choice([1e-3, 1.0, None])
         inputs = make_inputs(shape, dtype, guidance[0], device)

@@ -84,7 +84,7 @@ def test_qk_norm_rope_equals_fp64_reference(shape: Shape, dtype: torch.dtype, de
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_qk_norm_rope_equals_fp64_reference_on_random_shapes(dtype: torch.dtype, device: str) -> None:
     rng = random.Random(str(dtype))
-    for _ in range(55):
+    for _ in range(55 if device == "cuda" else 25):
         shape = (rng.choice([1, 1, 2]), rng.randint(0, 2), rng.randint(0, 2), rng.randint(1, 7), 2 * rng.randint(1, 70))
         check_against_fp64(make_inputs(shape, dtype, device, dense=rng.random() < 0.5))
 

@@ -29,7 +29,8 @@ def test_open_model_serves_an_artefact(
     if form == "onnx":
         pytest.importorskip("onnxruntime")
     base, collection = small_base
-    export(ExportRequest(base=str(base), lora=collection, format=form, output=tmp_path / "artefact", num_edits=1))
+    # tests/export/test_vae_graphs.py serves one with its VAE.
+    export(ExportRequest(tmp_path / "artefact", form, str(base), collection, num_edits=1, with_vae=form == "merged"))
     service = make_service(opened=open_model(Settings(artefact=tmp_path / "artefact")))
     answer = post(service, {"effect": "b", "seed": "3"})
     assert answer.status_code == 200

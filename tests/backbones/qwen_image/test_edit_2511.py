@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
@@ -26,24 +25,14 @@ from tests.backbones.qwen_image.test_block import (
     relative_error,
     with_gradients,
 )
+from tests.support.full_width import full_width_transformer
 from tests.support.random_base import write_random_base
 from tests.support.small_job import NAMES, write_config, write_dataset
-from tests.test_full_width import FULL_WIDTH
 
 
 @pytest.fixture(scope="module")
 def transformer() -> Any:
-    """Two random layers of the real width, fp32, no parameter zero."""
-    with torch.device("meta"):
-        model: Any = QwenImageTransformer2DModel(**FULL_WIDTH, zero_cond_t=True)
-    rng = torch.Generator().manual_seed(0)
-    for name, parameter in list(model.named_parameters()):
-        values = torch.empty(parameter.shape).normal_(generator=rng).mul_(0.02)
-        norm = parameter.ndim == 1 and name.endswith("weight")
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(values + norm, requires_grad=False)
-    model.pos_embed = type(model.pos_embed)(theta=10000, axes_dim=list(FULL_WIDTH["axes_dims_rope"]), scale_rope=True)
-    return model.eval()
+    return full_width_transformer(zero_cond_t=True)
 
 
 def inputs() -> tuple[Tensor, Tensor, Cond]:
