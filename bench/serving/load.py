@@ -141,13 +141,14 @@ def row(load: float, answers: Sequence[tuple[int, float]], seconds: float) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="*", help="of `clora serve`, with more of its options; default: the tiny base's")
+    parser.add_argument("--engine", choices=("process", "thread"), default="process")
     parser.add_argument("--seconds", type=float, default=15, help="of each load")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--out", type=Path, help="file for the JSON document as well")
     options = parser.parse_args()
     limits = {"concurrent": 10_000, "requests_per_minute": 1_000_000, "burst": 1_000_000}
-    settings = json.dumps({"limits": limits, "batches": {"max_queue": QUEUE}})
+    settings = json.dumps({"limits": limits, "batches": {"max_queue": QUEUE}, "engine": options.engine})
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "serve.yaml")  # JSON is YAML
         config.write_text(settings)

@@ -116,28 +116,30 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 def _add_catalogue(app: FastAPI, service: Service) -> None:
-    def model() -> dict[str, Any]:
-        facts = service.facts()
+    def model(name: str) -> dict[str, Any]:
+        facts = service.facts(name)
         return {"id": facts.pop("model"), "object": "model", "created": 0, "owned_by": "clora", **facts}
 
-    @app.get("/v1/models", summary="The model", tags=["catalogue"], responses=MODELS | errors(401))
+    @app.get("/v1/models", summary="The models", tags=["catalogue"], responses=MODELS | errors(401))
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model()]}
+        return {"object": "list", "data": [model(name) for name in service.offers]}
 
     @app.get("/v1/models/{name:path}", summary="One model", tags=["catalogue"], responses=errors(401, 404))
     async def one_model(name: str) -> dict[str, Any]:
-        if name != service.offer.name:
+        if name not in service.offers:
             raise bad("there is no such model; GET /v1/models lists them", "model", "model_not_found", 404)
-        return model()
+        return model(name)
 
     @app.get("/v1/effects", summary="The effects, with pictures", tags=["catalogue"], responses=CATALOGUE | errors(401))
     async def effects() -> dict[str, Any]:
-        made, limits, offer = service.thumbnails, service.settings.limits, service.offer
+        limits, offers = service.settings.limits, service.offers.values()
         return {
             "object": "list",
-            "before": made.get(""),
+            "before": service.thumbnail_source,
             "data": [
-                {"id": entry.name, "object": "effect", "trigger": entry.trigger, "after": made.get(entry.name)}
+                {"id": entry.name, "object": "effect", "model": offer.name, "trigger": entry.trigger}
+                | {"after": service.thumbnails.get((offer.name, entry.name))}
+                for offer in offers
                 for entry in offer.collection.effects.values()
             ],
             "limits": {
@@ -145,7 +147,7 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
                 "images": limits.images,
                 "image_bytes": limits.image_bytes,
                 "image_pixels": limits.image_pixels,
-                "result_pixels": offer.result_pixels,
+                "result_pixels": min(offer.result_pixels for offer in offers),
                 "prompt_chars": limits.prompt_chars,
             },
         }

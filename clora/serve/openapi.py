@@ -65,14 +65,15 @@ JOB_EXAMPLE = {
 }
 JOB = _answers("The job", JOB_EXAMPLE)
 MODELS = _answers(
-    "The one model",
+    "The models",
     {"object": "list", "data": [{"id": "clora", "object": "model", "created": 0, "owned_by": "clora",
                                  "collection": COLLECTION, "sampler": "consistency", "steps": 8, "shift": 3.0}]},
 )  # fmt: skip
 CATALOGUE = _answers(
     "Names, triggers and pictures; `after` is null until it is made",
     {"object": "list", "before": "data:image/webp;base64,...",
-     "data": [{"id": "sepia", "object": "effect", "trigger": "<sepia_Ab12Cd>", "after": "data:image/webp;base64,..."}],
+     "data": [{"id": "sepia", "object": "effect", "model": "clora", "trigger": "<sepia_Ab12Cd>",
+               "after": "data:image/webp;base64,..."}],
      "limits": {"samples": 4, "images": 4}},
 )  # fmt: skip
 _RESULT = {
@@ -108,7 +109,7 @@ _FIELDS: dict[str, Any] = {
         "description": "One or two names of /v1/effects; also as one value with a comma.",
     },
     "prompt": _text("An instruction, where no effect is named."),
-    "model": _text("The name in /v1/models; may be left out."),
+    "model": _text("A name of /v1/models; may be left out where one model alone has the effects."),
     "n": {"type": "integer", "minimum": 1, "default": 1, "description": "Results, of seeds seed, seed + 1, ..."},
     "seed": {"type": "integer", "minimum": 0, "description": "Of the noise; drawn where it is left out."},
     "size": _text("auto (the picture's shape) or WIDTHxHEIGHT.", default="auto"),
