@@ -5,6 +5,7 @@ Settings, keys and files are checked before a model is loaded.
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -54,7 +55,7 @@ def serve(settings: Settings, console: Console | None = None) -> None:
     check_binding(settings)
     keys = None if settings.keys is None else read_keys(settings.keys)
     console = console or Console(stderr=True)
-    with console.status("loading the model"):
+    with console.status("loading the model") if console.is_terminal else nullcontext():
         engine = start_engine(settings)
     service = Service(settings, engine, keys)
     log_json()
@@ -63,6 +64,7 @@ def serve(settings: Settings, console: Console | None = None) -> None:
         host = ANY_HOST.get(settings.host, settings.host)
         shown = f"[{host}]" if ":" in host else host
         effects = sum(len(offer.collection.effects) for offer in engine.offers.values())
-        console.print(f"{settings.name}: {effects} effects at http://{shown}:{port}/", markup=False, soft_wrap=True)
+        with suppress(OSError):  # a log that cannot be written is no reason to refuse edits
+            console.print(f"{settings.name}: {effects} effects at http://{shown}:{port}/", markup=False, soft_wrap=True)
 
     run_server(create_app(service), service, tell)

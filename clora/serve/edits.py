@@ -34,9 +34,9 @@ async def start_edit(service: Service, request: Request, owner: str) -> Job:
     limits = service.settings.limits
     with ExitStack() as held:
         held.enter_context(service.quotas.request(owner))
-        with service.upload():
+        with service.uploads.one() as upload:
             with _timed(service, "upload"):
-                form = await read_form(request, limits)
+                form = await read_form(request, limits, upload)
             edit = parse_edit(form.fields, service.offers, limits)
             contents = _contents(form)
             service.reserve(len(edit.seeds))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 from clora.serve.engine import Engine
 from clora.serve.jobs import Jobs
-from clora.serve.limits import Quotas
+from clora.serve.limits import Quotas, Uploads
 from clora.serve.metrics import Metrics
 from clora.serve.offer import Offer
 from clora.serve.problems import Problem
@@ -27,13 +26,13 @@ class Service:
         self.settings, self.engine, self.keys = settings, engine, keys
         self.jobs = Jobs(limits.result_seconds, limits.results_kept)
         self.quotas = Quotas(limits.requests_per_minute, limits.burst, limits.concurrent)
+        self.uploads = Uploads(limits.uploads)
         self.pool = ThreadPoolExecutor(settings.decode_threads, "pictures")
         self.metrics = Metrics(engine.stats, lambda: self.is_ready)
         engine.on_phase = self.metrics.on_phase
         self.is_draining = False
         self.thumbnails: dict[tuple[str, str], str] = {}  # data URLs of results by model and effect
         self.thumbnail_source: str | None = None
-        self._uploads = 0
 
     @property
     def offers(self) -> Mapping[str, Offer]:
@@ -65,17 +64,6 @@ class Service:
         for name, stats in self.engine.stats().items():
             rate += stats["steps_per_second"] * stats["batch_mean"] / self.offers[name].collection.num_steps
         return min(60.0, max(1.0, samples / rate)) if rate > 0 else 5.0
-
-    @contextmanager
-    def upload(self) -> Iterator[None]:
-        """Count a body that is being read and decoded: memory for `limits.uploads` of them, no more."""
-        if self._uploads >= self.settings.limits.uploads:
-            raise Problem(503, "too many uploads at once; try again", "too_many_uploads", retry_after=1)
-        self._uploads += 1
-        try:
-            yield
-        finally:
-            self._uploads -= 1
 
     def revive(self) -> bool:
         """Start the engine anew where it is gone or hangs; says whether that was begun."""
