@@ -13,12 +13,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from clora import __version__
 from clora.serve.edits import start_edit
 from clora.serve.guard import Guard
 from clora.serve.jobs import Job
-from clora.serve.openapi import CATALOGUE, EDIT, JOB, MODELS, describe_all, errors
+from clora.serve.openapi import CATALOGUE, EDIT, EVENTS, JOB, METRICS, MODELS, describe_all, errors
 from clora.serve.page_files import add_page
 from clora.serve.previews import make_previews
 from clora.serve.problems import Problem, bad
@@ -97,7 +98,11 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     what = {404: "there is nothing at this address", 405: "this address does not take that method"}
     problem = bad(what.get(error.status_code, "the request is not right"), code="unknown_url", status=error.status_code)
     request.scope["clora.code"] = problem.code
-    return JSONResponse(problem.to_json(), problem.status, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the router tells the methods of the first of an address's routes alone
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
+    return JSONResponse(problem.to_json(), problem.status, headers=headers)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -110,7 +115,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         ready = service.is_ready
         return JSONResponse({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
 
-    @app.get("/metrics", summary="Counters for Prometheus", tags=["health"], responses=errors(401))
+    @app.get("/metrics", summary="Counters for Prometheus", tags=["health"], responses=METRICS | errors(401))
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -174,7 +179,9 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
     async def one_job(id: str, request: Request) -> dict[str, Any]:
         return service.jobs.describe(service.jobs.find(request.scope["clora.owner"], id))
 
-    @app.get("/v1/jobs/{id}/events", summary="Its progress as it comes", tags=["jobs"], responses=errors(401, 404))
+    @app.get(
+        "/v1/jobs/{id}/events", summary="Its progress as it comes", tags=["jobs"], responses=EVENTS | errors(401, 404)
+    )
     async def events(id: str, request: Request) -> Response:
         job = service.jobs.find(request.scope["clora.owner"], id)
         return StreamingResponse(service.jobs.events(job), media_type="text/event-stream")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI
@@ -50,6 +51,10 @@ def _answers(description: str, example: Any, status: int = 200) -> dict[int | st
     return {status: {"description": description, "content": content}}
 
 
+def _lines(description: str, kind: str, example: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": description, "content": {kind: {"schema": {"type": "string"}, "example": example}}}}
+
+
 COLLECTION = f"sha256:{'0' * 8}..."
 JOB_EXAMPLE = {
     "id": "job_0123456789abcdef0123456789abcdef",
@@ -64,6 +69,12 @@ JOB_EXAMPLE = {
     "error": None,
 }
 JOB = _answers("The job", JOB_EXAMPLE)
+EVENTS = _lines(
+    "The job whenever it changes, until it is over",
+    "text/event-stream",
+    f"event: job\ndata: {json.dumps(JOB_EXAMPLE)}\n\n",
+)
+METRICS = _lines("In Prometheus' format", "text/plain", "clora_ready 1.0\n")
 MODELS = _answers(
     "The models",
     {"object": "list", "data": [{"id": "clora", "object": "model", "created": 0, "owned_by": "clora",
