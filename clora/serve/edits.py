@@ -32,6 +32,7 @@ async def start_edit(service: Service, request: Request, owner: str) -> Job:
     """
     service.check_open()
     limits = service.settings.limits
+    service.reserve(1)  # where not even one fits, without the work of reading what is sent
     with ExitStack() as held:
         held.enter_context(service.quotas.request(owner))
         with service.uploads.one() as upload:
