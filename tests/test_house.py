@@ -118,7 +118,8 @@ def violations(code: str, name: str, is_package: bool = False) -> list[str]:
 
 def private_reaches(tree: ast.AST, name: str) -> Iterator[str]:
     """Private attributes of other modules' objects; those of libraries are not ours to rename."""
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    own = {node.name for node in ast.walk(tree) if isinstance(node, functions | ast.ClassDef)}
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in [one for given in targets for one in getattr(given, "elts", [given])]:

@@ -24,8 +24,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ TIMEOUT = 120.0
 
 
 @contextmanager
-def running(arguments: Sequence[str]) -> Iterator[str]:
-    """The address of a `clora serve` on a free port, ended by SIGTERM; raises where it does not end with 0."""
+def running(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Address and process of a `clora serve` on a free port, ended by SIGTERM; raises where it does not end with 0."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     settings = ["--port", "0", *arguments]
     command = [sys.executable, "-m", "clora", "serve", *settings]
@@ -57,7 +57,7 @@ def running(arguments: Sequence[str]) -> Iterator[str]:
             raise SystemExit("".join(lines))
         # Read on, so that the server never waits for the pipe.
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield found[1]
+        yield found[1], process.pid
         process.terminate()
         if process.wait(60) != 0:
             raise SystemExit(f"the server ended with {process.returncode}")
@@ -104,16 +104,30 @@ class Client:
         return await asyncio.gather(*tasks)
 
 
-async def measure(address: str, seconds: float, seed: int) -> tuple[float, list[dict[str, Any]]]:
-    """The capacity in edits a second, and a row for each load."""
+@asynccontextmanager
+async def prepared(address: str, seed: int) -> AsyncIterator[Client]:
+    """A client of a server that has nothing else to do: the catalogue's pictures are made."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=TIMEOUT, limits=limits) as http:
-        while True:  # the catalogue's pictures are made first
+        while True:
             effects = (await http.get("/v1/effects")).json()["data"]
             if all(effect["after"] for effect in effects):
                 break
             await asyncio.sleep(1)
-        client = Client(http, [effect["id"] for effect in effects], seed)
+        yield Client(http, [effect["id"] for effect in effects], seed)
+
+
+def settings_file(folder: Path, **settings: Any) -> Path:
+    """Settings without quotas, in a file."""
+    limits = {"concurrent": 10_000, "requests_per_minute": 1_000_000, "burst": 1_000_000}
+    path = folder / "serve.yaml"
+    path.write_text(json.dumps({"limits": limits, **settings}))  # JSON is YAML
+    return path
+
+
+async def measure(address: str, seconds: float, seed: int) -> tuple[float, list[dict[str, Any]]]:
+    """The capacity in edits a second, and a row for each load."""
+    async with prepared(address, seed) as client:
         await client.capacity(seconds / 4)
         capacity = await client.capacity(seconds)
         rows = []
@@ -141,20 +155,19 @@ def row(load: float, answers: Sequence[tuple[int, float]], seconds: float) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="*", help="of `clora serve`, with more of its options; default: the tiny base's")
+    parser.add_argument("--engine", choices=("process", "thread"), default="process")
     parser.add_argument("--seconds", type=float, default=15, help="of each load")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--out", type=Path, help="file for the JSON document as well")
     options = parser.parse_args()
-    limits = {"concurrent": 10_000, "requests_per_minute": 1_000_000, "burst": 1_000_000}
-    settings = json.dumps({"limits": limits, "batches": {"max_queue": QUEUE}})
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "serve.yaml")  # JSON is YAML
-        config.write_text(settings)
-        with running([*options.model, "--config", str(config)]) as address:
+        config = settings_file(Path(folder), batches={"max_queue": QUEUE}, engine=options.engine)
+        with running([*options.model, "--config", str(config)]) as (address, _):
             capacity, rows = asyncio.run(measure(address, options.seconds, options.seed))
     document = {"bench": "load", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": options.seconds}
-    document |= {"model": options.model or ["tiny"], "capacity_per_s": round(capacity, 2), "rows": rows}
+    document |= {"engine": options.engine, "model": options.model or ["tiny"]}
+    document |= {"capacity_per_s": round(capacity, 2), "rows": rows}
     if options.out is not None:
         write_text(options.out, json.dumps(document, indent=1) + "\n")
     if options.json:

@@ -90,13 +90,17 @@ class Swapping:
 
     def __call__(self, request: Request) -> Tensor:
         if request.effect != self.loaded:
-            transformer: Any = self.backbone.transformer
-            swap = self.hotswap and self.loaded is not None
-            if self.loaded is not None and not swap:
-                transformer.delete_adapters("effect")
-            transformer.load_lora_adapter(self.files[request.effect], adapter_name="effect", hotswap=swap)
-            self.loaded = request.effect
+            self.load(request.effect)
         return self.run(request)
+
+    def load(self, effect: str) -> None:
+        """Put the effect's LoRA in the last one's place."""
+        transformer: Any = self.backbone.transformer
+        swap = self.hotswap and self.loaded is not None
+        if self.loaded is not None and not swap:
+            transformer.delete_adapters("effect")
+        transformer.load_lora_adapter(self.files[effect], adapter_name="effect", hotswap=swap)
+        self.loaded = effect
 
 
 def swapping(base: str, files: dict[str, Path], hotswap: bool, sampling: Sampling) -> Swapping:

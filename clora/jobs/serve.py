@@ -5,17 +5,17 @@ Settings, keys and files are checked before a model is loaded.
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from rich.console import Console
 
 from clora.errors import InputError
-from clora.export.manifest import MANIFEST
 from clora.serve.app import create_app
+from clora.serve.engine import Engine
 from clora.serve.keys import new_key, read_keys
-from clora.serve.load import open_model
 from clora.serve.logs import log_json
-from clora.serve.models import Model
+from clora.serve.process import ProcessEngine
 from clora.serve.server import check_binding, run_server
 from clora.serve.service import Service
 from clora.serve.settings import Settings
@@ -24,19 +24,27 @@ ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a browser on this mach
 
 
 def find_model(path: Path) -> dict[str, Path]:
-    """The setting that a path on the command line is: an artefact's folder, or a collection's file."""
+    """The setting that a path on the command line is: an artefact's folder, a collection's file, or a groups.json."""
     if path.is_dir():
-        if not (path / MANIFEST).is_file():
-            raise InputError(f"{path}: is a folder without {MANIFEST}; give one of clora export, or a collection")
         return {"artefact": path}
     if not path.is_file():
         raise InputError(f"{path}: is not there; give an artefact's folder or a collection's file")
-    return {"collection": path}
+    return {"groups" if path.suffix == ".json" else "collection": path}
 
 
 def add_key(path: Path, name: str) -> str:
     """A new key in the file `path`; see `keys.new_key`."""
     return new_key(path, name)
+
+
+def start_engine(settings: Settings) -> Engine:
+    """The engine that the settings ask for, its models open; raises as `load.open_models` does."""
+    if settings.engine == "process":
+        return ProcessEngine(settings)
+    from clora.serve.load import open_models
+    from clora.serve.threads import ThreadEngine
+
+    return ThreadEngine(open_models(settings), settings)
 
 
 def serve(settings: Settings, console: Console | None = None) -> None:
@@ -47,15 +55,16 @@ def serve(settings: Settings, console: Console | None = None) -> None:
     check_binding(settings)
     keys = None if settings.keys is None else read_keys(settings.keys)
     console = console or Console(stderr=True)
-    with console.status("loading the model"):
-        parts = open_model(settings)
-    service = Service(settings, Model(parts, settings.batches, settings.stall_seconds), keys)
+    with console.status("loading the model") if console.is_terminal else nullcontext():
+        engine = start_engine(settings)
+    service = Service(settings, engine, keys)
     log_json()
 
     def tell(port: int) -> None:
         host = ANY_HOST.get(settings.host, settings.host)
         shown = f"[{host}]" if ":" in host else host
-        effects = len(parts.collection.effects)
-        console.print(f"{settings.name}: {effects} effects at http://{shown}:{port}/", markup=False, soft_wrap=True)
+        effects = sum(len(offer.collection.effects) for offer in engine.offers.values())
+        with suppress(OSError):  # a log that cannot be written is no reason to refuse edits
+            console.print(f"{settings.name}: {effects} effects at http://{shown}:{port}/", markup=False, soft_wrap=True)
 
     run_server(create_app(service), service, tell)

@@ -41,19 +41,24 @@ class Groups(BaseModel):
         return self
 
 
-def find_collection(path: Path, effects: Sequence[str]) -> Path:
-    """The collection that serves these effects, by the groups file at `path`.
-
-    Raises `InputError` without effects, for unknown ones (with the nearest) and for those of different collections.
-    """
+def read_groups(path: Path) -> Groups:
+    """The groups file at `path`; raises `InputError` for one that is none."""
     try:
-        groups = Groups.model_validate(parse_json(read_text(path)))
+        return Groups.model_validate(parse_json(read_text(path)))
     except ValidationError as error:
         raise InputErrors([f"{path}: {field_fault(item)}" for item in error.errors()]) from error
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"{path}: is no JSON ({error}); give a groups.json of `clora plan-groups`") from error
+
+
+def find_collection(path: Path, effects: Sequence[str]) -> Path:
+    """The collection that serves these effects, by the groups file at `path`.
+
+    Raises `InputError` without effects, for unknown ones (with the nearest) and for those of different collections.
+    """
+    groups = read_groups(path)
     if not effects:
         files = ", ".join(group.collection for group in groups.groups)
         raise InputError(f"{path}: holds several collections; name an effect, or give one of {files}")

@@ -13,12 +13,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from clora import __version__
 from clora.serve.edits import start_edit
 from clora.serve.guard import Guard
 from clora.serve.jobs import Job
-from clora.serve.openapi import CATALOGUE, EDIT, JOB, MODELS, describe_all, errors
+from clora.serve.openapi import CATALOGUE, EDIT, EVENTS, JOB, METRICS, MODELS, describe_all, errors
 from clora.serve.page_files import add_page
 from clora.serve.previews import make_previews
 from clora.serve.problems import Problem, bad
@@ -97,7 +98,11 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     what = {404: "there is nothing at this address", 405: "this address does not take that method"}
     problem = bad(what.get(error.status_code, "the request is not right"), code="unknown_url", status=error.status_code)
     request.scope["clora.code"] = problem.code
-    return JSONResponse(problem.to_json(), problem.status, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the router tells the methods of the first of an address's routes alone
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
+    return JSONResponse(problem.to_json(), problem.status, headers=headers)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -110,34 +115,36 @@ def _add_health(app: FastAPI, service: Service) -> None:
         ready = service.is_ready
         return JSONResponse({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
 
-    @app.get("/metrics", summary="Counters for Prometheus", tags=["health"], responses=errors(401))
+    @app.get("/metrics", summary="Counters for Prometheus", tags=["health"], responses=METRICS | errors(401))
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_catalogue(app: FastAPI, service: Service) -> None:
-    def model() -> dict[str, Any]:
-        facts = service.facts()
+    def model(name: str) -> dict[str, Any]:
+        facts = service.facts(name)
         return {"id": facts.pop("model"), "object": "model", "created": 0, "owned_by": "clora", **facts}
 
-    @app.get("/v1/models", summary="The model", tags=["catalogue"], responses=MODELS | errors(401))
+    @app.get("/v1/models", summary="The models", tags=["catalogue"], responses=MODELS | errors(401))
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model()]}
+        return {"object": "list", "data": [model(name) for name in service.offers]}
 
     @app.get("/v1/models/{name:path}", summary="One model", tags=["catalogue"], responses=errors(401, 404))
     async def one_model(name: str) -> dict[str, Any]:
-        if name != service.offer.name:
+        if name not in service.offers:
             raise bad("there is no such model; GET /v1/models lists them", "model", "model_not_found", 404)
-        return model()
+        return model(name)
 
     @app.get("/v1/effects", summary="The effects, with pictures", tags=["catalogue"], responses=CATALOGUE | errors(401))
     async def effects() -> dict[str, Any]:
-        made, limits, offer = service.thumbnails, service.settings.limits, service.offer
+        limits, offers = service.settings.limits, service.offers.values()
         return {
             "object": "list",
-            "before": made.get(""),
+            "before": service.thumbnail_source,
             "data": [
-                {"id": entry.name, "object": "effect", "trigger": entry.trigger, "after": made.get(entry.name)}
+                {"id": entry.name, "object": "effect", "model": offer.name, "trigger": entry.trigger}
+                | {"after": service.thumbnails.get((offer.name, entry.name))}
+                for offer in offers
                 for entry in offer.collection.effects.values()
             ],
             "limits": {
@@ -145,7 +152,7 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
                 "images": limits.images,
                 "image_bytes": limits.image_bytes,
                 "image_pixels": limits.image_pixels,
-                "result_pixels": offer.result_pixels,
+                "result_pixels": min(offer.result_pixels for offer in offers),
                 "prompt_chars": limits.prompt_chars,
             },
         }
@@ -172,7 +179,9 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
     async def one_job(id: str, request: Request) -> dict[str, Any]:
         return service.jobs.describe(service.jobs.find(request.scope["clora.owner"], id))
 
-    @app.get("/v1/jobs/{id}/events", summary="Its progress as it comes", tags=["jobs"], responses=errors(401, 404))
+    @app.get(
+        "/v1/jobs/{id}/events", summary="Its progress as it comes", tags=["jobs"], responses=EVENTS | errors(401, 404)
+    )
     async def events(id: str, request: Request) -> Response:
         job = service.jobs.find(request.scope["clora.owner"], id)
         return StreamingResponse(service.jobs.events(job), media_type="text/event-stream")

@@ -6,17 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
 from starlette.requests import Request
-from torch import Tensor
 
 from clora.errors import InputError
-from clora.inference.batching import Expired, QueueFull
+from clora.serve.engine import EngineGone, Full, Late, Work
 from clora.serve.jobs import Job
 from clora.serve.pictures import encode_picture
 from clora.serve.problems import Problem, bad
@@ -34,15 +32,17 @@ async def start_edit(service: Service, request: Request, owner: str) -> Job:
     """
     service.check_open()
     limits = service.settings.limits
+    service.reserve(1)  # where not even one fits, without the work of reading what is sent
     with ExitStack() as held:
         held.enter_context(service.quotas.request(owner))
-        with service.upload():
+        with service.uploads.one() as upload:
             with _timed(service, "upload"):
-                form = await read_form(request, limits)
-            edit = parse_edit(form.fields, service.offer, limits)
+                form = await read_form(request, limits, upload)
+            edit = parse_edit(form.fields, service.offers, limits)
             contents = _contents(form)
             service.reserve(len(edit.seeds))
-            job = service.jobs.add(owner, len(edit.seeds), len(edit.seeds) * service.offer.collection.num_steps)
+            num_steps = service.offers[edit.model].collection.num_steps
+            job = service.jobs.add(owner, len(edit.seeds), len(edit.seeds) * num_steps)
             try:
                 with _timed(service, "read_picture"):
                     images = await _in_pool(service, _decode_all, contents, limits)
@@ -82,7 +82,7 @@ async def _run(service: Service, job: Job, edit: Edit, images: list[Image.Image]
         if job.cancel_asked:
             job.problem = Problem(409, "the job was cancelled", "cancelled")
             job.change("cancelled")
-        else:  # by the threads' restart or the server's end, not by its owner
+        else:  # by the server's end, not by its owner
             job.problem = Problem(503, "the engine was stopped; try again", "engine_down", retry_after=2)
             job.change("failed")
     except Exception as error:
@@ -94,23 +94,10 @@ async def _run(service: Service, job: Job, edit: Edit, images: list[Image.Image]
 
 
 async def _make(service: Service, job: Job, edit: Edit, images: list[Image.Image]) -> None:
-    model, loop = service.model, asyncio.get_running_loop()
-    end = loop.time() + service.settings.limits.queue_seconds
-    cond = await asyncio.wrap_future(model.encode(images, edit.text, edit.size))
+    loop, seconds = asyncio.get_running_loop(), service.settings.limits.queue_seconds
     label = "+".join(edit.effects) or "prompt"
-    samples: list[Future[Tensor]] = []
-    try:
-        with _timed(service, "denoise"):
-            for seed in edit.seeds:
-                left = max(0.01, end - loop.time())
-                samples.append(model.denoise(cond, seed, label, left, lambda *_: job.note_step(loop)))
-            latents = await asyncio.gather(*map(asyncio.wrap_future, samples))
-    finally:
-        for sample in samples:
-            if not sample.done():
-                model.cancel(sample)
-    decoding = [model.decode(x0_TC, cond.grid) for x0_TC in latents]
-    pictures = await asyncio.gather(*map(asyncio.wrap_future, decoding))
+    work = Work(edit.model, tuple(images), edit.text, edit.size, edit.seeds, label, seconds)
+    pictures = await service.engine.edit(work, lambda: job.note_step(loop))
     for name in edit.effects:
         service.metrics.effects.labels(name).inc(len(pictures))
     with _timed(service, "write_picture"):
@@ -119,7 +106,7 @@ async def _make(service: Service, job: Job, edit: Edit, images: list[Image.Image
 
 
 def _answer(service: Service, job: Job, edit: Edit, pictures: list[Image.Image]) -> dict[str, Any]:
-    facts = service.facts() | {"effect": list(edit.effects)}
+    facts = service.facts(edit.model) | {"effect": list(edit.effects)}
     data = [
         {"b64_json": encode_picture(picture, edit.output_format, edit.quality, facts | {"seed": seed}), "seed": seed}
         for picture, seed in zip(pictures, edit.seeds, strict=True)
@@ -136,7 +123,7 @@ def _answer(service: Service, job: Job, edit: Edit, pictures: list[Image.Image])
 
 def _headers(service: Service, job: Job, edit: Edit) -> dict[str, str]:
     """What made a result, as headers; names are percent-encoded, because they may hold anything."""
-    facts = service.facts()
+    facts = service.facts(edit.model)
     return {
         "x-clora-job": job.id,
         "x-clora-seed": ",".join(map(str, edit.seeds)),
@@ -151,11 +138,13 @@ def _problem_of(service: Service, error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, InputError):
-        return bad(service.model.public(str(error)))
-    if isinstance(error, QueueFull):
+        return bad(str(error))
+    if isinstance(error, EngineGone):
+        return Problem(503, "the engine was stopped; try again", "engine_down", retry_after=2)
+    if isinstance(error, Full):
         message = "too many samples are waiting; try again"
         return Problem(503, message, "queue_full", retry_after=service.seconds_for(service.jobs.samples_in_flight()))
-    if isinstance(error, Expired | TimeoutError):
+    if isinstance(error, Late | TimeoutError):
         seconds = service.settings.limits.queue_seconds
         return Problem(503, f"it was not done in {seconds:g} s; try again", "deadline_exceeded", retry_after=5)
     if isinstance(error, FloatingPointError):

@@ -1,16 +1,19 @@
-"""How much one key may ask for: a rate, and a number of requests at a time."""
+"""How much may be asked for: of one key a rate and a number of requests at a time, of all together the bodies that are
+being read."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clora.serve.problems import Problem
 
 MOST_OWNERS = 10_000
+SLOW_AFTER = 1.0  # seconds before a body's rate tells something
 
 
 @dataclass
@@ -62,3 +65,54 @@ class Quotas:
                 break
             del self._owners[idle]
         return state
+
+
+@dataclass(eq=False)
+class Upload:
+    """A body that is being read. Its reader counts `received` bytes and puts the `timeout` there under which it reads,
+    None once it has everything."""
+
+    started: float = field(default_factory=time.monotonic)
+    received: int = 0
+    timeout: asyncio.Timeout | None = None
+    had_to_go: bool = False
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second."""
+        return self.received / max(1e-6, time.monotonic() - self.started)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it may have to go, for a quicker one."""
+        return self.timeout is not None and time.monotonic() - self.started > SLOW_AFTER
+
+
+class Uploads:
+    """Room for `most` bodies at a time, as each takes memory. It belongs to the event loop."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, list[Upload]()
+
+    @contextmanager
+    def one(self) -> Iterator[Upload]:
+        """Room for a body while the block runs. Where there is none, the slowest of those that have had their second
+        has to go, so that clients that trickle keep nobody out; `Problem` 503 where none is slow."""
+        if len(self._held) >= self._most:
+            slow = [upload for upload in self._held if upload.is_slow]
+            if not slow:
+                raise Problem(503, "too many uploads at once; try again", "too_many_uploads", retry_after=1)
+            self._end(min(slow, key=lambda upload: upload.rate))
+        upload = Upload()
+        self._held.append(upload)
+        try:
+            yield upload
+        finally:
+            if upload in self._held:
+                self._held.remove(upload)
+
+    def _end(self, upload: Upload) -> None:
+        assert upload.timeout is not None
+        self._held.remove(upload)
+        upload.had_to_go = True
+        upload.timeout.reschedule(asyncio.get_running_loop().time())

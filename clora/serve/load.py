@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,20 +20,49 @@ from clora.inference.batching import Served, StepBatcher
 from clora.io.digest import file_digest
 from clora.lora.catalogue import Catalogue, read_catalogue
 from clora.lora.files import read_lora
+from clora.lora.groups import read_groups
 from clora.lora.merge import merge_weight_once
 from clora.method.flow import few_step_sigmas
-from clora.serve.models import Parts
-from clora.serve.offer import Collection, Effect
+from clora.serve.models import Encoders, Parts
+from clora.serve.offer import Collection, Effect, Offer
 from clora.serve.settings import Settings
 
-ENCODERS = ("vae", "text_encoder")
+OpenEncoders = Callable[[str, torch.device, torch.dtype], Encoders]
 
 
-def open_model(settings: Settings) -> Parts:
+def open_models(settings: Settings) -> dict[str, Parts]:
+    """The models that the settings name, by name: one, or one for each group of a groups file, called NAME-1, NAME-2 in
+    its order. Collections of the same base share its encoders; each has a network of its own.
+
+    Raises as `open_model`, and `InputError` for a file that does not hold the effects that its group names.
+    """
+    if settings.groups is None:
+        return {settings.name: open_model(settings)}
+    if settings.artefact is not None or settings.collection is not None:
+        raise InputError("groups: names the collections; leave artefact and collection out")
+    groups, share = read_groups(settings.groups), cache(_open_encoders)
+    found = {}
+    for number, group in enumerate(groups.groups, 1):
+        path = settings.groups.parent / group.collection
+        change = {
+            "groups": None,
+            "name": f"{settings.name}-{number}",
+            "base": settings.base or groups.base,
+            "artefact" if path.is_dir() else "collection": path,
+        }
+        parts = open_model(settings.model_copy(update=change), share)
+        if missing := set(group.effects) - set(parts.offer.collection.effects):
+            raise InputError(f"{path}: lacks {', '.join(sorted(missing))}, which {settings.groups} says it has")
+        found[parts.offer.name] = parts
+    return found
+
+
+def open_model(settings: Settings, encoders: OpenEncoders | None = None) -> Parts:
     """The model that the settings name: an artefact, else a collection, else the collection that the base brings along.
 
-    A collection is merged into its base in memory, on `device` in `dtype` (as `clora edit` chooses them); an artefact
-    runs on the CPU in its own precision. Raises `InputError` as `open_artefact`, `read_lora` and `load_backbone` do.
+    A collection is merged into its base in memory, on `device` in `dtype` (as `clora edit` chooses them), between the
+    `encoders` of the base; an artefact runs on the CPU in its own precision. Raises `InputError` as `open_artefact`,
+    `read_lora` and `load_backbone` do.
     """
     if settings.artefact is not None and settings.collection is not None:
         raise InputError("artefact and collection are both given; serve one of them")
@@ -47,7 +76,7 @@ def open_model(settings: Settings) -> Parts:
         collection = collection_lora(base)
         if collection is None:
             raise InputError(f"base {base}: brings no collection along; name one, or an artefact's folder")
-    return _open_merged(settings, base, collection)
+    return _open_merged(settings, base, collection, encoders or _open_encoders)
 
 
 def _open_artefact(settings: Settings, folder: Path) -> Parts:
@@ -58,11 +87,15 @@ def _open_artefact(settings: Settings, folder: Path) -> Parts:
     base = base_of(folder, manifest, settings.base)
     artefact = open_artefact(folder, base, settings.signed_by)
     found = _collection(artefact.catalogue, file_digest(folder / COLLECTION).hex())
-    backbone = open_encoders(artefact, base)
-    return Parts(settings.name, found, backbone, _starter(artefact.served(), settings), _places(folder, base))
+    own = Encoders(open_encoders(artefact, base))
+    return Parts(_offer(settings, found, own), own, _starter(artefact.served(), settings), _places(folder, base))
 
 
-def _open_merged(settings: Settings, base: str | None, collection: Path) -> Parts:
+def _open_encoders(base: str, device: torch.device, dtype: torch.dtype) -> Encoders:
+    return Encoders(load_backbone(base, device, dtype, ("vae", "text_encoder")))
+
+
+def _open_merged(settings: Settings, base: str | None, collection: Path, encoders: OpenEncoders) -> Parts:
     catalogue = read_catalogue(collection)
     base = base or catalogue.base
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -75,9 +108,9 @@ def _open_merged(settings: Settings, base: str | None, collection: Path) -> Part
     run = _on_device(network, device)
     graph = GraphVelocity(run, str(collection), positions, schedule.num_steps, schedule.shift, LIMITS, dtype)
     served = Served(graph.run, graph.conditions, sigmas, catalogue.sampler, dtype, LIMITS.batch)
-    backbone = load_backbone(base, device, dtype, ENCODERS)
+    around = encoders(base, device, dtype)
     found = _collection(catalogue, file_digest(collection).hex())
-    return Parts(settings.name, found, backbone, _starter(served, settings), _places(collection, base))
+    return Parts(_offer(settings, found, around), around, _starter(served, settings), _places(collection, base))
 
 
 @torch.no_grad()
@@ -107,6 +140,12 @@ def _collection(catalogue: Catalogue, digest: str) -> Collection:
     effects = {entry.name: Effect(entry.name, entry.trigger, entry.prompt) for entry in catalogue.effects}
     schedule = catalogue.schedule
     return Collection(catalogue.base, digest, effects, schedule.num_steps, schedule.shift, catalogue.sampler)
+
+
+def _offer(settings: Settings, collection: Collection, encoders: Encoders) -> Offer:
+    height, width = encoders.backbone.output_size()
+    unit = height // encoders.backbone.grid((height, width))[0]
+    return Offer(settings.name, collection, unit, settings.limits.result_pixels or height * width)
 
 
 def _starter(served: Served, settings: Settings) -> Callable[[], StepBatcher]:

@@ -46,10 +46,12 @@ class JsonLines(logging.Formatter):
 
 
 def log_json(stream: TextIO = sys.stderr) -> None:
-    """Send the log of this package, and the warnings of the server below it, to `stream` as JSON lines."""
+    """Send the log of this package, and the warnings of the server below it, to `stream` as JSON lines. What the parser
+    says of each damaged body is dropped: who sends them would choose what the log holds, and how much."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
     for name, level in (("clora", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    logging.getLogger("python_multipart.multipart").disabled = True

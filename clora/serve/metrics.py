@@ -23,13 +23,15 @@ COUNTERS = (
     ("clora_steps", "steps", "Steps (forwards of the transformer)."),
     ("clora_denoising_seconds", "busy_seconds", "Time spent in steps."),
 )
+Stats = Callable[[], Mapping[str, Mapping[str, float]]]
+"""The batcher's statistics of each model."""
 OUTCOMES = ("done", "cancelled", "expired", "failed", "rejected")
 
 
 class Metrics:
     """The metrics of one server, in a registry of their own."""
 
-    def __init__(self, stats: Callable[[], Mapping[str, float]], is_ready: Callable[[], bool]) -> None:
+    def __init__(self, stats: Stats, is_ready: Callable[[], bool]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "clora_http_requests", "Requests answered.", ("method", "route", "status"), registry=self.registry
@@ -46,10 +48,11 @@ class Metrics:
         self.in_flight = Gauge("clora_edits_in_flight", "Edits being worked on.", registry=self.registry)
         self.registry.register(_Stats(stats, is_ready))
 
-    def on_phase(self, phase: str, seconds: float, number: int) -> None:
-        """Note a batch of a lane."""
+    def on_phase(self, phase: str, seconds: float, number: int | None) -> None:
+        """Note a phase of the engine, and how many pictures were worked on together."""
         self.phase.labels(phase).observe(seconds)
-        self.lane.labels(phase).observe(number)
+        if number is not None:
+            self.lane.labels(phase).observe(number)
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -57,19 +60,23 @@ class Metrics:
 
 
 class _Stats:
-    """The batcher's statistics, read when they are asked for."""
+    """The batchers' statistics, read when they are asked for."""
 
-    def __init__(self, stats: Callable[[], Mapping[str, float]], is_ready: Callable[[], bool]) -> None:
+    def __init__(self, stats: Stats, is_ready: Callable[[], bool]) -> None:
         self._stats, self._is_ready = stats, is_ready
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        found = self._stats()
         yield GaugeMetricFamily("clora_ready", "Whether edits are taken.", value=float(self._is_ready()))
-        for name, key, text in GAUGES:
-            yield GaugeMetricFamily(name, text, value=stats[key])
-        for name, key, text in COUNTERS:
-            yield CounterMetricFamily(name, text, value=stats[key])
-        samples = CounterMetricFamily("clora_samples", "Samples by what became of them.", labels=("outcome",))
-        for outcome in OUTCOMES:
-            samples.add_metric((outcome,), stats[outcome])
+        kinds = ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS))
+        for family, names in kinds:
+            for name, key, text in names:
+                metric = family(name, text, labels=("model",))
+                for model, stats in found.items():
+                    metric.add_metric((model,), stats[key])
+                yield metric
+        samples = CounterMetricFamily("clora_samples", "Samples by what became of them.", labels=("model", "outcome"))
+        for model, stats in found.items():
+            for outcome in OUTCOMES:
+                samples.add_metric((model, outcome), stats[outcome])
         yield samples

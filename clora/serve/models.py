@@ -8,12 +8,13 @@ Shape legend: B batch, T tokens of the result, C latent channels per token, L te
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, Grid, Size, make_cond
+from clora.errors import InputError
 from clora.inference.batching import OnStep, StepBatcher
+from clora.serve.engine import OnPhase, Work
 from clora.serve.lanes import Lane
-from clora.serve.offer import Collection
+from clora.serve.offer import Offer
 from clora.serve.settings import Batches
 
 log = logging.getLogger(__name__)
@@ -42,25 +45,33 @@ class Picture:
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
-    """A model opened. `backbone` has encoders and decoder; `start` makes a batcher over the network; `secrets` are
-    texts (its folders) that no answer may show."""
+class Encoders:
+    """A base's encoders and decoder, which several models may share. They keep the state of a run in themselves, so
+    that one thread at a time may be in each."""
 
-    name: str
-    collection: Collection
     backbone: Backbone
+    text: threading.Lock = field(default_factory=threading.Lock)
+    vae: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A model opened. `start` makes a batcher over the network; `secrets` are texts (its folders) that no answer may
+    show."""
+
+    offer: Offer
+    encoders: Encoders
     start: Callable[[], StepBatcher]
     secrets: tuple[str, ...] = ()
 
 
 class Model:
-    """`Parts` at work; thread-safe. `on_phase(phase, seconds, number)` is told of each batch of a lane."""
+    """`Parts` at work; thread-safe."""
 
-    def __init__(self, parts: Parts, batches: Batches, stall_seconds: float = 120) -> None:
-        self.parts, self.stall_seconds = parts, stall_seconds
-        self.on_phase: Callable[[str, float, int], None] = lambda phase, seconds, number: None
+    def __init__(self, parts: Parts, batches: Batches, stall_seconds: float, on_phase: OnPhase) -> None:
+        self.parts, self.stall_seconds, self._on_phase = parts, stall_seconds, on_phase
+        self._backbone = parts.encoders.backbone
         self._batches = batches
-        self._vae = threading.Lock()  # diffusers' VAE keeps the state of a run in itself
         self._engine_failures = 0
         self._progress = (-1.0, time.monotonic())
         self._lanes()
@@ -73,13 +84,38 @@ class Model:
             "decoder", self._decode, lambda item: item[1], self._batches.decode
         )
 
+    async def edit(self, work: Work, on_step: Callable[[], None]) -> list[Image.Image]:
+        """The pictures of `work`, as `Engine.edit`; of the batcher it raises `QueueFull` and `Expired`."""
+        end = time.monotonic() + work.seconds
+        try:
+            cond = await asyncio.wrap_future(self.encode(work.images, work.text, work.size))
+            latents = await self._denoise_all(cond, work, end, on_step)
+        except InputError as error:
+            raise InputError(self._public(str(error))) from error
+        decoding = [self.decode(x0_TC, cond.grid) for x0_TC in latents]
+        return list(await asyncio.gather(*map(asyncio.wrap_future, decoding)))
+
+    async def _denoise_all(self, cond: Cond, work: Work, end: float, on_step: Callable[[], None]) -> list[Tensor]:
+        started, samples = time.perf_counter(), list[Future[Tensor]]()
+        try:
+            for seed in work.seeds:
+                left = max(0.01, end - time.monotonic())
+                samples.append(self.denoise(cond, seed, work.effect, left, lambda *_: on_step()))
+            latents = list(await asyncio.gather(*map(asyncio.wrap_future, samples)))
+        finally:
+            for sample in samples:
+                if not sample.done():
+                    self.batcher.cancel(sample)
+        self._on_phase("denoise", time.perf_counter() - started, None)
+        return latents
+
     # The three stages
 
     def encode(self, images: Sequence[Image.Image], text: str, size: Size | None = None) -> Future[Cond]:
         """The condition, of batch 1, of RGB pictures and what the model reads. The last picture gives the result its
         shape where `size` does not. Raises `InputError` for a shape that the base has no size for; the future does for
         a text too long."""
-        seen = tuple(self.parts.backbone.output_size(image) for image in images)
+        seen = tuple(self._backbone.output_size(image) for image in images)
         return self.encoder.submit(Picture(tuple(images), text, seen, size or seen[-1]))
 
     def denoise(self, cond: Cond, seed: int, effect: str, timeout: float, on_step: OnStep | None) -> Future[Tensor]:
@@ -91,10 +127,6 @@ class Model:
     def decode(self, x0_TC: Tensor, grid: Grid) -> Future[Image.Image]:
         """The picture of latents."""
         return self.decoder.submit((x0_TC, grid))
-
-    def cancel(self, future: Future[Tensor]) -> None:
-        """Take a sample out of the batch at the next step."""
-        self.batcher.cancel(future)
 
     # Health
 
@@ -125,19 +157,20 @@ class Model:
         self.encoder.close()
         self.decoder.close()
 
-    def public(self, message: str) -> str:
+    def _public(self, message: str) -> str:
         """A message without the places of files."""
         for secret in self.parts.secrets:
-            message = message.replace(secret, self.parts.name)
+            message = message.replace(secret, self.parts.offer.name)
         return message
 
     # In the lanes' threads
 
     @torch.no_grad()
     def _encode(self, wanted: Sequence[Picture]) -> list[Cond]:
-        backbone, started = self.parts.backbone, time.perf_counter()
-        texts = backbone.encode_prompts([item.text for item in wanted], [list(item.images) for item in wanted])
-        with self._vae:
+        backbone, started = self._backbone, time.perf_counter()
+        with self.parts.encoders.text:
+            texts = backbone.encode_prompts([item.text for item in wanted], [list(item.images) for item in wanted])
+        with self.parts.encoders.vae:
             refs = [
                 backbone.encode_references(same)
                 for same in map(list, zip(*(item.images for item in wanted), strict=True))
@@ -146,17 +179,17 @@ class Model:
             make_cond([text_LD], [(latents[i : i + 1], grid) for latents, grid in refs], backbone.grid(item.size))
             for i, (item, text_LD) in enumerate(zip(wanted, texts, strict=True))
         ]
-        self.on_phase("encode", time.perf_counter() - started, len(wanted))
+        self._on_phase("encode", time.perf_counter() - started, len(wanted))
         return made
 
     @torch.no_grad()
     def _decode(self, wanted: Sequence[tuple[Tensor, Grid]]) -> list[Image.Image]:
-        backbone, started = self.parts.backbone, time.perf_counter()
+        backbone, started = self._backbone, time.perf_counter()
         x0_BTC = torch.stack([x0_TC for x0_TC, _ in wanted]).to(backbone.device)
-        with self._vae:
+        with self.parts.encoders.vae:
             pixels = backbone.decode(x0_BTC, wanted[0][1])
         made = backbone.to_pil(pixels)
-        self.on_phase("decode", time.perf_counter() - started, len(wanted))
+        self._on_phase("decode", time.perf_counter() - started, len(wanted))
         return made
 
     def _note_engine(self, future: Future[Tensor]) -> None:

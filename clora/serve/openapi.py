@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI
@@ -50,6 +51,10 @@ def _answers(description: str, example: Any, status: int = 200) -> dict[int | st
     return {status: {"description": description, "content": content}}
 
 
+def _lines(description: str, kind: str, example: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": description, "content": {kind: {"schema": {"type": "string"}, "example": example}}}}
+
+
 COLLECTION = f"sha256:{'0' * 8}..."
 JOB_EXAMPLE = {
     "id": "job_0123456789abcdef0123456789abcdef",
@@ -64,15 +69,22 @@ JOB_EXAMPLE = {
     "error": None,
 }
 JOB = _answers("The job", JOB_EXAMPLE)
+EVENTS = _lines(
+    "The job whenever it changes, until it is over",
+    "text/event-stream",
+    f"event: job\ndata: {json.dumps(JOB_EXAMPLE)}\n\n",
+)
+METRICS = _lines("In Prometheus' format", "text/plain", "clora_ready 1.0\n")
 MODELS = _answers(
-    "The one model",
+    "The models",
     {"object": "list", "data": [{"id": "clora", "object": "model", "created": 0, "owned_by": "clora",
                                  "collection": COLLECTION, "sampler": "consistency", "steps": 8, "shift": 3.0}]},
 )  # fmt: skip
 CATALOGUE = _answers(
     "Names, triggers and pictures; `after` is null until it is made",
     {"object": "list", "before": "data:image/webp;base64,...",
-     "data": [{"id": "sepia", "object": "effect", "trigger": "<sepia_Ab12Cd>", "after": "data:image/webp;base64,..."}],
+     "data": [{"id": "sepia", "object": "effect", "model": "clora", "trigger": "<sepia_Ab12Cd>",
+               "after": "data:image/webp;base64,..."}],
      "limits": {"samples": 4, "images": 4}},
 )  # fmt: skip
 _RESULT = {
@@ -108,7 +120,7 @@ _FIELDS: dict[str, Any] = {
         "description": "One or two names of /v1/effects; also as one value with a comma.",
     },
     "prompt": _text("An instruction, where no effect is named."),
-    "model": _text("The name in /v1/models; may be left out."),
+    "model": _text("A name of /v1/models; may be left out where one model alone has the effects."),
     "n": {"type": "integer", "minimum": 1, "default": 1, "description": "Results, of seeds seed, seed + 1, ..."},
     "seed": {"type": "integer", "minimum": 0, "description": "Of the noise; drawn where it is left out."},
     "size": _text("auto (the picture's shape) or WIDTHxHEIGHT.", default="auto"),

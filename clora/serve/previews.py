@@ -13,6 +13,7 @@ from PIL import Image
 from clora.config import general_data
 from clora.data.images import SUFFIXES, load_image
 from clora.errors import InputError
+from clora.serve.engine import Work
 from clora.serve.service import Service
 
 log = logging.getLogger(__name__)
@@ -37,19 +38,18 @@ async def make_previews(service: Service) -> None:
     if source is None:
         log.warning("no thumbnails: the base brings no picture along; name one as thumbnail_image")
         return
-    service.thumbnails[""] = _data_url(source)
-    model = service.model
-    for entry in service.offer.collection.effects.values():
+    service.thumbnail_source = _data_url(source)
+    wanted = [(offer.name, entry) for offer in service.offers.values() for entry in offer.collection.effects.values()]
+    for model, entry in wanted:
         while service.jobs.running() or not service.is_ready:
             await asyncio.sleep(PAUSE)
+        work = Work(model, (source,), entry.prompt, None, (SEED,), entry.name, SECONDS)
         try:
-            cond = await asyncio.wrap_future(model.encode([source], entry.prompt))
-            x0_TC = await asyncio.wrap_future(model.denoise(cond, SEED, entry.name, SECONDS, None))
-            picture = await asyncio.wrap_future(model.decode(x0_TC, cond.grid))
+            [picture] = await service.engine.edit(work, lambda: None)
         except Exception as error:
             log.warning("no thumbnail of an effect: %s", type(error).__name__)
             continue
-        service.thumbnails[entry.name] = _data_url(picture)
+        service.thumbnails[model, entry.name] = _data_url(picture)
 
 
 def _source(service: Service) -> Image.Image | None:
@@ -57,7 +57,8 @@ def _source(service: Service) -> Image.Image | None:
     settings = service.settings
     if settings.thumbnail_image is not None:
         return load_image(settings.thumbnail_image)
-    data = general_data(settings.base or service.offer.collection.base)
+    base = next(iter(service.offers.values())).collection.base
+    data = general_data(settings.base or base)
     folder = data if data is None or data.is_dir() else data.parent
     found = sorted(_pictures(folder)) if folder is not None else []
     return load_image(found[0]) if found else None

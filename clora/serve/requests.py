@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from clora.method.prompts import compose_prompts
-from clora.serve.offer import Collection, Offer, OutputFormat
+from clora.serve.offer import Offer, OutputFormat
 from clora.serve.problems import Problem, bad
 from clora.serve.settings import Limits
 
@@ -36,8 +36,9 @@ SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 @dataclass(frozen=True)
 class Edit:
-    """What is asked for. `text` is what the model reads; size (height, width) None: the shape of the last image."""
+    """What is asked for of `model`. `text` is what it reads; size (height, width) None: the shape of the last image."""
 
+    model: str
     text: str
     effects: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -46,30 +47,28 @@ class Edit:
     quality: int
 
 
-def parse_edit(fields: Mapping[str, Sequence[str]], offer: Offer, limits: Limits) -> Edit:
-    """The edit that a form's fields ask for; raises `Problem` for the first that is wrong.
+def parse_edit(fields: Mapping[str, Sequence[str]], offers: Mapping[str, Offer], limits: Limits) -> Edit:
+    """The edit that a form's fields ask for, of one of the models; raises `Problem` for the first that is wrong.
 
-    An unknown effect or model is 404, with the nearest names; everything else is 400. Without a seed one is drawn.
+    An unknown effect or model is 404, with the nearest names; everything else is 400. Without a model it is the one
+    that has the effects. Without a seed one is drawn.
     """
     _check_names(fields)
     single = {name: values[0] for name, values in fields.items() if values and name not in ("effect", "effect[]")}
     _check_fixed(single)
-    model = single.get("model", "").strip()
-    if model and model != offer.name:
-        raise Problem(
-            404, f"model {shown(model)} is not served here; it is {offer.name!r}", "model_not_found", param="model"
-        )
+    given = [*fields.get("effect", ()), *fields.get("effect[]", ())]
+    offer, effects = find_model(single.get("model", "").strip(), given, offers)
     _check_steps(single, offer)
     if len(single.get("user", "")) > MOST_USER:
         raise bad(f"user: is longer than {MOST_USER} characters; shorten it", "user")
-    effects = find_effects([*fields.get("effect", ()), *fields.get("effect[]", ())], offer.collection)
     count = _integer(single, "n", 1, 1, limits.samples)
     first = _integer(single, "seed", secrets.randbelow(2**31), 0, MOST_SEED - limits.samples)
     kind = single.get("output_format") or "png"
     if kind not in FORMATS:
         raise bad(f"output_format: {shown(kind)} is none of png, jpeg and webp; give one of them", "output_format")
     return Edit(
-        text=_text(single.get("prompt", ""), effects, offer.collection, limits),
+        model=offer.name,
+        text=_text(single.get("prompt", ""), effects, offer, limits),
         effects=effects,
         seeds=tuple(range(first, first + count)),
         size=parse_size(single.get("size", "auto"), offer),
@@ -78,12 +77,30 @@ def parse_edit(fields: Mapping[str, Sequence[str]], offer: Offer, limits: Limits
     )
 
 
-def find_effects(given: Sequence[str], collection: Collection) -> tuple[str, ...]:
+def find_model(model: str, effects: Sequence[str], offers: Mapping[str, Offer]) -> tuple[Offer, tuple[str, ...]]:
+    """The model of that name, "" for the only one that has the effects, and the effects' names, as `find_effects`.
+
+    Raises `Problem`: 404 with the nearest names for a model that is unknown, 400 where a name is needed or none fits.
+    """
+    if model and model not in offers:
+        message = f"model {shown(model)} is not served here; {_hint(model, offers, 'GET /v1/models')}"
+        raise Problem(404, message, "model_not_found", param="model", extra={"nearest": _nearest(model, offers)})
+    asked = [offers[model]] if model else list(offers.values())
+    names = find_effects(effects, {name for offer in asked for name in offer.collection.effects})
+    fitting = [offer for offer in asked if set(names) <= set(offer.collection.effects)]
+    if not fitting:
+        raise bad("effect: the two are of different models; apply them one after the other", "effect")
+    if len(fitting) > 1:
+        shown_names = ", ".join(offer.name for offer in fitting)
+        raise bad(f"model: {shown_names} could do this; name one of them", "model")
+    return fitting[0], names
+
+
+def find_effects(given: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
     """One or two effects' names from values that are a name, or names with commas between them.
 
     Raises `Problem`: 404 with the nearest names for one that is unknown, 400 for more than two.
     """
-    known = collection.effects
     names: list[str] = []
     for value in given:
         whole = value.strip()
@@ -91,10 +108,8 @@ def find_effects(given: Sequence[str], collection: Collection) -> tuple[str, ...
     names = [name for name in names if name]
     for name in names:
         if name not in known:
-            near = get_close_matches(name, sorted(known), 3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "GET /v1/effects lists them"
-            message = f"effect {shown(name)} is not in this collection; {hint}"
-            raise Problem(404, message, "effect_not_found", param="effect", extra={"nearest": near})
+            message = f"effect {shown(name)} is not in this collection; {_hint(name, known, 'GET /v1/effects')}"
+            raise Problem(404, message, "effect_not_found", param="effect", extra={"nearest": _nearest(name, known)})
     if len(names) > 2:
         raise bad(f"effect: {len(names)} were given, two can be composed; name one or two", "effect")
     if len(set(names)) != len(names):
@@ -120,6 +135,15 @@ def parse_size(value: str, offer: Offer) -> tuple[int, int] | None:
 def shown(value: str) -> str:
     """A client's text as it may stand in an answer: quoted, escaped, short."""
     return repr(value if len(value) <= 80 else f"{value[:77]}...")
+
+
+def _nearest(name: str, known: Iterable[str]) -> list[str]:
+    return get_close_matches(name, sorted(known), 3)
+
+
+def _hint(name: str, known: Iterable[str], where: str) -> str:
+    near = _nearest(name, known)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"{where} lists them"
 
 
 def _check_names(fields: Mapping[str, Sequence[str]]) -> None:
@@ -151,14 +175,14 @@ def _check_steps(single: Mapping[str, str], offer: Offer) -> None:
         raise bad(f"steps: this model was distilled for {offer.collection.num_steps}; leave it out", "steps")
 
 
-def _text(prompt: str, effects: tuple[str, ...], collection: Collection, limits: Limits) -> str:
+def _text(prompt: str, effects: tuple[str, ...], offer: Offer, limits: Limits) -> str:
     if len(prompt) > limits.prompt_chars:
         raise bad(f"prompt: is longer than {limits.prompt_chars} characters; shorten it", "prompt")
     if effects and prompt.strip():
         raise bad("prompt: an effect has its own; leave one of the two empty", "prompt")
     if not effects and not prompt.strip():
         raise bad("prompt: is empty and no effect is named; give one of the two", "prompt")
-    texts = [collection.effects[name].prompt for name in effects] or [prompt]
+    texts = [offer.collection.effects[name].prompt for name in effects] or [prompt]
     return texts[0] if len(texts) == 1 else compose_prompts(*texts)
 
 

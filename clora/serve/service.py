@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
+from clora.serve.engine import Engine
 from clora.serve.jobs import Jobs
-from clora.serve.limits import Quotas
+from clora.serve.limits import Quotas, Uploads
 from clora.serve.metrics import Metrics
-from clora.serve.models import Model
 from clora.serve.offer import Offer
 from clora.serve.problems import Problem
 from clora.serve.settings import Settings
@@ -22,32 +21,34 @@ log = logging.getLogger(__name__)
 class Service:
     """What the routes share. `keys`: hashes by name, None where everybody may call."""
 
-    def __init__(self, settings: Settings, model: Model, keys: Mapping[str, str] | None = None) -> None:
-        limits, backbone = settings.limits, model.parts.backbone
-        self.settings, self.model, self.keys = settings, model, keys
-        height, width = backbone.output_size()
-        unit = height // backbone.grid((height, width))[0]
-        pixels = limits.result_pixels or height * width
-        self.offer = Offer(settings.name, model.parts.collection, unit, pixels)
+    def __init__(self, settings: Settings, engine: Engine, keys: Mapping[str, str] | None = None) -> None:
+        limits = settings.limits
+        self.settings, self.engine, self.keys = settings, engine, keys
         self.jobs = Jobs(limits.result_seconds, limits.results_kept)
         self.quotas = Quotas(limits.requests_per_minute, limits.burst, limits.concurrent)
+        self.uploads = Uploads(limits.uploads)
         self.pool = ThreadPoolExecutor(settings.decode_threads, "pictures")
-        self.metrics = Metrics(lambda: model.batcher.stats(), lambda: self.is_ready)
-        model.on_phase = self.metrics.on_phase
+        self.metrics = Metrics(engine.stats, lambda: self.is_ready)
+        engine.on_phase = self.metrics.on_phase
         self.is_draining = False
-        self.thumbnails: dict[str, str] = {}  # data URLs of results by effect; "" is the source
-        self._uploads = 0
+        self.thumbnails: dict[tuple[str, str], str] = {}  # data URLs of results by model and effect
+        self.thumbnail_source: str | None = None
+
+    @property
+    def offers(self) -> Mapping[str, Offer]:
+        """The models by name."""
+        return self.engine.offers
 
     @property
     def is_ready(self) -> bool:
         """Whether edits are taken."""
-        return not self.is_draining and self.model.is_alive
+        return not self.is_draining and self.engine.is_alive
 
     def check_open(self) -> None:
         """Raise `Problem` 503 while edits are not taken."""
         if self.is_draining:
             raise Problem(503, "the server is shutting down; try another, or later", "draining", retry_after=5)
-        if not self.model.is_alive:
+        if not self.engine.is_alive:
             raise Problem(503, "the engine is being started anew; try again", "engine_down", retry_after=2)
 
     def reserve(self, samples: int) -> None:
@@ -59,34 +60,24 @@ class Service:
 
     def seconds_for(self, samples: int) -> float:
         """About how long so many samples take, from 1 to 60 s."""
-        stats = self.model.batcher.stats()
-        rate = stats["steps_per_second"] * stats["batch_mean"] / self.offer.collection.num_steps
+        rate = 0.0
+        for name, stats in self.engine.stats().items():
+            rate += stats["steps_per_second"] * stats["batch_mean"] / self.offers[name].collection.num_steps
         return min(60.0, max(1.0, samples / rate)) if rate > 0 else 5.0
 
-    @contextmanager
-    def upload(self) -> Iterator[None]:
-        """Count a body that is being read and decoded: memory for `limits.uploads` of them, no more."""
-        if self._uploads >= self.settings.limits.uploads:
-            raise Problem(503, "too many uploads at once; try again", "too_many_uploads", retry_after=1)
-        self._uploads += 1
-        try:
-            yield
-        finally:
-            self._uploads -= 1
-
     def revive(self) -> bool:
-        """Start the model's threads anew where one is gone or hangs; says whether it was needed."""
-        if self.model.is_alive:
+        """Start the engine anew where it is gone or hangs; says whether that was begun."""
+        if self.engine.is_alive or not self.engine.restart():
             return False
-        self.model.restart()
         self.metrics.restarts.inc()
         return True
 
-    def facts(self) -> dict[str, Any]:
-        """What results are made by, whatever they are of."""
-        collection = self.offer.collection
+    def facts(self, model: str) -> dict[str, Any]:
+        """What a model's results are made by, whatever they are of."""
+        offer = self.offers[model]
+        collection = offer.collection
         return {
-            "model": self.offer.name,
+            "model": offer.name,
             "collection": f"sha256:{collection.digest}",
             "sampler": collection.sampler,
             "steps": collection.num_steps,
@@ -94,6 +85,6 @@ class Service:
         }
 
     def close(self) -> None:
-        """End all threads."""
-        self.model.close(drain=False, timeout=5)
+        """End the engine and all threads."""
+        self.engine.close()
         self.pool.shutdown(wait=False, cancel_futures=True)

@@ -54,15 +54,18 @@ class Limits(_Section):
 
 
 class Settings(_Section):
-    """A server's settings. `artefact`, `collection`: at most one; neither serves the base's own collection. `keys`: a
-    file of `clora serve --new-key`. `cors_origins`: pages of other sites that may call. `allowed_hosts`: the names it
-    answers to; by default those of this machine where it is bound to it, else any."""
+    """A server's settings. `artefact`, `collection`, `groups` (a groups.json: several collections): at most one; none
+    serves the base's own collection. `engine`: the models in a process of their own, or in threads of the server's.
+    `keys`: a file of `clora serve --new-key`. `cors_origins`: pages of other sites that may call. `allowed_hosts`: the
+    names it answers to; by default those of this machine where it is bound to it, else any."""
 
     artefact: Path | None = None
     signed_by: Path | None = None
     collection: Path | None = None
+    groups: Path | None = None
     base: str | None = None
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")] = "clora"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,95}$")] = "clora"
+    engine: Literal["process", "thread"] = "process"
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     host: str = "127.0.0.1"
@@ -92,7 +95,7 @@ def load_settings(path: Path | None, given: Mapping[str, Any]) -> Settings:
         if not isinstance(loaded, dict):
             raise InputErrors([f"{path}: must hold 'key: value' lines, such as 'port: 8000'"])
         values = {str(key): value for key, value in loaded.items()}
-        for key in ("artefact", "signed_by", "collection", "keys", "thumbnail_image"):
+        for key in ("artefact", "signed_by", "collection", "groups", "keys", "thumbnail_image"):
             if isinstance(values.get(key), str):
                 values[key] = path.absolute().parent / Path(values[key]).expanduser()
     values |= {key: value for key, value in given.items() if value is not None}

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from clora.data.images import decode_image
 from clora.errors import InputError
+from clora.serve.limits import Upload
 from clora.serve.problems import Problem, bad
 from clora.serve.settings import Limits
 
@@ -33,11 +34,11 @@ class Form:
     files: dict[str, list[bytes]]
 
 
-async def read_form(request: Request, limits: Limits) -> Form:
-    """Read a request's multipart body.
+async def read_form(request: Request, limits: Limits, upload: Upload) -> Form:
+    """Read a request's multipart body, which stays in memory: nothing is written to a disk.
 
     Raises `Problem`: 415 for another content type, 413 beyond `limits.body_bytes` or `image_bytes`, 408 where it does
-    not arrive in time, 400 for one that is malformed, cut off, or has too many parts.
+    not arrive in time or is too slow while others wait, 400 for one that is malformed, cut off, or has too many parts.
     """
     boundary = _boundary(request)
     declared = request.headers.get("content-length", "0")
@@ -48,15 +49,20 @@ async def read_form(request: Request, limits: Limits) -> Form:
     tail = bytearray()
     parser = MultiPartParser(
         request.headers,
-        _counted(request, limits, tail),
+        _counted(request, limits, tail, upload),
         max_files=limits.images,
         max_fields=MOST_FIELDS,
         max_part_size=4 * limits.prompt_chars + 1024,
     )
+    parser.spool_max_size = limits.body_bytes + 1
     try:
-        async with asyncio.timeout(limits.upload_seconds):
+        async with asyncio.timeout(limits.upload_seconds) as upload.timeout:
             parsed = await parser.parse()
+        upload.timeout = None
     except TimeoutError as error:
+        if upload.had_to_go:
+            message = "the body arrives too slowly while others wait; send it faster, or a smaller one"
+            raise bad(message, code="upload_too_slow", status=408) from error
         message = f"the body did not arrive in {limits.upload_seconds:g} s; send it faster, or a smaller one"
         raise bad(message, code="upload_timeout", status=408) from error
     except MultiPartException as error:
@@ -83,12 +89,11 @@ def _boundary(request: Request) -> bytes:
     return boundary
 
 
-async def _counted(request: Request, limits: Limits, tail: bytearray) -> AsyncGenerator[bytes, None]:
+async def _counted(request: Request, limits: Limits, tail: bytearray, upload: Upload) -> AsyncGenerator[bytes, None]:
     """The body's chunks; `tail` keeps its last bytes."""
-    total = 0
     async for chunk in request.stream():
-        total += len(chunk)
-        if total > limits.body_bytes:
+        upload.received += len(chunk)
+        if upload.received > limits.body_bytes:
             raise _too_large(limits)
         tail += chunk[-2 * MOST_BOUNDARY :]
         del tail[: -2 * MOST_BOUNDARY]

@@ -23,6 +23,7 @@ from clora.serve.load import open_model
 from clora.serve.models import Model, Parts
 from clora.serve.service import Service
 from clora.serve.settings import Batches, Limits, Settings
+from clora.serve.threads import ThreadEngine
 from tests.support.random_collection import write_random_collection
 
 Answer = httpx.Response
@@ -60,7 +61,7 @@ def make_service(parts: Parts, settings: Settings) -> Iterator[Callable[..., Ser
         limits = Limits(**changes.pop("limits", {}))
         batches = Batches(**changes.pop("batches", {}))
         own = settings.model_copy(update={"limits": limits, "batches": batches, **changes})
-        made.append(Service(own, Model(opened, batches, own.stall_seconds), keys))
+        made.append(Service(own, ThreadEngine({opened.offer.name: opened}, own), keys))
         return made[-1]
 
     yield make
@@ -72,6 +73,13 @@ def make_service(parts: Parts, settings: Settings) -> Iterator[Callable[..., Ser
 def service(make_service: Callable[..., Service]) -> Service:
     """A service with the default settings."""
     return make_service()
+
+
+def model_of(service: Service) -> Model:
+    """The one model of a service whose engine is of threads."""
+    assert isinstance(service.engine, ThreadEngine)
+    [model] = service.engine.models.values()
+    return model
 
 
 def call(app: FastAPI | Service, talk: Callable[[httpx.AsyncClient], Awaitable[Any]], host: str = "localhost") -> Any:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from clora.inference.editor import Editor, load_editor
 from clora.serve.service import Service
-from tests.serve.conftest import call, encoded, picture, png, post
+from tests.serve.conftest import call, encoded, model_of, picture, png, post
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ def test_edits_at_once_are_what_they_are_alone(make_service: Callable[..., Servi
 
 
 def test_denoise_shares_steps_between_effects_without_a_trace(service: Service) -> None:
-    model, effects = service.model, service.offer.collection.effects
+    model = model_of(service)
+    effects = model.parts.offer.collection.effects
     conds = [model.encode([picture()], effects[name].prompt).result() for name in "ab"]
 
     def denoise(number: int) -> Future[torch.Tensor]:
@@ -99,7 +100,7 @@ def test_denoise_shares_steps_between_effects_without_a_trace(service: Service) 
 
     alone = [denoise(number).result() for number in range(12)]
     together = [future.result() for future in [denoise(number) for number in range(12)]]
-    assert service.model.batcher.stats()["effects_max"] == 2
+    assert model_of(service).batcher.stats()["effects_max"] == 2
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one, other)
 
@@ -108,7 +109,7 @@ def test_edit_says_what_made_a_result(service: Service) -> None:
     answer = post(service, {"effect": "a", "seed": "5"})
     found = answer.json()
     image = Image.open(io.BytesIO(base64.b64decode(found["data"][0]["b64_json"])))
-    digest = service.offer.collection.digest
+    digest = service.offers["clora"].collection.digest
     assert json.loads(image.info["clora"]) == {
         "model": "clora", "collection": f"sha256:{digest}", "sampler": "consistency", "steps": 4, "shift": 3.0,
         "effect": ["a"], "seed": 5,
@@ -138,7 +139,7 @@ def test_edit_of_an_unknown_effect_names_the_nearest(make_service: Callable[...,
     error = answer.json()["error"]
     assert (error["code"], error["param"], error["nearest"]) == ("effect_not_found", "effect", ["a"])
     assert "did you mean 'a'?" in error["message"]
-    assert service.model.batcher.stats()["steps"] == 0
+    assert model_of(service).batcher.stats()["steps"] == 0
 
 
 @pytest.mark.parametrize(

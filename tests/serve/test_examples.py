@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from clora.serve.settings import Settings, load_settings
@@ -47,6 +52,60 @@ def test_the_unit_and_the_image_start_the_command_and_give_it_time() -> None:
     assert "USER 10001" in image and "/livez" in image and '"clora", "serve"' in image
     for path in re.findall(r"requirements/\S+?\.lock", image):
         assert (ROOT / path).is_file()
+
+
+# The fields of Kubernetes' own types that the example uses: one that is misspelt is ignored by a server, silently.
+FIELDS = {
+    "pod": {"automountServiceAccountToken", "terminationGracePeriodSeconds", "securityContext", "containers",
+            "volumes"},
+    "container": {"name", "image", "args", "ports", "env", "securityContext", "resources", "startupProbe",
+                  "readinessProbe", "livenessProbe", "lifecycle", "volumeMounts"},
+    "probe": {"httpGet", "periodSeconds", "failureThreshold", "timeoutSeconds"},
+    "pod security": {"runAsNonRoot", "runAsUser", "fsGroup", "seccompProfile"},
+    "container security": {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities"},
+    "mount": {"name", "mountPath", "subPath", "readOnly"},
+}  # fmt: skip
+
+
+def test_the_manifest_has_no_field_that_kubernetes_does_not_know() -> None:
+    documents = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text(encoding="utf-8")))
+    assert [(one["apiVersion"], one["kind"]) for one in documents] == [("apps/v1", "Deployment"), ("v1", "Service")]
+    pod = documents[0]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    found = [("pod", pod), ("container", container), ("pod security", pod["securityContext"])]
+    found += [("container security", container["securityContext"])]
+    found += [("probe", container[f"{name}Probe"]) for name in ("startup", "readiness", "liveness")]
+    found += [("mount", mount) for mount in container["volumeMounts"]]
+    for kind, fields in found:
+        assert set(fields) <= FIELDS[kind], kind
+    assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
+
+
+def test_the_image_is_built_of_what_there_is() -> None:
+    text = (FOLDER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    known = {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "CMD"}
+    assert {word for word, _ in lines} <= known and lines[0][0] == "FROM"
+    stages = [rest.split()[-1] for word, rest in lines if word == "FROM" and " AS " in rest]
+    copied = [found for word, rest in lines if word == "COPY" for found in re.findall(r"--from=(\S+)", rest)]
+    assert copied and set(copied) <= set(stages)
+    assert [word for word, _ in lines].index("USER") < [word for word, _ in lines].index("CMD")
+    assert "--no-install-recommends" in text and "rm -rf /var/lib/apt/lists" in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "clora" in project["scripts"]
+    lock = (ROOT / "requirements" / "cpu.lock").read_text(encoding="utf-8")
+    locked = {line.split("==")[0].lower().replace("_", "-") for line in lock.splitlines()}
+    needed = [re.split(r"[>=<]", one)[0] for one in project["optional-dependencies"]["serve"]]
+    assert set(needed) <= locked  # --no-deps: what the lock lacks the image would lack
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    text = (FOLDER / "clora.service").read_text(encoding="utf-8")
+    unit = tmp_path / "clora.service"
+    unit.write_text(text.replace("/opt/clora/bin/clora", sys.executable))  # it looks for the program
+    found = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_the_documents_name_every_setting_and_metric() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,19 @@ def test_new_key_is_in_the_file_as_a_hash_alone(tmp_path: Path) -> None:
     assert (find_owner(keys, first), find_owner(keys, second), find_owner(keys, first + "x")) == ("alice", "bob", None)
     with pytest.raises(InputError, match="has a key named alice"):
         new_key(path, "alice")
+
+
+def test_find_owner_compares_every_entry_whichever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key shows neither in which entries are compared nor, by `compare_digest`, in how long one of them takes."""
+    keys = {f"key{number}": digest(f"secret{number}") for number in range(5)}
+    compared: list[tuple[str, str]] = []
+    real = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+    for key, owner in (("secret0", "key0"), ("secret4", "key4"), ("secret", None), ("", None)):
+        compared.clear()
+        assert find_owner(keys, key) == owner
+        assert [known for _, known in compared] == list(keys.values())
+        assert {len(given) for given, _ in compared} == {64}  # a hash: not even its length is the key's
 
 
 @pytest.mark.parametrize("text", ["", "alice", "alice 12", f"a {'0' * 64}\na {'1' * 64}", f"../a {'0' * 64}", "\0"])

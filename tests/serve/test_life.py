@@ -16,7 +16,7 @@ import pytest
 from clora.inference.batching import StepBatcher
 from clora.serve.models import Model, Parts
 from clora.serve.service import Service
-from tests.serve.conftest import call, listening, png, post
+from tests.serve.conftest import call, listening, model_of, png, post
 from tests.serve.test_edits import pixels
 
 ASYNC = {"prefer": "respond-async"}
@@ -89,7 +89,7 @@ def test_cancelling_ends_a_job_and_no_other(make_service: Callable[..., Service]
         for number in range(4):
             alone = post(service, {"effect": "a", "seed": str(seed + number)})
             assert np.array_equal(pixels(answer, number), pixels(alone))
-    stats = service.model.batcher.stats()
+    stats = model_of(service).batcher.stats()
     assert stats["cancelled"] >= 1 and stats["queued"] == stats["running"] == 0
 
 
@@ -116,7 +116,7 @@ def test_clients_that_go_free_their_places(make_service: Callable[..., Service])
     with listening(service) as address:
         answer, freed = asyncio.run(run(address))
     assert answer.status_code == 200
-    stats = service.model.batcher.stats()
+    stats = model_of(service).batcher.stats()
     assert stats["queued"] == stats["running"] == 0
     assert stats["done"] < 40  # of the 80 samples that were asked for and left
     assert service.jobs.samples_in_flight() == 0 and service.quotas.running == 0
@@ -152,7 +152,7 @@ def test_three_times_too_much_is_refused_and_nothing_is_lost(make_service: Calla
 
 def test_a_dead_engine_is_told_and_started_anew(make_service: Callable[..., Service], parts: Parts) -> None:
     service = make_service()
-    service.model.decoder.close()
+    model_of(service).decoder.close()
 
     async def ready(client: httpx.AsyncClient) -> int:
         return (await client.get("/readyz")).status_code
@@ -202,7 +202,7 @@ def test_a_stalled_engine_is_noticed(parts: Parts, settings: Any) -> None:
         def close(self, drain: bool = True, timeout: float | None = None) -> None:
             pass
 
-    model = Model(replace(parts, start=Hanging), settings.batches, stall_seconds=0.05)  # type: ignore[arg-type]
+    model = Model(replace(parts, start=Hanging), settings.batches, 0.05, lambda *_: None)  # type: ignore[arg-type]
     assert model.is_alive
     time.sleep(0.1)
     assert not model.is_alive
@@ -247,7 +247,7 @@ def test_metrics_count_what_happened(service: Service) -> None:
         'clora_http_requests_total{method="POST",route="/v1/images/edits",status="200"} 1.0',
         'clora_rejects_total{reason="effect_not_found"} 1.0',
         'clora_effect_samples_total{effect="a"} 2.0',
-        'clora_samples_total{outcome="done"} 2.0',
+        'clora_samples_total{model="clora",outcome="done"} 2.0',
         "clora_ready 1.0",
     ):
         assert line in text
@@ -264,6 +264,6 @@ def test_the_catalogue_is_told(service: Service, path: str) -> None:
     if path == "/v1/effects":
         assert [one["id"] for one in found["data"]] == ["a", "b"]
     elif path == "/v1/models":
-        assert found["data"][0]["collection"] == f"sha256:{service.offer.collection.digest}"
+        assert found["data"][0]["collection"] == f"sha256:{service.offers['clora'].collection.digest}"
     else:
         assert found["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["example"]

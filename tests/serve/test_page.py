@@ -11,7 +11,7 @@ import pytest
 from clora.serve.keys import digest
 from clora.serve.page_files import FILES, FOLDER
 from clora.serve.service import Service
-from tests.serve.conftest import listening, png
+from tests.serve.conftest import listening, model_of, png
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -75,7 +75,7 @@ def test_the_page_edits_an_upload_and_remembers_it(service: Service, page: Any) 
         page.wait_for_selector("#save:not([hidden])")
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= 390  # nothing is wider than the phone
-    assert service.model.batcher.stats()["done"] == 2
+    assert model_of(service).batcher.stats()["done"] == 2
 
 
 @needs_browser

@@ -20,21 +20,7 @@ from clora.serve.app import create_app
 from clora.serve.requests import FIELDS
 from clora.serve.service import Service
 from tests.serve.conftest import call, encoded, picture, png, post
-
-TYPE = "multipart/form-data; boundary=xyz"
-
-
-def body(*parts: tuple[str, bytes], end: bytes = b"--xyz--\r\n") -> bytes:
-    """A multipart body from the headers and the content of its parts."""
-    return b"".join(b"--xyz\r\n" + head.encode() + b"\r\n\r\n" + content + b"\r\n" for head, content in parts) + end
-
-
-def field(name: str, value: str) -> tuple[str, bytes]:
-    return f'Content-Disposition: form-data; name="{name}"', value.encode()
-
-
-def file(content: bytes, name: str = "image", filename: str = "a.png") -> tuple[str, bytes]:
-    return f'Content-Disposition: form-data; name="{name}"; filename="{filename}"\r\nContent-Type: image/png', content
+from tests.support.damaged_bodies import TYPE, body, damaged, field, file, send_all
 
 
 def send(service: Service, content: bytes, kind: str = TYPE, **headers: str) -> httpx.Response:
@@ -179,35 +165,9 @@ def test_truncated_bodies_are_refused_wherever_they_end(service: Service) -> Non
 
 
 def test_malformed_bodies_never_break_the_server(service: Service) -> None:
-    """Five hundred bodies, each damaged in one to eight places, or put together of pieces that do not belong so."""
-    rng = random.Random(1)
-    whole = body(field("effect", "a"), field("seed", "3"), field("n", "1"), file(b"\x89PNG\r\n\x1a\n" + b"x" * 40))
-    pieces = [b"--xyz", b"--xyz--", b"\r\n", b"\n", b"Content-Disposition: form-data", b'; name="image"',
-              b'; name=""',
-              b'; filename="../../etc/passwd"', b"\0", b"\xff\xfe", b"Content-Type: image/png", b"--", b": ", b'"',
-              b"Content-Length: -1", b"Content-Transfer-Encoding: base64", b"; filename*=utf-8''%00",
-              png()[:50]]  # fmt: skip
-    statuses: dict[int, int] = {}
-
-    async def talk(client: httpx.AsyncClient) -> None:
-        for number in range(500):
-            content = bytearray(whole)
-            for _ in range(rng.randint(1, 8)):
-                place = rng.randrange(len(content))
-                if number % 2:
-                    content[place : place + rng.randint(0, 12)] = rng.choice(pieces)
-                else:
-                    content[place] = rng.randrange(256)
-            if number % 5 == 0:
-                content = bytearray(b"".join(rng.choices(pieces, k=rng.randint(1, 30))))
-            headers = {"content-type": TYPE}
-            answer = await client.post("/v1/images/edits", content=bytes(content), headers=headers)
-            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-            assert answer.json()["error"]["message"]
-
+    """Five hundred bodies; `python -m tests.support.damaged_bodies` sends ten thousand."""
     service.quotas = type(service.quotas)(10_000, 10_000, 10)
-    call(service, talk)
-    assert set(statuses) <= {400, 404, 413}
+    statuses = asyncio.run(send_all(service, damaged(500, seed=1)))
     assert statuses[400] > 450
     assert send(service, body(file(png()), field("effect", "a"))).status_code == 200
 

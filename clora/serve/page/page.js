@@ -217,7 +217,8 @@ async function loadCatalogue() {
     $("count").replaceChildren(...Array.from({ length: found.limits.samples }, (_, i) => element("option", { textContent: String(i + 1) })));
   }
   $("sample").hidden = !found.before;
-  $("about").textContent = `${found.data.length} effects, one model.`;
+  const models = new Set(found.data.map((one) => one.model)).size;
+  $("about").textContent = `${found.data.length} effects, ${models === 1 ? "one model" : `${models} models`}.`;
   if (isNew) {
     const focused = document.activeElement?.dataset?.name;
     cards();
@@ -235,7 +236,10 @@ async function edit(event) {
   const form = new FormData();
   form.append("image", state.source, "picture");
   for (const name of state.chosen) form.append("effect", name);
-  if (!state.chosen.length) form.append("prompt", $("prompt").value);
+  if (!state.chosen.length) {
+    form.append("prompt", $("prompt").value);
+    form.append("model", state.catalogue[0].model); // of several, any
+  }
   form.append("n", $("count").value || "1");
   if ($("seed").value.trim()) form.append("seed", $("seed").value.trim());
   const name = state.chosen.join("+") || "edit";
