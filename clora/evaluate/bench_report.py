@@ -15,7 +15,7 @@ import numpy as np
 
 from clora.data.image_grid import png_data_uri
 from clora.data.images import load_image
-from clora.evaluate.bench_rows import MethodSummary, Row
+from clora.evaluate.bench_rows import FIGURES, MethodSummary, Row
 from clora.evaluate.benchmark import Benchmark
 from clora.evaluate.judge import Judge
 from clora.evaluate.metrics.encoders import Encoder
@@ -24,6 +24,7 @@ from clora.io.atomic import write_text
 WORST = 24  # pictures in the gallery of bad cases
 GRID_EFFECTS = 12
 SIDE = 144
+COSTS = {"num_loras": "LoRAs kept", "storage_mb": "MB", "nfe": "forwards", "routed_right": "routed right"}
 
 
 def write_bench_report(
@@ -53,6 +54,10 @@ def write_bench_report(
         worst=[_card(bench.output_dir, row) for row in _worst(rows)],
         grid=_grid(bench, rows),
         methods=[summary.name for summary in summaries],
+        figures={key: name for key, name in FIGURES.items() if any(key in one.figures for one in summaries)},
+        costs=[key for key in COSTS if any(getattr(one, key) is not None for one in summaries)],
+        cost_names=COSTS,
+        judged_twice=any(one.agreement.asked for one in summaries),
     )
     write_text(bench.output_dir / "report.html", page)
     return answer
@@ -61,7 +66,8 @@ def write_bench_report(
 def _facts(bench: Benchmark, rows: Sequence[Row], judge: Judge | None) -> dict[str, str]:
     facts = {"base": bench.base, "effects": str(len(bench.effects)), "results": str(len(rows))}
     if judge is None:
-        return facts | {"judge": "none: no verdicts"}
+        known = "none: the tiny world's truth is known (docs/METRICS.md)"
+        return facts | {"judge": known if bench.exact else "none: no verdicts"}
     models = sorted({row.judge for row in rows if row.judge})
     # Calls of this run are left out: a run that goes on must report what one that was never stopped does.
     return facts | {
@@ -83,7 +89,7 @@ def _worst(rows: Sequence[Row]) -> list[Row]:
 
 
 def _card(root: Path, row: Row) -> dict[str, str]:
-    says = "bad" if row.bad else f"{row.vsa} of 5"
+    says = f"bad {row.why}".rstrip() if row.bad else f"{row.vsa:.3g} of 5"
     what = f"{row.method} · {row.effect} · {row.key}: {says}"
     return {"what": what, "source": _small(root / row.source), "result": _small(root / row.path)}
 

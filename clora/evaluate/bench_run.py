@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clora.data.images import cover_crop, load_image
-from clora.evaluate.bench_rows import Row
+from clora.evaluate.bench_rows import ExactVerdict, Row
 from clora.evaluate.benchmark import TRUTH, UNTOUCHED, BenchEffect, Benchmark, Cell, JudgeSettings, cells
 from clora.evaluate.judge import Answer, Judge, Limits
 from clora.evaluate.metrics.encoders import Encoder
@@ -65,13 +65,16 @@ def score(
     encoders: Sequence[Encoder],
     on_done: Progress,
     seconds: dict[Path, float],
+    exact: Mapping[Cell, ExactVerdict] | None = None,
 ) -> list[Row]:
-    """A row for each cell, in order. Several results are judged at a time."""
+    """A row for each cell, in order. Several results are judged at a time; `exact` holds verdicts that are known."""
     effects = {effect.name: effect for effect in bench.effects}
     settings = bench.judge
 
     def one(cell: Cell) -> Row:
         row = _measured(cell, bench.output_dir, encoders, seconds.get(cell.path))
+        if exact is not None:
+            row = row.model_copy(update=exact[cell]._asdict() | {"judge": "exact"})
         if judge is not None and settings is not None:
             effect = effects[cell.effect]
             row = with_verdict(row, judge_cell(judge, effect, cell))

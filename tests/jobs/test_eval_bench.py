@@ -148,7 +148,9 @@ def test_evaluate_benchmark_counts_the_seconds_of_a_batch_once(tmp_path, bench, 
     monkeypatch.setattr(Editor, "run", run)
     bench["methods"] = [{"name": "collection", "lora": str(COLLECTION)}]
     answer = evaluate_benchmark(write(tmp_path, bench))
-    assert answer["methods"][0]["seconds"] == pytest.approx(2 * 8.0 / 6, abs=1e-3)  # six results in two batches
+    assert answer["methods"][0]["figures"]["seconds"]["mean"] == pytest.approx(
+        2 * 8.0 / 6, abs=1e-3
+    )  # six results in two batches
 
 
 def test_evaluate_benchmark_judges_by_the_pictures(tmp_path, bench):
@@ -157,7 +159,7 @@ def test_evaluate_benchmark_judges_by_the_pictures(tmp_path, bench):
     by_name = {one["name"]: one for one in answer["methods"]}
     assert (by_name["grey"]["bcr"], by_name["grey"]["vsa"]) == (0.0, 4.0)
     assert (by_name["copied"]["bcr"], by_name["copied"]["vsa"]) == (1.0, 0.0)
-    assert by_name["copied"]["differences"]["bcr"] == (1.0, (1.0, 1.0))
+    assert by_name["copied"]["differences"]["bcr"] == {"mean": 1.0, "interval": (1.0, 1.0)}
     assert answer["controls"] == []
     rows = read_rows(tmp_path / "out/rows.csv")
     assert [row.l1_source for row in rows if row.method == "copied"] == [0.0] * 6
@@ -172,8 +174,9 @@ def test_evaluate_benchmark_puts_encoders_into_rows_and_report(tmp_path, bench):
     save(tmp_path / "dino", "dino")
     answer = evaluate_benchmark(write(tmp_path, bench | {"encoders": {"dino": str(tmp_path / "dino")}}))
     by_name = {one["name"]: one for one in answer["methods"]}
-    assert by_name["copied"]["dino_source"] == pytest.approx(1, abs=1e-5)
-    assert by_name["grey"]["dino_source"] < 1 - 1e-4 and by_name["grey"]["clip_source"] is None
+    assert by_name["copied"]["figures"]["dino_source"]["mean"] == pytest.approx(1, abs=1e-5)
+    grey = by_name["grey"]["figures"]
+    assert grey["dino_source"]["mean"] < 1 - 1e-4 and "clip_source" not in grey
     assert "short side 256" in answer["facts"]["dino"]
 
 
