@@ -189,7 +189,11 @@ def test_swap_lora_with_acceleration_is_the_stock_pipelines_set_adapters(
 ) -> None:
     effect, fast = tmp_path / "effect.safetensors", tmp_path / "fast.safetensors"
     write_lora(effect, random_modules(random_base, ("to_q", "img_mlp.net.2"), 1), dtype=torch.float32)
-    write_lora(fast, random_modules(random_base, ("to_q", "img_mod.1", "proj_out"), 2), dtype=torch.float32)
+    write_lora(
+        fast,
+        random_modules(random_base, ("to_q", "to_v", "to_out.0", "img_mod.1", "img_mlp.net.2"), 2),
+        dtype=torch.float32,
+    )
     image = picture(3)
     base = str(random_base)
     editor = swap_lora(load_editor(base, None, "cpu", torch.float32), base, effect, fast)
