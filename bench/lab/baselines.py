@@ -3,7 +3,7 @@
 Every method that is at hand for the effects of a finished demo, in one table of `clora eval` with exact verdicts:
 teachers in many and few steps, with the acceleration LoRA (stock `set_adapters`), picked by a router, joint LoRAs,
 teachers merged into one by PEFT, and the collection. Then two effects at once. Merges are set up (weight, density) by
-their verdicts on scenes `tune`, both ways of asking together; the table is of scenes `judge`.
+their alignment on scenes `tune`, among equals by PSNR, both ways of asking together; the table is of scenes `judge`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.console import Console
 
@@ -74,7 +75,7 @@ def run_bench(
     reference: str,
     console: Console,
 ) -> dict[str, Any]:
-    """Write `out/benchmark.yaml` and run it; returns its report."""
+    """Write `out/benchmark.yaml` and run it, unless it was run before as it is; returns its report."""
     out.mkdir(parents=True, exist_ok=True)
     bench = {
         "output_dir": ".",
@@ -86,8 +87,11 @@ def run_bench(
         "images": {category: [str(path) for path in found] for category, found in sources.items()},
         "methods": list(methods),
     }
-    path = out / "benchmark.yaml"
-    path.write_text(yaml.safe_dump(bench, sort_keys=False))
+    path, text = out / "benchmark.yaml", yaml.safe_dump(bench, sort_keys=False)
+    if (out / "report.json").exists() and path.read_text() == text:
+        found: dict[str, Any] = json.loads((out / "report.json").read_text())
+        return found
+    path.write_text(text)
     return evaluate_benchmark(path, console)
 
 
@@ -105,13 +109,9 @@ def merged(out: Path, run: Path, teachers: Mapping[str, Path], fast: Path, conso
         for suffix, ask in ASKS.items()
     ]
     sources = write_scenes(out / "scenes" / "tune", "tune", TUNE_SCENES)
-    done = out / "tune" / "report.json"
-    if done.exists():
-        report = json.loads(done.read_text())
-    else:
-        report = run_bench(out / "tune", list(teachers), sources, methods, methods[0]["name"], console)
-    vsa = {one["name"]: one["vsa"] for one in report["methods"]}
-    score = {how: sum(vsa[how.name + suffix] for suffix in ASKS) for how in files}
+    report = run_bench(out / "tune", list(teachers), sources, methods, methods[0]["name"], console)
+    found = {one["name"]: (one["vsa"], one["figures"]["psnr_truth"]["mean"]) for one in report["methods"]}
+    score = {how: np.sum([found[how.name + suffix] for suffix in ASKS], axis=0).tolist() for how in files}
     best = [max((how for how in files if how.combination == name), key=lambda how: score[how]) for name in COMBINATIONS]
     return {how: files[how] for how in best}
 

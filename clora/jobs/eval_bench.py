@@ -128,9 +128,10 @@ def make_results(bench: Benchmark, found: Sequence[Cell], console: Console) -> N
 
 
 def _by_lora(bench: Benchmark, method: BenchMethod, own: Sequence[Cell]) -> Iterator[tuple[Path, list[Cell]]]:
+    files = {name: asked(bench, method, name).lora for name in {cell.effect for cell in own}}
     groups: dict[Path, list[Cell]] = {}
     for cell in own:
-        groups.setdefault(asked(bench, method, cell.effect).lora, []).append(cell)
+        groups.setdefault(files[cell.effect], []).append(cell)
     yield from groups.items()
 
 
