@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,7 @@ def main() -> None:
     parser.add_argument("--num-scenes", type=int, default=6)
     parser.add_argument("--figures", type=Path, help="write the table as JSON")
     arguments = parser.parse_args()
-    started, console = time.perf_counter(), Console(stderr=True)
+    console = Console(stderr=True)
     run = arguments.run.resolve()
     out = (arguments.out or run / "baselines").resolve()
     config = load_config(run / "config.yaml")
@@ -210,7 +209,6 @@ def main() -> None:
         "merges": {how.combination: {"weight": how.weight, "density": how.density} for how in merges},
         "router": "tf-idf words of the full prompt against the criteria (clora.evaluate.router)",
         "machine": machine(),
-        "minutes": round((time.perf_counter() - started) / 60, 1),
         "one effect": rows(single),
         "two effects": rows(two),
     }

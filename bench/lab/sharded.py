@@ -24,7 +24,7 @@ from clora.config import collection_lora
 from clora.lora.catalogue import read_catalogue
 from clora.tiny.dataset import write_eval_sources
 
-SEEDS = 5
+SEEDS = 10
 PROCESSES = 2
 
 

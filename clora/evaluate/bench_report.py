@@ -16,9 +16,10 @@ import numpy as np
 from clora.data.image_grid import png_data_uri
 from clora.data.images import load_image
 from clora.evaluate.bench_rows import FIGURES, MethodSummary, Row
+from clora.evaluate.bench_run import Measures
 from clora.evaluate.benchmark import Benchmark
 from clora.evaluate.judge import Judge
-from clora.evaluate.metrics.encoders import Encoder
+from clora.evaluate.metrics.flip import FACTS
 from clora.io.atomic import write_text
 
 WORST = 24  # pictures in the gallery of bad cases
@@ -33,13 +34,13 @@ def write_bench_report(
     summaries: Sequence[MethodSummary],
     faults: Sequence[str],
     judge: Judge | None,
-    encoders: Sequence[Encoder] = (),
+    measures: Measures,
 ) -> dict[str, Any]:
     """Write both files into `output_dir` and return what the JSON holds. `faults`: controls that came out wrong."""
     answer: dict[str, Any] = {
         "methods": [summary.model_dump() for summary in summaries],
         "controls": list(faults),
-        "facts": _facts(bench, rows, judge) | {encoder.name: encoder.facts for encoder in encoders},
+        "facts": _facts(bench, rows, judge) | _measure_facts(bench, rows, measures),
     }
     write_text(bench.output_dir / "report.json", json.dumps(answer, indent=1, allow_nan=False) + "\n")
     environment = jinja2.Environment(
@@ -75,6 +76,16 @@ def _facts(bench: Benchmark, rows: Sequence[Row], judge: Judge | None) -> dict[s
         "answers by": "; ".join(models) or "nobody",
         "prompts": "the paper's Fig. 11 and Fig. 12, pictures named in text, temperature 0",
     }
+
+
+def _measure_facts(bench: Benchmark, rows: Sequence[Row], measures: Measures) -> dict[str, str]:
+    facts: dict[str, str] = {encoder.name: encoder.facts for encoder in measures.encoders}
+    if measures.flip:
+        facts["flip"] = FACTS
+    if bench.edit_reward is not None and measures.rewards is not None:
+        models, missing = sorted(measures.rewards.models), sum(row.edit_reward is None for row in rows)
+        facts["EditReward"] = f"{bench.edit_reward.url}, by {', '.join(models) or 'nobody'}, {missing} missing"
+    return facts
 
 
 def _worst(rows: Sequence[Row]) -> list[Row]:

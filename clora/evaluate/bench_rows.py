@@ -27,8 +27,10 @@ FIGURES = {
     "detail_db": "detail error, dB",
     "l1_source": "L1 to source",
     "ssim_source": "SSIM to source",
+    "flip_source": "FLIP to source",
     "clip_source": "CLIP to source",
     "dino_source": "DINO to source",
+    "edit_reward": "EditReward",
     "seconds": "seconds",
 }
 
@@ -61,6 +63,9 @@ class Row(BaseModel):
     ssim_source: float | None = None
     clip_source: float | None = None  # cosines of embeddings of result and source
     dino_source: float | None = None
+    flip_source: float | None = None
+    edit_reward: float | None = None  # the score, and the logarithm of its uncertainty
+    edit_reward_log_uncertainty: float | None = None
     seconds: float | None = None
 
     @property
@@ -244,6 +249,6 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
 
 def _schema(pyarrow: object) -> object:
     kinds = {"bad": "bool_", "again_bad": "bool_", "vsa": "float64", "again_vsa": "int64", "seed": "int64"}
-    kinds |= dict.fromkeys(FIGURES, "float64")
+    kinds |= dict.fromkeys((*FIGURES, "edit_reward_log_uncertainty"), "float64")
     fields = [(name, getattr(pyarrow, kinds.get(name, "string"))()) for name in Row.model_fields]
     return getattr(pyarrow, "schema")(fields)  # noqa: B009  (the package has no types)

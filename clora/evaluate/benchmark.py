@@ -122,6 +122,14 @@ class JudgeSettings(_Section):
         )  # fmt: skip
 
 
+class RewardSettings(_Section):
+    """An EditReward service (`clora.evaluate.metrics.edit_reward`)."""
+
+    url: str
+    timeout_seconds: float = Field(120.0, gt=0)
+    max_attempts: int = Field(3, ge=1, le=20)
+
+
 class Benchmark(_Section):
     """A benchmark's file. Paths are relative to its folder."""
 
@@ -134,6 +142,8 @@ class Benchmark(_Section):
     seeds: list[int] = Field([0], min_length=1)
     batch_size: int = Field(4, ge=1)
     encoders: dict[EncoderName, str | None] = Field({}, description="clip, dino: a folder or hub name; null: the usual")
+    flip: bool = Field(False, description="FLIP to the source (extra eval)")
+    edit_reward: RewardSettings | None = None
     judge: JudgeSettings | None = None
     exact: bool = Field(False, description="verdicts by the tiny world's truth; pictures are called by scene")
 

@@ -21,7 +21,7 @@ from clora.errors import InputError, raise_faults
 from clora.evaluate.bench_methods import asked, cost_of
 from clora.evaluate.bench_report import write_bench_report
 from clora.evaluate.bench_rows import Row, control_faults, summarise, write_rows
-from clora.evaluate.bench_run import control_cells, open_judge, score
+from clora.evaluate.bench_run import Measures, control_cells, open_judge, score
 from clora.evaluate.benchmark import (
     CONTROLS,
     Benchmark,
@@ -33,7 +33,9 @@ from clora.evaluate.benchmark import (
 )
 from clora.evaluate.exact_bench import check_scenes, exact_verdicts
 from clora.evaluate.judge import Judge
-from clora.evaluate.metrics.encoders import Encoder, open_encoder
+from clora.evaluate.metrics.edit_reward import RewardService
+from clora.evaluate.metrics.encoders import open_encoder
+from clora.evaluate.metrics.flip import require_flip
 from clora.inference.edit_prompts import Job
 from clora.inference.editor import Editor, load_editor, swap_lora
 from clora.io.atomic import replacing
@@ -64,12 +66,14 @@ def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, 
     _check_methods(bench, found)
     if bench.exact:
         check_scenes(bench, found)
+    if bench.flip:
+        require_flip()
     with distributed.process_group(TIMEOUT_SECONDS):
         own = found[distributed.rank() :: distributed.world_size()]
         make_results(bench, own, console)
         judge = None if bench.judge is None else open_judge(bench.judge, bench.output_dir / "judge")
         if judge is not None and distributed.world_size() > 1:
-            _score(bench, own, judge, [], console)  # what is answered is on the disk for the first process
+            _score(bench, own, judge, Measures(), console)  # what is answered is on the disk for the first process
         distributed.barrier()
         answer = _report(bench, found, judge, console) if distributed.is_main() else {}
         distributed.leave_together()
@@ -188,7 +192,7 @@ def _seconds(bench: Benchmark) -> dict[Path, float]:
 
 
 def _score(
-    bench: Benchmark, found: Sequence[Cell], judge: Judge | None, encoders: Sequence[Encoder], console: Console
+    bench: Benchmark, found: Sequence[Cell], judge: Judge | None, measures: Measures, console: Console
 ) -> list[Row]:
     with _progress(console) as progress:
         exact = None
@@ -196,12 +200,21 @@ def _score(
             exact_task = progress.add_task("comparing with the truth", total=len(found))
             exact = exact_verdicts(bench, found, lambda: progress.advance(exact_task))
         task = progress.add_task("measuring" if judge is None else "judging", total=len(found))
-        return score(bench, found, judge, encoders, lambda: progress.advance(task), _seconds(bench), exact)
+        return score(bench, found, judge, measures, lambda: progress.advance(task), _seconds(bench), exact)
+
+
+def _open_measures(bench: Benchmark) -> Measures:
+    encoders = [open_encoder(name, model) for name, model in bench.encoders.items()]
+    settings, rewards = bench.edit_reward, None
+    if settings is not None:
+        kept = bench.output_dir / "edit_reward"
+        rewards = RewardService(settings.url, settings.timeout_seconds, settings.max_attempts, folder=kept)
+    return Measures(encoders, bench.flip, rewards)
 
 
 def _report(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> dict[str, Any]:
-    encoders = [open_encoder(name, model) for name, model in bench.encoders.items()]
-    rows = _score(bench, [*found, *control_cells(bench)], judge, encoders, console)
+    measures = _open_measures(bench)
+    rows = _score(bench, [*found, *control_cells(bench)], judge, measures, console)
     own = [row for row in rows if row.method not in CONTROLS]
     costs = {method.name: cost_of(bench, method)._asdict() for method in bench.methods}
     summaries = [
@@ -209,7 +222,7 @@ def _report(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, consol
     ]
     faults = control_faults([row for row in rows if row.method in CONTROLS])
     write_rows(bench.output_dir, rows)
-    answer = write_bench_report(bench, own, summaries, faults, judge, encoders)
+    answer = write_bench_report(bench, own, summaries, faults, judge, measures)
     for fault in faults:
         console.print(f"control: {fault}; do not trust this judge's figures", markup=False, soft_wrap=True)
     return answer
