@@ -31,6 +31,7 @@ DISTRIBUTION_OF = {
     "yaml": "pyyaml",
     "PIL": "pillow",
     "pillow_heif": "pillow-heif",
+    "flip_evaluator": "flip-evaluator",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
     "prometheus_client": "prometheus-client",
     "python_multipart": "python-multipart",

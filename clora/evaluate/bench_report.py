@@ -15,15 +15,17 @@ import numpy as np
 
 from clora.data.image_grid import png_data_uri
 from clora.data.images import load_image
-from clora.evaluate.bench_rows import MethodSummary, Row
+from clora.evaluate.bench_rows import FIGURES, MethodSummary, Row
+from clora.evaluate.bench_run import Measures
 from clora.evaluate.benchmark import Benchmark
 from clora.evaluate.judge import Judge
-from clora.evaluate.metrics.encoders import Encoder
+from clora.evaluate.metrics.flip import FACTS
 from clora.io.atomic import write_text
 
 WORST = 24  # pictures in the gallery of bad cases
 GRID_EFFECTS = 12
 SIDE = 144
+COSTS = {"num_loras": "LoRAs kept", "storage_mb": "MB", "nfe": "forwards", "routed_right": "routed right"}
 
 
 def write_bench_report(
@@ -32,13 +34,13 @@ def write_bench_report(
     summaries: Sequence[MethodSummary],
     faults: Sequence[str],
     judge: Judge | None,
-    encoders: Sequence[Encoder] = (),
+    measures: Measures,
 ) -> dict[str, Any]:
     """Write both files into `output_dir` and return what the JSON holds. `faults`: controls that came out wrong."""
     answer: dict[str, Any] = {
         "methods": [summary.model_dump() for summary in summaries],
         "controls": list(faults),
-        "facts": _facts(bench, rows, judge) | {encoder.name: encoder.facts for encoder in encoders},
+        "facts": _facts(bench, rows, judge) | _measure_facts(bench, rows, measures),
     }
     write_text(bench.output_dir / "report.json", json.dumps(answer, indent=1, allow_nan=False) + "\n")
     environment = jinja2.Environment(
@@ -53,6 +55,10 @@ def write_bench_report(
         worst=[_card(bench.output_dir, row) for row in _worst(rows)],
         grid=_grid(bench, rows),
         methods=[summary.name for summary in summaries],
+        figures={key: name for key, name in FIGURES.items() if any(key in one.figures for one in summaries)},
+        costs=[key for key in COSTS if any(getattr(one, key) is not None for one in summaries)],
+        cost_names=COSTS,
+        judged_twice=any(one.agreement.asked for one in summaries),
     )
     write_text(bench.output_dir / "report.html", page)
     return answer
@@ -61,7 +67,8 @@ def write_bench_report(
 def _facts(bench: Benchmark, rows: Sequence[Row], judge: Judge | None) -> dict[str, str]:
     facts = {"base": bench.base, "effects": str(len(bench.effects)), "results": str(len(rows))}
     if judge is None:
-        return facts | {"judge": "none: no verdicts"}
+        known = "none: the tiny world's truth is known (docs/METRICS.md)"
+        return facts | {"judge": known if bench.exact else "none: no verdicts"}
     models = sorted({row.judge for row in rows if row.judge})
     # Calls of this run are left out: a run that goes on must report what one that was never stopped does.
     return facts | {
@@ -69,6 +76,16 @@ def _facts(bench: Benchmark, rows: Sequence[Row], judge: Judge | None) -> dict[s
         "answers by": "; ".join(models) or "nobody",
         "prompts": "the paper's Fig. 11 and Fig. 12, pictures named in text, temperature 0",
     }
+
+
+def _measure_facts(bench: Benchmark, rows: Sequence[Row], measures: Measures) -> dict[str, str]:
+    facts: dict[str, str] = {encoder.name: encoder.facts for encoder in measures.encoders}
+    if measures.flip:
+        facts["flip"] = FACTS
+    if bench.edit_reward is not None and measures.rewards is not None:
+        models, missing = sorted(measures.rewards.models), sum(row.edit_reward is None for row in rows)
+        facts["EditReward"] = f"{bench.edit_reward.url}, by {', '.join(models) or 'nobody'}, {missing} missing"
+    return facts
 
 
 def _worst(rows: Sequence[Row]) -> list[Row]:
@@ -83,7 +100,7 @@ def _worst(rows: Sequence[Row]) -> list[Row]:
 
 
 def _card(root: Path, row: Row) -> dict[str, str]:
-    says = "bad" if row.bad else f"{row.vsa} of 5"
+    says = f"bad {row.why}".rstrip() if row.bad else f"{row.vsa:.3g} of 5"
     what = f"{row.method} · {row.effect} · {row.key}: {says}"
     return {"what": what, "source": _small(root / row.source), "result": _small(root / row.path)}
 

@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -20,11 +21,25 @@ from clora.io.atomic import replacing, write_text
 
 CONTROLS_SHOULD_BE_BAD = {UNTOUCHED: True, TRUTH: False}
 
+# Columns of a row that are numbers of their own, in the report's order, with their headings.
+FIGURES = {
+    "psnr_truth": "PSNR to truth, dB",
+    "detail_db": "detail error, dB",
+    "l1_source": "L1 to source",
+    "ssim_source": "SSIM to source",
+    "flip_source": "FLIP to source",
+    "clip_source": "CLIP to source",
+    "dino_source": "DINO to source",
+    "edit_reward": "EditReward",
+    "seconds": "seconds",
+}
+
 
 class Row(BaseModel):
     """One result. `bad` and `vsa` None: missing (`why`), or for `vsa` not asked, because the result is bad.
 
-    `path` and `source` are relative to the benchmark's `output_dir`.
+    `vsa` is a whole number where a judge gave it; `why` also says why a result is bad where verdicts are exact. `path`
+    and `source` are relative to the benchmark's `output_dir`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,21 +52,39 @@ class Row(BaseModel):
     path: str
     source: str
     bad: bool | None = None
-    vsa: int | None = None
+    vsa: int | float | None = None
     why: str = ""
     again_bad: bool | None = None  # the second answer, where one was asked for
     again_vsa: int | None = None
     judge: str = ""  # model as the server names it, and the rung
+    psnr_truth: float | None = None  # where the truth is known
+    detail_db: float | None = None
     l1_source: float | None = None  # distances to the source picture, at the result's size
     ssim_source: float | None = None
     clip_source: float | None = None  # cosines of embeddings of result and source
     dino_source: float | None = None
+    flip_source: float | None = None
+    edit_reward: float | None = None  # the score, and the logarithm of its uncertainty
+    edit_reward_log_uncertainty: float | None = None
     seconds: float | None = None
 
     @property
     def score(self) -> float | None:
         """Subject alignment with the gate: 0 for a bad case, None where a verdict is missing."""
         return 0.0 if self.bad else None if self.bad is None else self.vsa
+
+
+class ExactVerdict(NamedTuple):
+    """Of one result. `bad` None: the truth cannot be told from another effect's. `why`: the reason of a bad case.
+
+    `psnr_truth` (dB) is of effects with one outcome, `detail_db` as `detail_error`.
+    """
+
+    bad: bool | None
+    why: str
+    vsa: float | None = None
+    psnr_truth: float | None = None
+    detail_db: float | None = None
 
 
 class Agreement(BaseModel):
@@ -62,8 +95,18 @@ class Agreement(BaseModel):
     vsa_gap: float | None
 
 
+class Figure(BaseModel):
+    """A mean over the results that have the figure, and its 95 % interval: None for fewer than two groups."""
+
+    mean: float
+    interval: tuple[float, float] | None
+
+
 class MethodSummary(BaseModel):
-    """Figures of one method. Bounds: were every missing verdict good (5), or bad (0)."""
+    """Figures of one method. Bounds: were every missing verdict good (5), or bad (0).
+
+    `differences` to `reference` are of "bcr", "vsa" and `FIGURES`, over what both have.
+    """
 
     name: str
     outputs: int
@@ -74,14 +117,14 @@ class MethodSummary(BaseModel):
     vsa: float | None
     vsa_interval: tuple[float, float] | None
     vsa_bounds: tuple[float, float] | None
-    l1_source: float | None
-    ssim_source: float | None
-    clip_source: float | None
-    dino_source: float | None
-    seconds: float | None
+    figures: dict[str, Figure]
     agreement: Agreement
+    num_loras: int | None = None
+    storage_mb: float | None = None
+    nfe: int | None = None
+    routed_right: float | None = None
     reference: str = ""
-    differences: dict[str, tuple[float, tuple[float, float] | None]] = {}
+    differences: dict[str, Figure] = {}
     effect_bcr: dict[str, float | None] = {}
 
 
@@ -99,11 +142,11 @@ def _method(name: str, rows: list[Row], reference: str, base: dict[tuple[str, ..
     worst = sum(row.score or 0.0 for row in scored)
     best = worst + sum(5.0 for row in rows if row.score is None)
     num_bad = sum(bool(row.bad) for row in bad)
-    differences: dict[str, tuple[float, tuple[float, float] | None]] = {}
+    differences = {}
     if name != reference:
-        for figure in ("bad", "score"):
-            if (change := _difference(rows, base, figure)) is not None:
-                differences["bcr" if figure == "bad" else "vsa"] = (change.mean, change.interval)
+        for figure, column in {"bcr": "bad", "vsa": "score", **{key: key for key in FIGURES}}.items():
+            if (change := _difference(rows, base, column)) is not None:
+                differences[figure] = Figure(mean=change.mean, interval=change.interval)
     effects = dict.fromkeys(row.effect for row in rows)
     return MethodSummary(
         name=name,
@@ -115,11 +158,7 @@ def _method(name: str, rows: list[Row], reference: str, base: dict[tuple[str, ..
         vsa=worst / len(scored) if scored else None,
         vsa_interval=_interval(scored, "score"),
         vsa_bounds=(worst / len(rows), best / len(rows)) if scored else None,
-        l1_source=_mean([row.l1_source for row in rows]),
-        ssim_source=_mean([row.ssim_source for row in rows]),
-        clip_source=_mean([row.clip_source for row in rows]),
-        dino_source=_mean([row.dino_source for row in rows]),
-        seconds=_mean([row.seconds for row in rows]),
+        figures={key: found for key in FIGURES if (found := _figure(rows, key)) is not None},
         agreement=_agreement(rows),
         reference=reference,
         differences=differences,
@@ -137,6 +176,13 @@ def control_faults(rows: Sequence[Row]) -> list[str]:
             what = "an untouched source was judged good" if should else "the template's own result was judged bad"
             faults.append(f"effect {row.effect}, {row.key}: {what}")
     return faults
+
+
+def _figure(rows: Sequence[Row], key: str) -> Figure | None:
+    having = [row for row in rows if getattr(row, key) is not None]
+    if not having:
+        return None
+    return Figure(mean=float(np.mean([getattr(row, key) for row in having])), interval=_interval(having, key))
 
 
 def _agreement(rows: Sequence[Row]) -> Agreement:
@@ -202,7 +248,7 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def _schema(pyarrow: object) -> object:
-    kinds = {"bad": "bool_", "again_bad": "bool_", "vsa": "int64", "again_vsa": "int64", "seed": "int64"}
-    kinds |= {name: "float64" for name in ("l1_source", "ssim_source", "clip_source", "dino_source", "seconds")}
+    kinds = {"bad": "bool_", "again_bad": "bool_", "vsa": "float64", "again_vsa": "int64", "seed": "int64"}
+    kinds |= dict.fromkeys((*FIGURES, "edit_reward_log_uncertainty"), "float64")
     fields = [(name, getattr(pyarrow, kinds.get(name, "string"))()) for name in Row.model_fields]
     return getattr(pyarrow, "schema")(fields)  # noqa: B009  (the package has no types)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +12,23 @@ from typing import NamedTuple
 import numpy as np
 
 from clora.data.images import cover_crop, load_image
-from clora.evaluate.bench_rows import Row
-from clora.evaluate.benchmark import TRUTH, UNTOUCHED, BenchEffect, Benchmark, Cell, JudgeSettings, cells
+from clora.evaluate.bench_rows import ExactVerdict, Row
+from clora.evaluate.benchmark import CONTROLS, TRUTH, UNTOUCHED, BenchEffect, Benchmark, Cell, JudgeSettings, cells
 from clora.evaluate.judge import Answer, Judge, Limits
+from clora.evaluate.metrics.edit_reward import RewardService
 from clora.evaluate.metrics.encoders import Encoder
+from clora.evaluate.metrics.flip import flip
 from clora.evaluate.metrics.image import l1, ssim
 
 Progress = Callable[[], None]
+
+
+class Measures(NamedTuple):
+    """What is measured of a result besides distances to its source."""
+
+    encoders: Sequence[Encoder] = ()
+    flip: bool = False
+    rewards: RewardService | None = None
 
 
 class Verdict(NamedTuple):
@@ -62,16 +72,25 @@ def score(
     bench: Benchmark,
     found: Sequence[Cell],
     judge: Judge | None,
-    encoders: Sequence[Encoder],
+    measures: Measures,
     on_done: Progress,
     seconds: dict[Path, float],
+    exact: Mapping[Cell, ExactVerdict] | None = None,
 ) -> list[Row]:
-    """A row for each cell, in order. Several results are judged at a time."""
+    """A row for each cell, in order. Several results are judged at a time; `exact` holds verdicts that are known."""
     effects = {effect.name: effect for effect in bench.effects}
     settings = bench.judge
 
     def one(cell: Cell) -> Row:
-        row = _measured(cell, bench.output_dir, encoders, seconds.get(cell.path))
+        row = _measured(cell, bench.output_dir, measures, seconds.get(cell.path))
+        if measures.rewards is not None and cell.method not in CONTROLS:
+            effect = effects[cell.effect]
+            asked = effect.student_prompt or effect.instruction
+            found = measures.rewards.reward(asked, load_image(cell.source), load_image(cell.path))
+            update = {"edit_reward": found.score, "edit_reward_log_uncertainty": found.log_uncertainty}
+            row = row.model_copy(update=update)
+        if exact is not None:
+            row = row.model_copy(update=exact[cell]._asdict() | {"judge": "exact"})
         if judge is not None and settings is not None:
             effect = effects[cell.effect]
             row = with_verdict(row, judge_cell(judge, effect, cell))
@@ -113,11 +132,11 @@ def _asked_twice(cell: Cell, settings: JudgeSettings) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < settings.repeat_share * 2**32
 
 
-def _measured(cell: Cell, root: Path, encoders: Sequence[Encoder], seconds: float | None) -> Row:
+def _measured(cell: Cell, root: Path, measures: Measures, seconds: float | None) -> Row:
     output, original = load_image(cell.path), load_image(cell.source)
     source = cover_crop(original, output.size)
     a, b = (np.asarray(image, np.float32) / np.float32(255) for image in (output, source))
-    cosines = {encoder.name: encoder.similarity(output, original) for encoder in encoders}
+    cosines = {encoder.name: encoder.similarity(output, original) for encoder in measures.encoders}
     return Row(
         method=cell.method,
         category=cell.category,
@@ -128,6 +147,7 @@ def _measured(cell: Cell, root: Path, encoders: Sequence[Encoder], seconds: floa
         source=os.path.relpath(cell.source, root),
         l1_source=l1(a, b),
         ssim_source=ssim(a, b) if min(output.size) >= 11 else None,
+        flip_source=flip(b, a) if measures.flip else None,
         clip_source=cosines.get("clip"),
         dino_source=cosines.get("dino"),
         seconds=seconds,

@@ -10,6 +10,7 @@
     methods:
       - {name: collection, lora: collection.safetensors}          # by its catalogue
       - {name: teachers, loras: "teachers/{effect}.safetensors"}  # one LoRA an effect, asked with the instruction
+      - {name: fast, loras: "teachers/{effect}.safetensors", accelerate: lightning.safetensors}
       - {name: theirs, images: other_results}                     # made elsewhere
     judge: {url: "https://host/v1", model: some-vision-model}
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -44,24 +45,41 @@ class _Section(BaseModel):
 
 
 class BenchEffect(_Section):
-    """One effect. `template`: a picture and its right result, shown to the judge. `categories` None: all of them."""
+    """One effect. `template`: a picture and its right result, shown to the judge. `categories` None: all of them.
+
+    `student_prompt` is what a user asks for in full, for methods that `ask` it and for a router; `of` names two effects
+    of a collection that this one is made of, to be applied in turn.
+    """
 
     name: Name
     instruction: str = Field(min_length=1, max_length=4000)
+    student_prompt: str | None = Field(None, min_length=1, max_length=4000)
+    of: tuple[str, str] | None = None
     criteria: str = Field("", max_length=4000)
     template: tuple[Path, Path] | None = None
     categories: list[str] | None = None
 
 
 class BenchMethod(_Section):
-    """One way to make the results: a collection, a LoRA for each effect, or pictures that are there already."""
+    """One way to make the results: a collection, a LoRA for each effect, or pictures that are there already.
+
+    `accelerate`: a few-step LoRA added to each, as stock `set_adapters` adds it; then few steps are taken. `ask`: what
+    a LoRA without a catalogue is asked. `route`: the LoRA is picked by the text, not by the effect's name. What a
+    method made elsewhere costs (`num_loras`, `storage_mb`, `nfe`) is told here; of others it is counted.
+    """
 
     name: Name
     lora: Path | None = None
     loras: str | None = Field(None, description="path with {effect} in it")
     images: Path | None = None
+    accelerate: Path | None = None
+    ask: Literal["instruction", "student_prompt"] = "instruction"
+    route: bool = False
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=1)
+    num_loras: int | None = Field(None, ge=0)
+    storage_mb: float | None = Field(None, ge=0)
+    nfe: int | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _one_way(self) -> BenchMethod:
@@ -69,8 +87,13 @@ class BenchMethod(_Section):
             raise ValueError("give exactly one of lora, loras and images")
         if self.loras is not None and "{effect}" not in self.loras:
             raise ValueError("loras: must have {effect} in it, which stands for the effect's name")
-        if self.images is not None and (self.steps is not None or self.guidance is not None):
-            raise ValueError("steps and guidance are of methods that make their pictures; leave them out")
+        making = (self.steps, self.guidance, self.accelerate)
+        if self.images is not None and (self.route or any(given is not None for given in making)):
+            raise ValueError("steps, guidance, accelerate, route: methods made elsewhere have none; leave them out")
+        if self.images is None and any(told is not None for told in (self.num_loras, self.storage_mb, self.nfe)):
+            raise ValueError("num_loras, storage_mb and nfe are counted where pictures are made; leave them out")
+        if self.route and self.loras is None:
+            raise ValueError("route: picks one of `loras`; give them, or leave it out")
         return self
 
 
@@ -99,6 +122,14 @@ class JudgeSettings(_Section):
         )  # fmt: skip
 
 
+class RewardSettings(_Section):
+    """An EditReward service (`clora.evaluate.metrics.edit_reward`)."""
+
+    url: str
+    timeout_seconds: float = Field(120.0, gt=0)
+    max_attempts: int = Field(3, ge=1, le=20)
+
+
 class Benchmark(_Section):
     """A benchmark's file. Paths are relative to its folder."""
 
@@ -111,7 +142,10 @@ class Benchmark(_Section):
     seeds: list[int] = Field([0], min_length=1)
     batch_size: int = Field(4, ge=1)
     encoders: dict[EncoderName, str | None] = Field({}, description="clip, dino: a folder or hub name; null: the usual")
+    flip: bool = Field(False, description="FLIP to the source (extra eval)")
+    edit_reward: RewardSettings | None = None
     judge: JudgeSettings | None = None
+    exact: bool = Field(False, description="verdicts by the tiny world's truth; pictures are called by scene")
 
     @model_validator(mode="after")
     def _names(self) -> Benchmark:
@@ -123,6 +157,12 @@ class Benchmark(_Section):
                 raise ValueError(f"effect {effect.name}: no images are in category {', '.join(sorted(strange))}")
         if self.reference is not None and self.reference not in [method.name for method in self.methods]:
             raise ValueError(f"reference: {self.reference} is no method's name")
+        if self.exact and self.judge is not None:
+            raise ValueError("give a judge or exact: true, not both")
+        if (unasked := [e.name for e in self.effects if e.student_prompt is None]) and any(
+            method.ask == "student_prompt" for method in self.methods
+        ):
+            raise ValueError(f"effect {unasked[0]}: a method asks for its student_prompt; add it")
         return self
 
 
@@ -168,10 +208,8 @@ def read_benchmark(path: Path) -> Benchmark:
             if why := _unreadable(picture):
                 faults.append(f"effect {effect.name}: {why}")
     for method in bench.methods:
-        files = [method.lora] if method.lora else [lora_of(method, effect.name) for effect in bench.effects]
-        faults += [
-            f"method {method.name}: {f} does not exist; correct the path" for f in files if f and not f.is_file()
-        ]
+        files = lora_files(bench, method)
+        faults += [f"method {method.name}: {f} does not exist; correct the path" for f in files if not f.is_file()]
     raise_faults(faults)
     return bench
 
@@ -179,6 +217,12 @@ def read_benchmark(path: Path) -> Benchmark:
 def lora_of(method: BenchMethod, effect: str) -> Path | None:
     """The LoRA file that a method with one for each effect has for this one; None for other methods."""
     return None if method.loras is None else Path(method.loras.replace("{effect}", effect))
+
+
+def lora_files(bench: Benchmark, method: BenchMethod) -> list[Path]:
+    """Every LoRA file that must be kept ready for a method to serve all effects, each once."""
+    effects = [lora_of(method, effect.name) for effect in bench.effects]
+    return list(dict.fromkeys(file for file in (method.lora, *effects, method.accelerate) if file is not None))
 
 
 def category_pictures(bench: Benchmark, category: str) -> list[Path]:
@@ -263,6 +307,7 @@ def _absolute(bench: Benchmark, root: Path) -> Benchmark:
                 "lora": method.lora and root / method.lora,
                 "loras": method.loras and str(root / method.loras),
                 "images": method.images and root / method.images,
+                "accelerate": method.accelerate and root / method.accelerate,
             }
         )
         for method in bench.methods

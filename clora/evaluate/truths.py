@@ -16,7 +16,7 @@ import numpy as np
 from clora.evaluate.metrics.detail import Detail, detail, detail_nearby
 from clora.evaluate.metrics.distance import cityblock, embed, energy_distance, places
 from clora.evaluate.metrics.image import LUMA, disturbed
-from clora.tiny.effects.table import EFFECTS, Effect, apply_effect
+from clora.tiny.effects.table import EFFECTS, Effect, apply_effect, find_effect
 from clora.tiny.world.drawing import Array, f32
 from clora.tiny.world.scenes import Rendered, render, sample_scene
 
@@ -63,22 +63,21 @@ class Truths:
     """All that is needed to judge outputs on one source: draws of every effect, embedded once.
 
     `effects` names the classes an output may be mistaken for (all of `EFFECTS` when None), besides the
-    untouched source. A random effect gets up to `num_draws` *distinct* draws, so one with few outcomes has
-    them all. Draws depend on the seed and the effect's name alone. Not for several threads at once.
+    untouched source; `find_effect` says what may be named. A random effect gets up to `num_draws` *distinct* draws, so
+    one with few outcomes has them all. Draws depend on the seed and the effect's name alone. Not for several threads
+    at once.
     """
 
     def __init__(self, source_seed: int, effects: Sequence[str] | None = None, num_draws: int = 32,
                  size: int = 64) -> None:  # fmt: skip
         chosen = list(EFFECTS) if effects is None else list(effects)
-        if unknown := [name for name in chosen if name not in EFFECTS]:
-            raise ValueError(f"{unknown} are not effects of the tiny world (clora.tiny.effects.table.EFFECTS)")
         self.source_seed = source_seed
         self.rendered: Rendered = render(sample_scene(source_seed), size)
         self.names = [SOURCE, *chosen]
         self.draws: dict[str, Array] = {SOURCE: self.rendered.image_HW3[None]}
         self._indices: dict[str, list[int]] = {}
         for name in chosen:
-            self.draws[name], self._indices[name] = self._distinct(EFFECTS[name], num_draws)
+            self.draws[name], self._indices[name] = self._distinct(find_effect(name), num_draws)
         self.features: dict[str, Array] = {}
         stacked = embed(np.concatenate([self.draws[name] for name in self.names]))
         starts = np.cumsum([0, *(len(self.draws[name]) for name in self.names)])
@@ -107,7 +106,7 @@ class Truths:
     def fresh_draws(self, effect: str, count: int, first: int = 0) -> Array:
         """`count` further draws of an effect, (count, H, W, 3), from another stream than `draws`."""
         rngs = [_rng(effect, self.source_seed, 1, first + i) for i in range(count)]
-        return np.stack([apply_effect(EFFECTS[effect], self.rendered, rng) for rng in rngs])
+        return np.stack([apply_effect(find_effect(effect), self.rendered, rng) for rng in rngs])
 
     def class_distances(self, features_NF: Array) -> Array:
         """D to the nearest draw of every class in `names`: (N, len(names))."""
@@ -178,7 +177,7 @@ class Truths:
         moved = np.where(image @ LUMA > 0.5, 0.0, 1.0)[..., None]
         changed = self.rendered._replace(image_HW3=f32(image + subject[..., None] * (moved - image)))
         rng = _rng(effect, self.source_seed, 0, self._indices[effect][draw])
-        gap = np.abs(apply_effect(EFFECTS[effect], changed, rng) - self.draws[effect][draw]).max(axis=-1)
+        gap = np.abs(apply_effect(find_effect(effect), changed, rng) - self.draws[effect][draw]).max(axis=-1)
         mask = f32(np.clip(gap / 0.25, 0, 1))
         return mask if mask.mean() > 0.1 * subject.mean() else subject
 

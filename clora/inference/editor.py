@@ -24,10 +24,11 @@ from clora.backbones.load import linear_shapes, load_backbone
 from clora.config import build_config
 from clora.errors import raise_faults
 from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue
-from clora.inference.sampling import Sampling, follow, sample, teacher_sampling
+from clora.inference.sampling import Sampling, few_step_sampling, follow, sample, teacher_sampling
 from clora.lora.adapters import Adapters
 from clora.lora.catalogue import Catalogue
 from clora.lora.files import read_lora
+from clora.lora.module import join_modules
 from clora.method.flow import Velocity
 
 log = logging.getLogger(__name__)
@@ -203,25 +204,31 @@ def load_editor(
     return Editor(backbone, catalogue, default_sampling(base, catalogue), lora is not None, adapters=adapters)
 
 
-def swap_lora(editor: Editor, base: str, lora: Path) -> Editor:
+def swap_lora(editor: Editor, base: str, lora: Path, accelerate: Path | None = None) -> Editor:
     """The editor with another LoRA file, or its first, on the same base, which is not loaded anew.
 
-    `editor` must come from `load_editor` without a LoRA, so that any of the base's own linears can take one; it must
-    not be used any more. Raises `InputErrors` with every fault of the file.
+    accelerate: a few-step LoRA that is added to it, as the stock pipeline's `set_adapters` adds two; the sum is sampled
+    with the schedule of the base's preset. `editor` must come from `load_editor` without a LoRA, so that any of the
+    base's own linears can take one; it must not be used any more. Raises `InputErrors` with every fault of the file.
     """
     adapters = editor.adapters
     assert adapters is not None
-    file = read_lora(lora, adapters.module_shapes)
+    modules = read_lora(lora, adapters.module_shapes).modules
+    if accelerate is not None:
+        modules = join_modules(modules, read_lora(accelerate, adapters.module_shapes).modules)
     if editor.has_lora:
         adapters.remove_stack(SLOT)
-    adapters.add_lora(SLOT, file.modules, dtype=editor.backbone.dtype)
+    adapters.add_lora(SLOT, modules, dtype=editor.backbone.dtype)
     catalogue = find_catalogue(lora)
-    return replace(editor, catalogue=catalogue, sampling=default_sampling(base, catalogue), has_lora=True)
+    sampling = default_sampling(base, catalogue, accelerate is not None)
+    return replace(editor, catalogue=catalogue, sampling=sampling, has_lora=True)
 
 
-def default_sampling(base: str, catalogue: Catalogue | None) -> Sampling:
-    """The catalogue's schedule; without a catalogue a teacher's, by the base's preset."""
+def default_sampling(base: str, catalogue: Catalogue | None, accelerated: bool = False) -> Sampling:
+    """The catalogue's schedule; without a catalogue a teacher's, or accelerated in few steps, by the base's preset."""
+    if accelerated:
+        schedule = build_config({"base": base, "output_dir": "."}).schedule
+        return few_step_sampling(schedule.num_steps, schedule.shift)
     if catalogue is not None:
-        schedule = catalogue.schedule
-        return Sampling(catalogue.sampler, schedule.num_steps, schedule.shift)
+        return Sampling(catalogue.sampler, catalogue.schedule.num_steps, catalogue.schedule.shift)
     return teacher_sampling(build_config({"base": base, "output_dir": "."}))

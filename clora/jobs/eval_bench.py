@@ -18,22 +18,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from clora.data.images import load_image
 from clora.errors import InputError, raise_faults
+from clora.evaluate.bench_methods import asked, cost_of
 from clora.evaluate.bench_report import write_bench_report
 from clora.evaluate.bench_rows import Row, control_faults, summarise, write_rows
-from clora.evaluate.bench_run import control_cells, open_judge, score
+from clora.evaluate.bench_run import Measures, control_cells, open_judge, score
 from clora.evaluate.benchmark import (
     CONTROLS,
     Benchmark,
     BenchMethod,
     Cell,
     cells,
-    lora_of,
     missing_results,
     read_benchmark,
 )
+from clora.evaluate.exact_bench import check_scenes, exact_verdicts
 from clora.evaluate.judge import Judge
-from clora.evaluate.metrics.encoders import Encoder, open_encoder
-from clora.inference.edit_prompts import Job, edit_prompt, find_catalogue
+from clora.evaluate.metrics.edit_reward import RewardService
+from clora.evaluate.metrics.encoders import open_encoder
+from clora.evaluate.metrics.flip import require_flip
+from clora.inference.edit_prompts import Job
 from clora.inference.editor import Editor, load_editor, swap_lora
 from clora.io.atomic import replacing
 from clora.training import distributed
@@ -61,12 +64,16 @@ def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, 
     bench = read_benchmark(path)
     found = list(cells(bench))
     _check_methods(bench, found)
+    if bench.exact:
+        check_scenes(bench, found)
+    if bench.flip:
+        require_flip()
     with distributed.process_group(TIMEOUT_SECONDS):
         own = found[distributed.rank() :: distributed.world_size()]
         make_results(bench, own, console)
         judge = None if bench.judge is None else open_judge(bench.judge, bench.output_dir / "judge")
         if judge is not None and distributed.world_size() > 1:
-            _score(bench, own, judge, [], console)  # what is answered is on the disk for the first process
+            _score(bench, own, judge, Measures(), console)  # what is answered is on the disk for the first process
         distributed.barrier()
         answer = _report(bench, found, judge, console) if distributed.is_main() else {}
         distributed.leave_together()
@@ -89,7 +96,7 @@ def benchmark_table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
             "missing": one["missing"],
             "bad cases": shown(one["bcr"], one["bcr_interval"], 3),
             "alignment": shown(one["vsa"], one["vsa_interval"], 2),
-            "L1 to source": shown(one["l1_source"], None, 3),
+            "L1 to source": shown(one["figures"]["l1_source"]["mean"], None, 3),
         }
         for one in answer["methods"]
     ]
@@ -99,12 +106,9 @@ def _check_methods(bench: Benchmark, found: Sequence[Cell]) -> None:
     made_elsewhere = {method.name for method in bench.methods if method.images is not None}
     faults = missing_results(bench, [cell for cell in found if cell.method in made_elsewhere])
     for method in bench.methods:
-        if method.lora is None:
-            continue
         try:
-            catalogue = find_catalogue(method.lora)
-            for effect in bench.effects if catalogue is not None else ():
-                catalogue.effect(effect.name)  # type: ignore[union-attr]
+            for effect in bench.effects if method.images is None else ():
+                asked(bench, method, effect.name)
         except InputError as error:
             faults += [f"method {method.name}: {fault}" for fault in error.faults]
     raise_faults(faults)
@@ -120,38 +124,34 @@ def make_results(bench: Benchmark, found: Sequence[Cell], console: Console) -> N
         task = progress.add_task("making results", total=len(found), completed=len(found) - len(todo))
         for method in bench.methods:
             own = [cell for cell in todo if cell.method == method.name]
-            for lora, group in _by_lora(method, own):
+            for lora, group in _by_lora(bench, method, own):
                 # One base serves every method; only what is on it changes.
-                editor = _open(bench, lora) if editor is None else swap_lora(editor, bench.base, lora)
+                editor = swap_lora(editor or _open(bench), bench.base, lora, method.accelerate)
                 for _ in _make(bench, method, editor, group):
                     progress.advance(task)
 
 
-def _by_lora(method: BenchMethod, own: Sequence[Cell]) -> Iterator[tuple[Path, list[Cell]]]:
+def _by_lora(bench: Benchmark, method: BenchMethod, own: Sequence[Cell]) -> Iterator[tuple[Path, list[Cell]]]:
+    files = {name: asked(bench, method, name).lora for name in {cell.effect for cell in own}}
     groups: dict[Path, list[Cell]] = {}
     for cell in own:
-        lora = method.lora or lora_of(method, cell.effect)
-        assert lora is not None
-        groups.setdefault(lora, []).append(cell)
+        groups.setdefault(files[cell.effect], []).append(cell)
     yield from groups.items()
 
 
-def _open(bench: Benchmark, lora: Path) -> Editor:
+def _open(bench: Benchmark) -> Editor:
     device = pick_device()
-    return swap_lora(load_editor(bench.base, None, device, base_dtype("auto", device)), bench.base, lora)
+    return load_editor(bench.base, None, device, base_dtype("auto", device))
 
 
 def _make(bench: Benchmark, method: BenchMethod, editor: Editor, group: Sequence[Cell]) -> Iterator[Cell]:
-    instructions = {effect.name: effect.instruction for effect in bench.effects}
+    prompts = {name: asked(bench, method, name).prompt for name in {cell.effect for cell in group}}
     sampling = editor.sampling_with(method.steps, method.guidance)
     for start in range(0, len(group), CHUNK):
         chunk = group[start : start + CHUNK]
         sources = list(dict.fromkeys(cell.source for cell in chunk))
         images = [load_image(source) for source in sources]
-        jobs = []
-        for cell in chunk:
-            effects, prompt = ([cell.effect], None) if editor.catalogue else ([], instructions[cell.effect])
-            jobs.append(Job(sources.index(cell.source), edit_prompt(editor.catalogue, effects, prompt), cell.seed))
+        jobs = [Job(sources.index(cell.source), prompts[cell.effect], cell.seed) for cell in chunk]
         since = time.perf_counter()
         for place, picture in editor.run(images, jobs, sampling=sampling, batch_size=bench.batch_size):
             _write(chunk[place], picture, images[jobs[place].image])
@@ -192,21 +192,37 @@ def _seconds(bench: Benchmark) -> dict[Path, float]:
 
 
 def _score(
-    bench: Benchmark, found: Sequence[Cell], judge: Judge | None, encoders: Sequence[Encoder], console: Console
+    bench: Benchmark, found: Sequence[Cell], judge: Judge | None, measures: Measures, console: Console
 ) -> list[Row]:
     with _progress(console) as progress:
+        exact = None
+        if bench.exact:
+            exact_task = progress.add_task("comparing with the truth", total=len(found))
+            exact = exact_verdicts(bench, found, lambda: progress.advance(exact_task))
         task = progress.add_task("measuring" if judge is None else "judging", total=len(found))
-        return score(bench, found, judge, encoders, lambda: progress.advance(task), _seconds(bench))
+        return score(bench, found, judge, measures, lambda: progress.advance(task), _seconds(bench), exact)
+
+
+def _open_measures(bench: Benchmark) -> Measures:
+    encoders = [open_encoder(name, model) for name, model in bench.encoders.items()]
+    settings, rewards = bench.edit_reward, None
+    if settings is not None:
+        kept = bench.output_dir / "edit_reward"
+        rewards = RewardService(settings.url, settings.timeout_seconds, settings.max_attempts, folder=kept)
+    return Measures(encoders, bench.flip, rewards)
 
 
 def _report(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> dict[str, Any]:
-    encoders = [open_encoder(name, model) for name, model in bench.encoders.items()]
-    rows = _score(bench, [*found, *control_cells(bench)], judge, encoders, console)
+    measures = _open_measures(bench)
+    rows = _score(bench, [*found, *control_cells(bench)], judge, measures, console)
     own = [row for row in rows if row.method not in CONTROLS]
-    summaries = summarise(own, bench.reference or bench.methods[0].name)
+    costs = {method.name: cost_of(bench, method)._asdict() for method in bench.methods}
+    summaries = [
+        one.model_copy(update=costs[one.name]) for one in summarise(own, bench.reference or bench.methods[0].name)
+    ]
     faults = control_faults([row for row in rows if row.method in CONTROLS])
     write_rows(bench.output_dir, rows)
-    answer = write_bench_report(bench, own, summaries, faults, judge, encoders)
+    answer = write_bench_report(bench, own, summaries, faults, judge, measures)
     for fault in faults:
         console.print(f"control: {fault}; do not trust this judge's figures", markup=False, soft_wrap=True)
     return answer

@@ -27,7 +27,7 @@ from clora.data.images import load_image
 from clora.errors import InputError, InputErrors, Stopped, WriteError
 from clora.inference.edit_plan import EditRequest, plan_edit, result_paths, size_notes, with_collection
 from clora.inference.edit_prompts import Job, edit_prompt
-from clora.inference.editor import Editor, default_sampling, load_editor
+from clora.inference.editor import Editor, default_sampling, load_editor, swap_lora
 from clora.jobs import edit
 from clora.jobs.edit import edit_files
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, read_catalogue, write_collection
@@ -94,6 +94,7 @@ def stock_image(
     seed: int,
     num_steps: int,
     few_steps: bool,
+    accelerate: Path | None = None,
     **kwargs: Any,
 ) -> NDArray[np.uint8]:
     """What diffusers itself makes: its loader of pipelines, LoRAs, its scheduler, its loop. Of few steps it is told the
@@ -107,7 +108,10 @@ def stock_image(
     )
     pass_token_types(pipeline.text_encoder)
     if lora is not None:
-        pipeline.load_lora_weights(str(lora))
+        pipeline.load_lora_weights(str(lora), adapter_name="effect")
+    if accelerate is not None:
+        pipeline.load_lora_weights(str(accelerate), adapter_name="fast")
+        pipeline.set_adapters(["effect", "fast"], [1.0, 1.0])
     if few_steps:
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0)
     pipeline.set_progress_bar_config(disable=True)
@@ -178,6 +182,25 @@ def test_edit_plain_lora_is_the_stock_pipelines_image(
     assert difference(made, without) > 20
     base = load_editor(str(random_base), None, "cpu", torch.float32)
     assert difference(base.edit([image], prompt=PROMPT, seeds=[3], steps=5, guidance=3.0)[0], without) <= 1
+
+
+def test_swap_lora_with_acceleration_is_the_stock_pipelines_set_adapters(
+    random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effect, fast = tmp_path / "effect.safetensors", tmp_path / "fast.safetensors"
+    write_lora(effect, random_modules(random_base, ("to_q", "img_mlp.net.2"), 1), dtype=torch.float32)
+    write_lora(
+        fast,
+        random_modules(random_base, ("to_q", "to_v", "to_out.0", "img_mod.1", "img_mlp.net.2"), 2),
+        dtype=torch.float32,
+    )
+    image = picture(3)
+    base = str(random_base)
+    editor = swap_lora(load_editor(base, None, "cpu", torch.float32), base, effect, fast)
+    (made,) = editor.edit([image], prompt="paint it", seeds=[7], steps=8)
+    args = (random_base, effect, monkeypatch, [image], "paint it", 7, 8, True)
+    assert difference(made, stock_image(*args, fast, true_cfg_scale=1.0)) <= 2
+    assert difference(made, stock_image(*args, true_cfg_scale=1.0)) > 20  # without the second LoRA
 
 
 def test_load_editor_kohya_layout_gives_the_same_image(

@@ -22,6 +22,7 @@ from PIL import Image
 
 from clora.config import resolve_base
 from clora.errors import InputErrors
+from clora.evaluate.metrics.edit_reward import RewardService
 from clora.inference.editor import Editor, load_editor
 from clora.jobs import eval_bench
 from clora.jobs.eval_bench import evaluate_benchmark, is_benchmark
@@ -148,7 +149,9 @@ def test_evaluate_benchmark_counts_the_seconds_of_a_batch_once(tmp_path, bench, 
     monkeypatch.setattr(Editor, "run", run)
     bench["methods"] = [{"name": "collection", "lora": str(COLLECTION)}]
     answer = evaluate_benchmark(write(tmp_path, bench))
-    assert answer["methods"][0]["seconds"] == pytest.approx(2 * 8.0 / 6, abs=1e-3)  # six results in two batches
+    assert answer["methods"][0]["figures"]["seconds"]["mean"] == pytest.approx(
+        2 * 8.0 / 6, abs=1e-3
+    )  # six results in two batches
 
 
 def test_evaluate_benchmark_judges_by_the_pictures(tmp_path, bench):
@@ -157,7 +160,7 @@ def test_evaluate_benchmark_judges_by_the_pictures(tmp_path, bench):
     by_name = {one["name"]: one for one in answer["methods"]}
     assert (by_name["grey"]["bcr"], by_name["grey"]["vsa"]) == (0.0, 4.0)
     assert (by_name["copied"]["bcr"], by_name["copied"]["vsa"]) == (1.0, 0.0)
-    assert by_name["copied"]["differences"]["bcr"] == (1.0, (1.0, 1.0))
+    assert by_name["copied"]["differences"]["bcr"] == {"mean": 1.0, "interval": (1.0, 1.0)}
     assert answer["controls"] == []
     rows = read_rows(tmp_path / "out/rows.csv")
     assert [row.l1_source for row in rows if row.method == "copied"] == [0.0] * 6
@@ -172,9 +175,39 @@ def test_evaluate_benchmark_puts_encoders_into_rows_and_report(tmp_path, bench):
     save(tmp_path / "dino", "dino")
     answer = evaluate_benchmark(write(tmp_path, bench | {"encoders": {"dino": str(tmp_path / "dino")}}))
     by_name = {one["name"]: one for one in answer["methods"]}
-    assert by_name["copied"]["dino_source"] == pytest.approx(1, abs=1e-5)
-    assert by_name["grey"]["dino_source"] < 1 - 1e-4 and by_name["grey"]["clip_source"] is None
+    assert by_name["copied"]["figures"]["dino_source"]["mean"] == pytest.approx(1, abs=1e-5)
+    grey = by_name["grey"]["figures"]
+    assert grey["dino_source"]["mean"] < 1 - 1e-4 and "clip_source" not in grey
     assert "short side 256" in answer["facts"]["dino"]
+
+
+def test_evaluate_benchmark_asks_a_reward_service_and_measures_flip(tmp_path, bench, monkeypatch):
+    """The reward is how grey the result is, and nothing for the pictures of one effect: those are missing."""
+    import base64
+    import io
+
+    import httpx
+
+    pytest.importorskip("flip_evaluator")
+
+    def answer(request):
+        body = json.loads(request.content)
+        if body["prompt"] == "make it sepia":
+            return httpx.Response(400)
+        result = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["result"]))), float)
+        return httpx.Response(200, json={"reward": [-float(result.std(axis=2).mean()), 7.0], "model": "grey-1"})
+
+    def serve(*args, **options):
+        return RewardService(*args, client=httpx.Client(transport=httpx.MockTransport(answer)), **options)
+
+    monkeypatch.setattr(eval_bench, "RewardService", serve)
+    report = evaluate_benchmark(write(tmp_path, bench | {"flip": True, "edit_reward": {"url": "http://r/reward"}}))
+    grey, copied = (one["figures"] for one in report["methods"])
+    assert copied["flip_source"]["mean"] == 0 < grey["flip_source"]["mean"]
+    assert grey["edit_reward"]["mean"] == 0 > copied["edit_reward"]["mean"]
+    assert "grey-1, 6 missing" in report["facts"]["EditReward"] and "67 pixels" in report["facts"]["flip"]
+    rows = read_rows(tmp_path / "out/rows.csv")
+    assert {row.edit_reward_log_uncertainty for row in rows if row.effect == "grayscale"} == {7.0}
 
 
 def test_evaluate_benchmark_tells_of_a_judge_that_sees_pictures_in_another_order(tmp_path, bench):

@@ -5,6 +5,6 @@ generator say from what. No pattern has a period under four or five pixels of 64
 must be able to keep it.
 """
 
-from clora.tiny.effects.table import EFFECTS, Effect, apply_effect
+from clora.tiny.effects.table import EFFECTS, Effect, apply_effect, find_effect
 
-__all__ = ["EFFECTS", "Effect", "apply_effect"]
+__all__ = ["EFFECTS", "Effect", "apply_effect", "find_effect"]

@@ -41,6 +41,40 @@ def apply_effect(effect: Effect, rendered: Rendered, rng: np.random.Generator) -
     return np.clip(effect.apply(rendered, rng), 0, 1).astype(np.float32)
 
 
+MOVE_THINGS = {"frame", "geometry", "layout"}
+READ_WHERE_THINGS_ARE = {"background", "subject", "overlay"}
+TWO = " + "
+
+
+def find_effect(name: str) -> Effect:
+    """An effect of the world by name, or two applied in turn: `"sepia + snow"` is snow on the sepia picture.
+
+    Raises ValueError for a name the world lacks, and for a second effect that looks for a subject which the first has
+    moved.
+    """
+    if name in EFFECTS:
+        return EFFECTS[name]
+    parts = name.split(TWO)
+    if len(parts) != 2 or any(part not in EFFECTS for part in parts):
+        raise ValueError(f"{name!r} is no effect of the tiny world, nor two joined by {TWO!r}; see `EFFECTS`")
+    first, second = (EFFECTS[part] for part in parts)
+    if first.family in MOVE_THINGS and second.family in READ_WHERE_THINGS_ARE:
+        raise ValueError(f"{second.name} needs the subject where it was, and {first.name} moves it; turn the two round")
+
+    def apply(rendered: Rendered, rng: np.random.Generator) -> Array:
+        return second.apply(rendered._replace(image_HW3=apply_effect(first, rendered, rng)), rng)
+
+    return Effect(
+        name,
+        "two",
+        f"{first.prompt} and {second.prompt}",
+        f"{first.student_prompt}, and then {second.student_prompt}",
+        f"{first.criteria} {second.criteria}",
+        first.random or second.random,
+        apply,
+    )
+
+
 _STYLE = "change the style"
 _ART = "make it artistic"
 _COLORS = "change the colors"
