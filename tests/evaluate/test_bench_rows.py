@@ -46,6 +46,16 @@ def test_summarise_pairs_only_what_both_were_judged_on():
     assert second.differences["vsa"].mean == pytest.approx(-4 / 3)
 
 
+def test_summarise_figures_are_means_of_what_is_there():
+    rows = [row(key=str(k), seconds=value) for k, value in enumerate((1.0, None, 4.0))]
+    others = [row("b", key=str(k), seconds=value) for k, value in enumerate((3.0, 9.0, 4.0))]
+    first, second = summarise([*rows, *others], "a")
+    assert first.figures["seconds"].mean == 2.5 and list(first.figures) == ["seconds"]
+    low, high = first.figures["seconds"].interval
+    assert 1.0 <= low <= 2.5 <= high <= 4.0
+    assert second.differences["seconds"].mean == 1.0  # of the two that both have: 2 and 0
+
+
 def test_summarise_without_verdicts_has_no_rates():
     (one,) = summarise([row(bad=None), row(key="2", bad=None)], "a")
     assert one.bcr is None and one.vsa is None and one.missing == 2

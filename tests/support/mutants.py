@@ -1,4 +1,4 @@
-"""Mutation tests of the heart: one point of `method` or `distill` is changed at a time, and a test must fail.
+"""Mutation tests of the heart and of the metrics: one point of the package is changed at a time, and a test must fail.
 
     python -m tests.support.mutants [NAME ...]    # in a checkout of its own: files are changed, and put back
 
