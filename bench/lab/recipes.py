@@ -24,9 +24,9 @@ IMITATE = (*PLAIN, "objective.imitation_weight=1", "objective.p_switch=1", "trai
 MATCH = ("train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98")  # the rest is the preset's
 ARMS = (
     Arm("coarse on", (*PLAIN, "train.coarse_steps=100000", "train.coarse_learning_rate=4e-3"), "coarse"),
-    Arm("segment", (*IMITATE, "schedule.step_counts=[8,4,2]"), "coarse"),
+    Arm("segment", (*IMITATE, "schedule.step_counts=[4,2]"), "coarse"),
     Arm("segment 2", (*IMITATE, "schedule.num_steps=2", "schedule.step_counts=null"), "coarse"),
-    Arm("segment on policy", (*IMITATE, "schedule.step_counts=[8,4,2]", "objective.on_policy_share=0.5"), "coarse"),
+    Arm("segment on policy", (*IMITATE, "schedule.step_counts=[4,2]", "objective.on_policy_share=0.5"), "coarse"),
     Arm("dmd", MATCH, "coarse"),
     Arm("dmd 8", (*MATCH, "schedule.step_counts=null"), "coarse"),
     Arm("dmd 2", (*MATCH, "schedule.num_steps=2", "schedule.step_counts=null"), "coarse"),

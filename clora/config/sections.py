@@ -188,21 +188,17 @@ class ScheduleConfig(Section):
 
     num_steps: Annotated[int, doc("Steps of the student.", ge=1, le=1000)] = 8
     step_counts: Annotated[
-        StepCounts | None, doc("Step counts trained for, one drawn for a batch; null: `num_steps` alone.")
+        StepCounts | None, doc("Step counts trained for besides `num_steps`, one of all drawn for a batch.")
     ] = None
     shift: Annotated[Positive, doc("Shift of the schedule toward noise; 1 = evenly spaced.")] = 3.0
     sampler: Annotated[Sampler, doc("'consistency': noise afresh at each step; 'euler': follow the velocity.")] = (
         "consistency"
     )
 
-    @section_check(mode="after")
-    def _trained_for(self) -> ScheduleConfig:
-        if self.step_counts and self.num_steps not in self.step_counts:
-            raise ValueError(
-                f"step_counts ({self.step_counts}) must hold num_steps ({self.num_steps}): add it, or set step_counts"
-                " to null"
-            )
-        return self
+    @property
+    def trained_counts(self) -> list[int]:
+        """`num_steps`, then the others of `step_counts`."""
+        return list(dict.fromkeys([self.num_steps, *(self.step_counts or ())]))
 
 
 class BucketConfig(Section):

@@ -61,5 +61,5 @@ def imitation_forwards(config: Config, stream: Stream) -> float:
 
 def steps_before(config: Config) -> float:
     """How many steps a rollout takes before the one it is left at, which is drawn evenly: the mean."""
-    counts = config.schedule.step_counts or [config.schedule.num_steps]
+    counts = config.schedule.trained_counts
     return sum((count - 1) / 2 for count in counts) / len(counts)

@@ -270,7 +270,7 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
             objective.dmd_bs_weight > 0,
             objective.imitation_weight > 0,
         ),
-        num_steps=max(config.schedule.step_counts or [config.schedule.num_steps]),
+        num_steps=max(config.schedule.trained_counts),
         checkpointing=train.gradient_checkpointing,
         targets_batch=min(TARGET_BATCH, slots) * (2 if config.targets.guidance != 1 else 1) if makes_targets else 0,
         text_encoder_parameters=encoders["text_encoder"],

@@ -141,7 +141,7 @@ def draw_schedule(cfg: DistillConfig, draws: Draws) -> Tensor:
 
     A single count draws nothing.
     """
-    counts = cfg.schedule.step_counts or [cfg.schedule.num_steps]
+    counts = cfg.schedule.trained_counts
     count = counts[exit_step(len(counts), draws)] if len(counts) > 1 else counts[0]
     return few_step_sigmas(count, cfg.schedule.shift)
 

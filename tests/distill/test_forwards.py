@@ -46,14 +46,14 @@ def test_imitation_forwards_closed_forms() -> None:
     """Recipes A and B of one sample; the paper's is 56 with five critic updates and a guided teacher."""
     shared = {"preset": "segment_mean", "output_dir": "o", "train": {"anchor_batch_size": 1}}
 
-    def of(step_counts: object = (8, 4, 2), **objective: object) -> float:
+    def of(step_counts: object = (4, 2), **objective: object) -> float:
         values = shared | {"objective": objective, "schedule": {"step_counts": step_counts}}
         return imitation_forwards(build_config(values, Path()), "effect")
 
     assert of(on_policy_share=0.0) == 1 + 2 + 2
     assert of(on_policy_share=0.0, guidance=1.0) == 1 + 2 + 1
-    assert of([8], on_policy_share=1.0) == 1 + 2 + 2 + 3.5
-    assert of([8, 2], on_policy_share=0.5) == 1 + 2 + 2 + 0.5 * (3.5 + 0.5) / 2
+    assert of(None, on_policy_share=1.0) == 1 + 2 + 2 + 3.5
+    assert of([2], on_policy_share=0.5) == 1 + 2 + 2 + 0.5 * (3.5 + 0.5) / 2
     config = build_config(shared, Path())
     assert full_step_forwards(config, "effect") == imitation_forwards(config, "effect")
     assert imitation_forwards(config, "general") == 1 + 2 + 2 + (3.5 + 1.5 + 0.5) / 3  # always on policy
@@ -80,7 +80,8 @@ def test_distillation_forwards_equals_what_hooks_count(
     """Three steps of the sampler, always left at the middle one, as on average; no chance in the critic's samples."""
     for module in (objective, imitation):
         monkeypatch.setattr(module, "exit_step", lambda num_steps, rng: num_steps // 2)
-    fixed = ("objective.critic_target_share=0", "targets.source=pairs", "train.max_train_steps=8", *overrides)
+    fixed = ("objective.critic_target_share=0", "targets.source=pairs", "train.max_train_steps=8")
+    fixed = (*fixed, "schedule.step_counts=null", *overrides)
     config = make_config(random_base, write_dataset(tmp_path / "data"), tmp_path / "run", *fixed)
     teach(config)
     workspace = open_workspace(check_training(config), QUIET)

@@ -163,7 +163,7 @@ def ask(
     nets = replace(nets, few_step_teacher=Recorder(-1.0) if few else None)
     cfg = SimpleNamespace(
         objective=ObjectiveConfig(**{"guidance": 1.0, "imitation_weight": 1.0, **objective}),
-        schedule=ScheduleConfig(num_steps=4, step_counts=counts, sampler="euler"),
+        schedule=ScheduleConfig(num_steps=counts[0] if counts else 4, step_counts=counts, sampler="euler"),
     )
     loss, figures = imitation_loss(nets, batch, cfg, Draws.alone(torch.Generator().manual_seed(seed), 6))
     assert figures.keys() == {"imitation_loss"} and figures["imitation_loss"] == loss.detach()
