@@ -1,6 +1,6 @@
 """The benches that run as they are: `python -m bench` prints their names, `python -m bench.NAME [--json]` runs one.
 
-Those that need the folder of a run (`lab.extend`, `lab.few_steps`, `lab.recipes`, `lab.teacher_steps`,
+Those that need the folder of a run (`lab.extend`, `lab.recipes`, `lab.table1`, `lab.teacher_steps`,
 `lab.train_settings`) say so themselves.
 """
 
