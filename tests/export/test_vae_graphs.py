@@ -27,9 +27,9 @@ from clora.inference.edit_plan import EditRequest
 from clora.jobs.edit import edit_files
 from clora.jobs.export import ExportRequest, export
 from clora.serve.load import open_model
-from clora.serve.models import Model
 from clora.serve.service import Service
 from clora.serve.settings import Settings
+from clora.serve.threads import ThreadEngine
 from tests.serve.conftest import post
 from tests.serve.test_edits import pixels
 
@@ -111,7 +111,8 @@ def test_export_with_its_vae_edits_without_the_bases(
     assert loaded == ["text_encoder"]
     edit_files(replace(request, output=tmp_path / "eager.png", base=str(base), lora=folder / COLLECTION))
     settings = Settings(artefact=folder, thumbnails=False)
-    with closing(Service(settings, Model(open_model(settings), settings.batches))) as service:
+    opened = open_model(settings)
+    with closing(Service(settings, ThreadEngine({opened.offer.name: opened}, settings))) as service:
         answer = post(
             service, {"effect": "a", "seed": "1"}, [("image", ("in.png", (tmp_path / "in.png").read_bytes()))]
         )
