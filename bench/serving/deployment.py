@@ -33,10 +33,10 @@ from bench.serving.networks import RANK, Request, swapping, write_effect_loras
 from clora.backbones.cond import make_cond
 from clora.backbones.load import load_backbone
 from clora.config import collection_lora
+from clora.evaluate.router import route
 from clora.export.verify import picture
 from clora.inference.sampling import few_step_sampling
 from clora.io.atomic import write_text
-from clora.jobs.plan_groups import text_similarity
 from clora.lora.catalogue import CatalogueEntry, read_catalogue
 from clora.serve.engine import Work
 from clora.serve.load import open_models
@@ -68,12 +68,6 @@ def make_queries(effects: Sequence[CatalogueEntry], count: int, seed: int) -> li
     return found
 
 
-def route(words: str, effects: Sequence[CatalogueEntry]) -> CatalogueEntry:
-    """The effect whose description is most like the words."""
-    texts = [words, *(effect.student_prompt for effect in effects)]
-    return effects[int(text_similarity(texts)[0, 1:].argmax())]
-
-
 class RouterAndSwaps:
     """One LoRA an effect, as a team without a collection serves them."""
 
@@ -82,14 +76,16 @@ class RouterAndSwaps:
         schedule = catalogue.schedule
         sampling = few_step_sampling(schedule.num_steps, schedule.shift, catalogue.sampler)
         self.files = write_effect_loras(base, [effect.name for effect in effects], folder)
-        self.effects, self.swapping = effects, swapping(base, self.files, True, sampling)
+        self.effects = {effect.name: effect for effect in effects}
+        self.descriptions = {name: effect.student_prompt for name, effect in self.effects.items()}
+        self.swapping = swapping(base, self.files, True, sampling)
         self.encoders = load_backbone(base, "cpu", torch.float32, ("vae", "text_encoder"))
         self.routing, self.loading, self.right, self.switches = list[float](), list[float](), 0, 0
 
     @torch.no_grad()
     def __call__(self, query: Query) -> None:
         started = time.perf_counter()
-        chosen = route(query.words, self.effects)
+        chosen = self.effects[route(query.words, self.descriptions)]
         self.routing.append(time.perf_counter() - started)
         self.right += chosen == query.effect
         backbone = self.encoders

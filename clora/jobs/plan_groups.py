@@ -12,7 +12,6 @@ How alike two effects are is the largest of three cosines in [0, 1]: of their st
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from clora.config import Config
 from clora.errors import InputError
+from clora.evaluate.router import text_similarity
 from clora.io.atomic import write_text
 from clora.lora.files import map_lora
 from clora.lora.groups import Group, Groups
@@ -77,28 +77,6 @@ def plan_groups(config: Config, max_effects: int) -> GroupPlan:
     np.fill_diagonal(similarity, 0.0)
     groups = spread(similarity, math.ceil(len(prompts) / max_effects))
     return GroupPlan([prompt.name for prompt in prompts], groups, similarity)
-
-
-def text_similarity(texts: Sequence[str]) -> Matrix:
-    """Cosines (n, n) of the texts' character trigrams, counts weighted by log((1 + n) / (1 + texts that have it)) + 1.
-
-    Case and runs of white space make no difference. Equal texts have 1, texts without a common trigram 0.
-    """
-    counts = [Counter(_trigrams(text)) for text in texts]
-    spread_over = Counter(gram for count in counts for gram in count)
-    column = {gram: index for index, gram in enumerate(sorted(spread_over))}
-    vectors = np.zeros((len(texts), len(column)))
-    for row, count in enumerate(counts):
-        for gram, number in count.items():
-            vectors[row, column[gram]] = number * (math.log((1 + len(texts)) / (1 + spread_over[gram])) + 1)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosines: Matrix = np.clip(vectors @ vectors.T, 0.0, 1.0)
-    return cosines
-
-
-def _trigrams(text: str) -> list[str]:
-    padded = f" {' '.join(text.casefold().split())} "
-    return [padded[i : i + 3] for i in range(len(padded) - 2)]
 
 
 def teacher_similarity(paths: Sequence[Path | None]) -> Matrix:

@@ -1,33 +1,22 @@
-"""The router against tf-idf worked out by hand, and on the tiny world's own descriptions."""
+"""Likeness of texts worked out by hand, and the router on the tiny world's own descriptions."""
 
 import math
 
+import numpy as np
 import pytest
 
-from clora.evaluate.router import route, stems
+from clora.evaluate.router import route, text_similarity
 from clora.tiny.effects import EFFECTS
 
 
-def test_stems_join_forms_of_a_word():
-    assert stems("Tiles, tiled tiling") == ["til", "til", "til"]
-    assert stems("as is on us") == ["as", "is", "on", "us"]  # too short to cut
-
-
-def test_route_weighs_rare_words_by_hand():
-    """`photo` is in all, `snow` in one: with idf ln(4/4) + 1 = 1 and ln(4/2) + 1 = 1.69 the rare word decides."""
-    bank = {"a": "photo photo photo", "b": "snow photo", "c": "photo rain"}
-    assert route("snow photo photo", bank) == "b"
-    rare = math.log(4 / 2) + 1
-    asked = {"snow": rare, "photo": 2.0}
-    lengths = math.hypot(*asked.values()), math.hypot(rare, 1)
-    cosine_b = (rare * rare + 2) / (lengths[0] * lengths[1])
-    cosine_a = 2 / lengths[0]
-    assert cosine_b > cosine_a
-    assert route("snow photo photo photo photo", bank) == ("a" if 4 / math.hypot(rare, 4) > cosine_of(4, rare) else "b")
-
-
-def cosine_of(photos: int, rare: float) -> float:
-    return (rare * rare + photos) / (math.hypot(rare, photos) * math.hypot(rare, 1))
+def test_text_similarity_is_the_cosine_of_weighted_trigrams() -> None:
+    """'ab' has the trigrams ' ab', 'ab '; 'abc' has ' ab', 'abc', 'bc '. ' ab' is in both, the others in one of two."""
+    both, one = 1.0, math.log(3 / 2) + 1
+    expected = both * both / (math.hypot(both, one) * math.sqrt(both**2 + 2 * one**2))
+    cosines = text_similarity(["ab", "abc"])
+    np.testing.assert_allclose(cosines, [[1, expected], [expected, 1]], rtol=1e-12)
+    same = text_similarity(["Change  the style", "change the Style", "xyzzy"])
+    np.testing.assert_allclose(same, [[1, 1, 0], [1, 1, 0], [0, 0, 1]], atol=1e-12)
 
 
 def test_route_takes_the_first_of_equals_and_needs_a_bank():

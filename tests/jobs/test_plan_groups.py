@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,15 @@ from typer.testing import CliRunner
 from clora.cli import commands as cli
 from clora.config import Config, build_config, load_config
 from clora.errors import InputError
+from clora.evaluate.router import text_similarity
 from clora.inference.edit_plan import EditRequest, with_collection
-from clora.jobs.plan_groups import NUM_LAYERS, plan_groups, spread, teacher_similarity, text_similarity, write_groups
+from clora.jobs.plan_groups import NUM_LAYERS, plan_groups, spread, teacher_similarity, write_groups
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.lora.files import write_lora
 from clora.lora.groups import find_collection
 from clora.lora.module import LoraModule
 from clora.method.prompts import effect_prompts
 from clora.tiny.effects import EFFECTS
-
-
-def test_text_similarity_is_the_cosine_of_weighted_trigrams() -> None:
-    """'ab' has the trigrams ' ab', 'ab '; 'abc' has ' ab', 'abc', 'bc '. ' ab' is in both, the others in one of two."""
-    both, one = 1.0, math.log(3 / 2) + 1
-    expected = both * both / (math.hypot(both, one) * math.sqrt(both**2 + 2 * one**2))
-    cosines = text_similarity(["ab", "abc"])
-    np.testing.assert_allclose(cosines, [[1, expected], [expected, 1]], rtol=1e-12)
-    same = text_similarity(["Change  the style", "change the Style", "xyzzy"])
-    np.testing.assert_allclose(same, [[1, 1, 0], [1, 1, 0], [0, 0, 1]], atol=1e-12)
 
 
 def random_teacher(seed: int, rank: int, names: list[str], alpha: float = 1.0) -> dict[str, LoraModule]:
