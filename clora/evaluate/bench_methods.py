@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,6 @@ from clora.evaluate.benchmark import BenchEffect, Benchmark, BenchMethod, lora_f
 from clora.evaluate.router import route
 from clora.inference.edit_prompts import edit_prompt, find_catalogue
 from clora.inference.editor import default_sampling
-from clora.inference.sampling import Sampling
 
 
 class Asked(NamedTuple):
@@ -52,25 +50,16 @@ def routed(bench: Benchmark, effect: BenchEffect) -> str:
     return route(effect.student_prompt or effect.instruction, descriptions)
 
 
-def sampling_of(bench: Benchmark, method: BenchMethod, lora: Path) -> Sampling:
-    """How a method samples a LoRA: by its catalogue, as the base's preset says, or as the method itself does."""
-    found = default_sampling(bench.base, find_catalogue(lora), method.accelerate is not None)
-    return replace(
-        found,
-        num_steps=found.num_steps if method.steps is None else method.steps,
-        guidance=found.guidance if method.guidance is None else method.guidance,
-    )
-
-
 def cost_of(bench: Benchmark, method: BenchMethod) -> Cost:
     """What a method costs: counted, or as its section says where its pictures were made elsewhere."""
     if method.images is not None:
         return Cost(method.num_loras, method.storage_mb, method.nfe)
     files = lora_files(bench, method)
     right = [routed(bench, effect) == effect.name for effect in bench.effects] if method.route else None
+    sampling = default_sampling(bench.base, find_catalogue(files[0]), method.accelerate is not None)
     return Cost(
         len(files),
         round(sum(file.stat().st_size for file in files) / 1e6, 3),
-        sampling_of(bench, method, files[0]).num_forwards,
+        sampling.changed(method.steps, method.guidance).num_forwards,
         None if right is None else sum(right) / len(right),
     )

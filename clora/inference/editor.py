@@ -69,18 +69,9 @@ class Editor:
         """
         text = edit_prompt(self.catalogue, effects, prompt)
         jobs = [Job(index, text, seed) for index in range(len(images)) for seed in seeds]
-        sampling = self.sampling_with(steps, guidance)
+        sampling = self.sampling.changed(steps, guidance)
         made = dict(self.run(images, jobs, references=references, sampling=sampling, batch_size=batch_size))
         return [made[place] for place in range(len(jobs))]
-
-    def sampling_with(self, steps: int | None, guidance: float | None) -> Sampling:
-        """The editor's sampling, with another number of steps or another guidance where one is given."""
-        default = self.sampling
-        return replace(
-            default,
-            num_steps=default.num_steps if steps is None else steps,
-            guidance=default.guidance if guidance is None else guidance,
-        )
 
     @torch.no_grad()
     def run(

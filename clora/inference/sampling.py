@@ -6,7 +6,7 @@ Shape legend: B batch, T tokens, C latent channels per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -48,6 +48,14 @@ class Sampling:
     def num_forwards(self) -> int:
         """Forwards of the transformer per image."""
         return self.num_steps * (2 if self.is_guided else 1)
+
+    def changed(self, steps: int | None, guidance: float | None) -> Sampling:
+        """The same with another number of steps or another guidance, where one is given."""
+        return replace(
+            self,
+            num_steps=self.num_steps if steps is None else steps,
+            guidance=self.guidance if guidance is None else guidance,
+        )
 
 
 def few_step_sampling(num_steps: int, shift: float, sampler: Sampler = "consistency") -> Sampling:

@@ -71,7 +71,7 @@ def run(editor: Editor, plan: EditPlan) -> Iterator[tuple[int, Image.Image]]:
     """The place of each job and its result as they are made, some of the images in memory at a time."""
     request, jobs = plan.request, plan.jobs
     references = [load_image(path) for path in request.references]
-    sampling = editor.sampling_with(request.steps, request.guidance)
+    sampling = editor.sampling.changed(request.steps, request.guidance)
     chunk = max(CHUNK, request.batch_size)
     per_image = len(jobs) // len(request.images)
     for start in range(0, len(request.images), chunk):

@@ -146,7 +146,7 @@ def _open(bench: Benchmark) -> Editor:
 
 def _make(bench: Benchmark, method: BenchMethod, editor: Editor, group: Sequence[Cell]) -> Iterator[Cell]:
     prompts = {name: asked(bench, method, name).prompt for name in {cell.effect for cell in group}}
-    sampling = editor.sampling_with(method.steps, method.guidance)
+    sampling = editor.sampling.changed(method.steps, method.guidance)
     for start in range(0, len(group), CHUNK):
         chunk = group[start : start + CHUNK]
         sources = list(dict.fromkeys(cell.source for cell in chunk))
