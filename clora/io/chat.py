@@ -10,17 +10,15 @@ import base64
 import io
 import logging
 import os
-import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 from PIL import Image
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
 
 from clora.errors import InputError
+from clora.io.posting import Again, post_json, retrying
 from clora.io.text import parse_json
 
 log = logging.getLogger(__name__)
@@ -28,8 +26,6 @@ log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 MAX_IMAGE_SIDE = 768
-MAX_ANSWER_BYTES = 1 << 20
-MAX_WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -76,15 +72,6 @@ class Completion:
     fingerprint: str = ""
     prompt_tokens: int = 0
     answer_tokens: int = 0
-
-
-class _Again(Exception):
-    """A failure that another try may mend."""
-
-    def __init__(self, reason: str, wait_seconds: float | None = None, reply: str | None = None) -> None:
-        super().__init__(reason)
-        self.wait_seconds = wait_seconds
-        self.reply = reply
 
 
 def chat_request(model: str, images: Sequence[Image.Image], text: str) -> dict[str, Any]:
@@ -134,38 +121,25 @@ def complete(
     """
     replies: list[str] = []
 
-    def wait(state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        asked = error.wait_seconds if isinstance(error, _Again) else None
-        doubled: float = backoff_seconds * 2.0 ** (state.attempt_number - 1)
-        return min(doubled if asked is None else asked, MAX_WAIT_SECONDS)
-
-    def tell(state: RetryCallState) -> None:
-        reason = state.outcome.exception() if state.outcome else None
-        log.info("%s: attempt %d: %s", endpoint.shown, state.attempt_number, reason)
+    def tell(attempt: int, reason: BaseException | None) -> None:
+        log.info("%s: attempt %d: %s", endpoint.shown, attempt, reason)
 
     def one(used: httpx.Client) -> Answer:
         before_try()
         try:
             return _post(used, endpoint, body, read)
-        except _Again as error:
+        except Again as error:
             if error.reply is not None:
                 replies.append(error.reply)
             raise
 
-    tries = Retrying(
-        stop=stop_after_attempt(endpoint.max_attempts),
-        retry=retry_if_exception_type(_Again),
-        wait=wait,
-        before_sleep=tell,
-        reraise=True,
-    )
+    tries = retrying(endpoint.max_attempts, backoff_seconds, tell)
     try:
         if client is not None:
             return tries(one, client)
         with httpx.Client() as own:
             return tries(one, own)
-    except _Again as error:
+    except Again as error:
         what = f"no usable answer in {endpoint.max_attempts} attempts ({error})"
         raise NoAnswer(f"{endpoint.key} {endpoint.shown}: {what}; {endpoint.mend}", replies) from None
 
@@ -181,24 +155,19 @@ def _post(
         # A password in the address is sent, but taken out of the address, which httpx logs.
         auth = (url.username, url.password) if url.username else None
         plain = url.copy_with(userinfo=b"")
-        with client.stream("POST", plain, json=body, headers=headers, timeout=timeout, auth=auth) as response:
-            raw = _read_limited(response, time.monotonic() + timeout)
+        status, raw = post_json(client, plain, body, timeout, headers=headers, auth=auth)
     except httpx.InvalidURL as error:
         raise InputError(f"{endpoint.key} is not an address ({error}); correct it") from None
-    except httpx.TransportError as error:
-        raise _Again(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
-    if response.status_code == 429 or response.status_code >= 500:
-        raise _Again(f"status {response.status_code}", _retry_after(response))
-    if response.status_code != 200:
-        raise Refused(_refused(response.status_code, raw, key, endpoint), response.status_code)
+    if status != 200:
+        raise Refused(_refused(status, raw, key, endpoint), status)
     try:
         reply = _completion(raw)
     except ValueError as error:
-        raise _Again(str(error), reply=raw[:2000].decode("utf-8", "replace")) from None
+        raise Again(str(error), reply=raw[:2000].decode("utf-8", "replace")) from None
     try:
         return read(reply)
     except ValueError as error:
-        raise _Again(str(error), reply=reply.text) from None
+        raise Again(str(error), reply=reply.text) from None
 
 
 def _completion(raw: bytes) -> Completion:
@@ -233,22 +202,6 @@ def _api_key(endpoint: Endpoint) -> str:
     if not key.isascii() or not all(letter.isprintable() for letter in key):
         raise InputError(f"the key in ${endpoint.api_key_env} holds characters that no header may; set it again")
     return key
-
-
-def _read_limited(response: httpx.Response, deadline: float) -> bytes:
-    raw = b""
-    for chunk in response.iter_bytes():
-        raw += chunk
-        if len(raw) > MAX_ANSWER_BYTES:
-            raise _Again(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-        if time.monotonic() > deadline:  # the client's own time-out only bounds the wait for the next bytes
-            raise _Again("the answer took too long")
-    return raw
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    text = response.headers.get("retry-after", "")
-    return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else None
 
 
 def _refused(status: int, raw: bytes, key: str, endpoint: Endpoint) -> str:

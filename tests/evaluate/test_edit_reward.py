@@ -62,7 +62,7 @@ def test_reward_that_is_no_answer_is_missing_and_says_why(answer):
 def test_reward_tries_again_and_keeps_what_it_got(tmp_path):
     rewards, asked, waits = service([(503, {}), (429, {}), {"reward": [0.5, -1]}], folder=tmp_path)
     assert rewards.reward("x", SOURCE, RESULT).score == 0.5
-    assert waits == [2.0, 4.0] and len(asked) == 3
+    assert waits == [1.0, 2.0] and len(asked) == 3
     assert rewards.reward("x", SOURCE, RESULT).score == 0.5 and len(asked) == 3  # kept
     rewards.reward("y", SOURCE, RESULT)
     rewards.reward("x", RESULT, SOURCE)  # two pictures swapped are another question

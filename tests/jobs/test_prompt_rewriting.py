@@ -17,7 +17,7 @@ import httpx
 import pytest
 from PIL import Image
 
-import clora.io.chat as chat
+import clora.io.posting as posting
 from clora.config import PromptsConfig
 from clora.errors import InputError
 from clora.jobs.prompts import INSTRUCTION, answer_fault, rewrite_prompt
@@ -259,7 +259,7 @@ def test_secrets_in_the_address_are_used_not_shown(
 
 def test_an_answer_that_drips_is_cut_off(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(chat.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(posting.time, "monotonic", lambda: float(next(clock)))
     settings = PromptsConfig(endpoint=endpoint.url, max_attempts=1)
     transport = httpx.MockTransport(lambda request: httpx.Response(200, content=completion(GOOD)))
     with httpx.Client(transport=transport) as client, pytest.raises(InputError, match="took too long"):

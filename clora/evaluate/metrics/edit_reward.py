@@ -24,6 +24,7 @@ from PIL import Image
 
 from clora.errors import InputError
 from clora.io.atomic import write_text
+from clora.io.posting import Again, post_json, retrying
 from clora.io.text import parse_json
 
 MOST_BYTES = 65536  # of an answer
@@ -64,29 +65,21 @@ class RewardService:
         return found
 
     def _ask(self, body: dict[str, str]) -> tuple[Reward, bytes]:
-        why = ""
-        for attempt in range(self.max_attempts):
-            if attempt:
-                self.sleep(min(2.0**attempt, 30.0))
-            try:
-                answer = self.client.post(self.url, json=body, timeout=self.timeout_seconds)
-            except httpx.HTTPError as error:
-                why = f"no answer ({type(error).__name__})"
-                continue
-            if answer.status_code != 200:
-                why = f"status {answer.status_code}"
-                if answer.status_code < 500 and answer.status_code != 429:
-                    break
-                continue
-            found = self._read(answer.content)
-            if found.score is not None:
-                return found, answer.content
-            why = found.why
-        return Reward(None, None, why), b""
+        def one() -> tuple[Reward, bytes]:
+            status, raw = post_json(self.client, self.url, body, self.timeout_seconds, most_bytes=MOST_BYTES)
+            if status != 200:
+                return Reward(None, None, f"status {status}"), raw
+            found = self._read(raw)
+            if found.score is None:
+                raise Again(found.why)
+            return found, raw
+
+        try:
+            return retrying(self.max_attempts, sleep=self.sleep)(one)
+        except Again as error:
+            return Reward(None, None, str(error)), b""
 
     def _read(self, raw: bytes) -> Reward:
-        if len(raw) > MOST_BYTES:
-            return Reward(None, None, "the answer is too long")
         try:
             values: Any = parse_json(raw.decode("utf-8"))
         except (InputError, ValueError):
