@@ -57,11 +57,8 @@ def measure(study: Study, chosen: list[str], budget: float) -> dict[str, Any]:
             if who in ("coarse", "coarse on"):
                 rows.append(Row(who, n, "consistency", accelerated=True))
             rows.append(Row(who, n, "consistency" if who.startswith("dmd") else "euler"))
-    images = study.sample(rows)
-    table = []
-    for n in (8, 4, 2):
-        of_count = {row.name: images[row.name] for row in rows if row.num_steps in (n, None)}
-        table += judge(of_count, Row("coarse", n, "consistency", accelerated=True).name)
+    controls = {row.name: Row("coarse", row.num_steps or 8, "consistency", accelerated=True).name for row in rows}
+    table = judge(study.sample(rows), controls)
     return {
         "effects": len(study.effects),
         "scenes": {"use": study.scenes, "count": study.num_scenes},

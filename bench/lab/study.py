@@ -201,8 +201,10 @@ def _key(text: str) -> tuple[str, int]:
     return effect, int(scene)
 
 
-def judge(images: Mapping[str, Mapping[tuple[str, int], Sequence[Pixels]]], control: str) -> list[dict[str, Any]]:
-    """A row of figures for every method, with its paired differences to `control`, one of them."""
+def judge(
+    images: Mapping[str, Mapping[tuple[str, int], Sequence[Pixels]]], control: str | Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """A row of figures for every method, with its paired differences to `control`, or to the one it names for it."""
     rows = []
     for name, scores in evaluate_methods(images, reference=control).items():
         row: dict[str, Any] = {"row": name, "bcr": round(scores.bcr, 3), "interval": _rounded(scores.bcr_interval)}

@@ -1,10 +1,10 @@
 """What does distillation add? `python -m bench.lab.table1 --run runs/table1 [--effects N --figures F key=value ...]`.
 
-The paper's Table 1 in 8, 4, 2 and 1 steps, beside two controls without distillation: the collection's own coarse stage,
-and the same trained on until it has cost as much (counted in forwards of a sample, a backward is two), each with the
-base's acceleration LoRA on top. The collection is trained by preset `tiny` as it is, or with other `key=value`, once a
-seed; rows that are trained pool their seeds' outputs, and differences to a control are paired by effect, scene, noise
-and seed. Everything is kept below the folder, and goes on where it was interrupted.
+The paper's Table 1 in 8, 4, 2 and 1 steps (rows "NAME, STEPS"), beside two controls without distillation: the
+collection's own coarse stage, and the same trained on until it has cost as much (counted in forwards of a sample, a
+backward is two), each with the base's acceleration LoRA on top. The collection is trained by preset `tiny` as it is, or
+with other `key=value`, once a seed; rows that are trained pool their seeds' outputs. Differences to the coarse stage
+are paired by effect, scene, noise and seed. Everything is kept below the folder, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -34,18 +34,14 @@ def arms(study: Study, seed: int, recipe: Sequence[str]) -> tuple[Arm, Arm]:
 
 def rows_in(steps: int, seeds: Sequence[int]) -> dict[str, list[Row]]:
     """The table's rows in so many steps: what each pools, a row of the study for every seed."""
-    sampled = {
-        "collection": [Row(f"collection {seed}", steps, "consistency") for seed in seeds],
-        CONTROL: [Row(f"collection {seed}:coarse", steps, "consistency", accelerated=True) for seed in seeds],
-        "coarse on+accel": [Row(f"coarse on {seed}", steps, "consistency", accelerated=True) for seed in seeds],
-        "coarse on": [Row(f"coarse on {seed}", steps) for seed in seeds],
-    }
-    teachers = {
-        "teachers+accel": Row("teacher", steps, "consistency", accelerated=True),
-        "teachers": Row("teacher", steps),
-        "teachers, as targets": Row("teacher", None),
-    }
-    return sampled | {name: [row] * len(seeds) for name, row in teachers.items()}
+    accelerated = {CONTROL: "collection {}:coarse", "coarse on+accel": "coarse on {}", "teachers+accel": "teacher"}
+    plain = {"coarse on": "coarse on {}", "teachers": "teacher"}
+    rows = {"collection": [Row(f"collection {seed}", steps, "consistency") for seed in seeds]}
+    for name, who in accelerated.items():
+        rows[name] = [Row(who.format(seed), steps, "consistency", accelerated=True) for seed in seeds]
+    for name, who in plain.items():
+        rows[name] = [Row(who.format(seed), steps) for seed in seeds]
+    return {f"{name}, {steps}": of_seeds for name, of_seeds in rows.items()}
 
 
 def pooled(found: dict[str, Images], rows: Sequence[Row]) -> Images:
@@ -59,8 +55,12 @@ def measure(study: Study, seeds: Sequence[int], recipe: Sequence[str], nfe: Sequ
     for of_seed in trained:
         for arm in of_seed:
             study.train(arm)
-    tables = {steps: rows_in(steps, seeds) for steps in nfe}
-    found = study.sample(list({row: None for table in tables.values() for rows in table.values() for row in rows}))
+    rows = {"teachers, as targets": [Row("teacher", None)] * len(seeds)}
+    for steps in nfe:
+        rows |= rows_in(steps, seeds)
+    found = study.sample(list(dict.fromkeys(row for of_seeds in rows.values() for row in of_seeds)))
+    images = {name: pooled(found, of_seeds) for name, of_seeds in rows.items()}
+    controls = {name: f"{CONTROL}, {name.rpartition(', ')[2]}" for name in rows}
     collection, longer = trained[0]
     return {
         "effects": list(study.effects),
@@ -72,10 +72,7 @@ def measure(study: Study, seeds: Sequence[int], recipe: Sequence[str], nfe: Sequ
             "its full stage, and coarse on": round(study.forwards(longer)),
         },
         "machine": machine(),
-        "steps": {
-            steps: judge({name: pooled(found, rows) for name, rows in table.items()}, CONTROL)
-            for steps, table in tables.items()
-        },
+        "rows": judge(images, controls),
     }
 
 

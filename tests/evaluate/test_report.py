@@ -107,6 +107,14 @@ def test_evaluate_methods_differences_are_to_the_reference(truths: dict[int, Tru
         assert worse[figure].mean == pytest.approx(gap)
     assert worse["bcr"] == (1.0, (1.0, 1.0)) and worse["vsa"].interval is not None and worse["vsa"].interval[1] < 0
     assert evaluate_methods({"a": _outputs(truths, "soft")}, EFFECTS)["a"].differences == {}
+    own = {"source": "twin", "twin": "collection", "collection": "absent"}
+    each = evaluate_methods({name: _outputs(truths, kind) for name, kind in kinds.items()}, EFFECTS, reference=own)
+    assert {name: row.reference for name, row in each.items()} == {
+        "source": "twin",
+        "twin": "collection",
+        "collection": "",
+    }
+    assert each["source"].differences == worse and each["collection"].differences == {}
 
 
 def test_differences_leaves_out_pairs_of_one_method(truths: dict[int, Truths]) -> None:

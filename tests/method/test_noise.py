@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from clora.config import ObjectiveConfig, ScheduleConfig
 from clora.errors import InputError
-from clora.method.flow import shift_sigma
+from clora.method.flow import few_step_sigmas, shift_sigma
 from clora.method.noise import (
     Draws,
     draw_dmd_sigma,
+    draw_schedule,
     draw_ta_fm_sigma,
     draw_ts_critic_sigma,
     draw_ts_gen_sigma,
@@ -81,6 +85,31 @@ def test_draw_ts_gen_sigma_of_the_schedule(tau_max: float, steps: list[float]) -
 def test_draw_ts_gen_sigma_refuses_a_bound_below_every_step() -> None:
     with pytest.raises(InputError, match="tau_max is 0.2, below every step.*raise it"):
         draw_ts_gen_sigma(config(ts_sigma="schedule", tau_max=0.2), draws())
+
+
+def several_counts() -> Any:
+    objective = ObjectiveConfig(ts_sigma="schedule", tau_max=1.0)
+    return SimpleNamespace(objective=objective, schedule=ScheduleConfig(num_steps=8, step_counts=[4, 2]))
+
+
+def test_draw_schedule_takes_every_step_count_alike_often() -> None:
+    found = [draw_schedule(several_counts(), draws(seed, 1)) for seed in range(900)]
+    assert all(torch.equal(sigmas, few_step_sigmas(len(sigmas))) for sigmas in found)
+    times = Counter(map(len, found))
+    assert set(times) == {8, 4, 2} and min(times.values()) > 240
+    alone, untouched = draws(3), draws(3)
+    assert len(draw_schedule(config(), alone)) == 8  # a single count draws nothing
+    assert torch.equal(torch.rand(1, generator=alone.generator), torch.rand(1, generator=untouched.generator))
+
+
+def test_draw_ts_gen_sigma_is_of_one_schedule_for_the_whole_batch() -> None:
+    allowed = {n: {round(x, 4) for x in few_step_sigmas(n).tolist() if x < 1} for n in (8, 4, 2)}
+    seen = set()
+    for seed in range(30):
+        values = {round(x, 4) for x in draw_ts_gen_sigma(several_counts(), draws(seed, 200)).tolist()}
+        seen |= {n for n, steps in allowed.items() if steps == values}
+        assert values in allowed.values()
+    assert seen == {8, 4, 2}
 
 
 def test_draw_ta_fm_sigma_laws() -> None:

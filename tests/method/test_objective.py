@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clora.errors import InputError
-from clora.method.flow import shift_sigma
+from clora.method.flow import few_step_sigmas, shift_sigma
 from clora.method.given import Anchor, DistillBatch, Networks, Query, ask_scores
 from clora.method.losses import guided_velocity
 from clora.method.noise import Draws, Rows, draw_dmd_sigma, split_rows
@@ -582,12 +582,14 @@ def test_critic_loss_takes_target_simulated_samples_by_share() -> None:
     assert figures["critic_on_target"] == 0
 
 
-def test_critic_samples_of_several_batches_are_those_of_each() -> None:
+@pytest.mark.parametrize("step_counts", [None, [5, 2]])
+def test_critic_samples_of_several_batches_are_those_of_each(step_counts: list[int] | None) -> None:
     """Their own sizes, exit steps and kinds; a forward a sampler step for all that roll out, with their conds joined,
     and none with grad. The numbers that follow are those that would have followed."""
     conds = [make_effect_cond(2, rng(1)), make_effect_cond(3, rng(2)), make_effect_cond(2, rng(3))]
     batches = [make_batch(cond) for cond in conds]
     cfg = config(critic_target_share=0.3)
+    cfg.schedule = cfg.schedule.model_copy(update={"step_counts": step_counts})
     seen = set()
     for seed in range(12):
         alone, together = make_nets(), make_nets()
@@ -606,6 +608,20 @@ def test_critic_samples_of_several_batches_are_those_of_each() -> None:
             assert len(together.student.calls) < len(alone.student.calls)
         seen.add(rollouts)
     assert {2, 3} <= seen
+
+
+def test_dmd_bs_loss_samples_in_every_step_count() -> None:
+    """Six steps are left at one of their six sigmas, two at one of their two."""
+    cfg, seen = config(), set()
+    cfg.schedule = cfg.schedule.model_copy(update={"num_steps": 6, "step_counts": [2]})
+    for seed in range(40):
+        nets = make_nets()
+        dmd_bs_loss(nets, make_batch(make_effect_cond(2, rng(1))), cfg, draws(2, seed))
+        levels = [float(sigma[0]) for _, sigma, *_ in nets.student.calls]
+        fitting = [n for n in (6, 2) if few_step_sigmas(n, cfg.schedule.shift)[: len(levels)].tolist() == levels]
+        assert fitting
+        seen |= set(fitting if len(fitting) == 1 else ())
+    assert seen == {6, 2}
 
 
 def test_critic_loss_is_least_for_the_exact_critic() -> None:
