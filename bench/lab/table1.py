@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.lab.recipes import PLAIN, steps_for
 from bench.lab.study import Arm, Images, Row, Study, judge, machine, write_figures
+from clora.jobs.demo import SCALES
 from clora.tiny.dataset import effect_names
 
 CONTROL = "coarse+accel"
@@ -66,7 +67,7 @@ def measure(study: Study, seeds: Sequence[int], recipe: Sequence[str], nfe: Sequ
         "effects": list(study.effects),
         "scenes": {"use": study.scenes, "count": study.num_scenes},
         "seeds": list(seeds),
-        "recipe": ["preset tiny", *recipe],
+        "recipe": ["preset tiny", *study.settings, *recipe],
         "forwards": {
             "collection": round(study.forwards(collection)),
             "its full stage, and coarse on": round(study.forwards(longer)),
@@ -80,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--effects", type=int, default=12)
+    parser.add_argument("--size", choices=("full", "long"), default="full", help="the demo's")
     parser.add_argument("--seeds", type=int, default=3, help="collections trained, of seeds 0, 1, ...")
     parser.add_argument("--scenes", choices=("tune", "judge"), default="judge")
     parser.add_argument("--num-scenes", type=int, default=6)
@@ -87,7 +89,10 @@ def main() -> None:
     parser.add_argument("--figures", type=Path)
     parser.add_argument("recipe", nargs="*", help="settings other than the preset's, key=value")
     a = parser.parse_args()
-    study = Study(a.run.resolve(), effect_names(a.effects), scenes=a.scenes, num_scenes=a.num_scenes)
+    scale = SCALES[a.size]
+    study = Study(
+        a.run.resolve(), effect_names(a.effects), scale.overrides, scale.pairs, scenes=a.scenes, num_scenes=a.num_scenes
+    )
     write_figures(a.figures, measure(study, range(a.seeds), a.recipe, a.nfe))
 
 

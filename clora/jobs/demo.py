@@ -62,10 +62,12 @@ SCALES: dict[Size, Scale] = {
     "full": Scale(pairs=40, eval_sources=6, overrides=()),
     # For collections that are kept; the one shipped with the base is `clora demo --effects 50 --size long`.
     "long": Scale(
-        pairs=40,
+        pairs=60,
         eval_sources=4,
         overrides=(
-            "teach.max_train_steps=400",
+            "teach.max_train_steps=500",
+            "teach.rank=16",
+            "teach.alpha=16",
             "train.max_train_steps=1900",
             "train.coarse_steps=1600",
             "train.ema_start=1600",
