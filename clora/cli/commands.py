@@ -197,9 +197,10 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Resume = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print memory and communication; train nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print memory and cost; train nothing.")] = False,
     gpus: Annotated[int, typer.Option(min=1, help="Of --plan: number of GPUs.")] = 1,
     memory: Annotated[float, typer.Option(min=1, help="Of --plan: GB of one GPU; an H200 has 141.")] = 141,
+    forward_seconds: Annotated[float, typer.Option(min=0, help="Of --plan: a GPU's forward of a sample.")] = 0.28,
     as_json: Annotated[bool, typer.Option("--json", help="Of --plan: print JSON, for programs.")] = False,
 ) -> None:
     """Distil all effects and few-step sampling into one LoRA.
@@ -218,7 +219,7 @@ def train(
     if plan:
         from clora.jobs.plan import plan_training
 
-        found = plan_training(_load(config, overrides), gpus, memory)
+        found = plan_training(_load(config, overrides), gpus, memory, forward_seconds)
         print_json(found.to_json()) if as_json else print_plan(found)
         if not found.fits:
             raise typer.Exit(FAILED)

@@ -72,7 +72,7 @@ def _shown(value: Any) -> str:
 
 
 def print_plan(plan: TrainPlan) -> None:
-    """Memory by phase, what is sent where there are several GPUs, and the verdict."""
+    """Memory by phase, what is sent where there are several GPUs, the cost beside the paper's, and the verdict."""
     from clora.distill.memory import GB
 
     phases, sent = plan.to_json()["phases"], plan.communication
@@ -91,4 +91,14 @@ def print_plan(plan: TrainPlan) -> None:
             {"GB moved by each GPU": part, **{f"{name} update": f"{sent[name][part] / GB:.2f}" for name in sent}}
             for part in sent["student"]
         ])  # fmt: skip
+    seconds = plan.seconds_per_forward
+    print_table([
+        {
+            "a GPU": name,
+            "forwards": f"{cost.forwards:,.0f}",
+            f"hours at {seconds:g} s": f"{cost.hours(seconds):.1f}",
+            "GB at least": f"{cost.least / GB:.1f}",
+        }
+        for name, cost in (("this run", plan.cost), ("by preset paper", plan.paper))
+    ])  # fmt: skip
     typer.echo(plan.verdict)

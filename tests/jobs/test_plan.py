@@ -27,6 +27,7 @@ from clora.distill.step import full_step
 from clora.jobs.plan import communication_plan, find_mends, plan_training
 from clora.lora.frozen_linear import floats_at_once, quantize_linears, weight_bytes
 from clora.lora.layers import QWEN_IMAGE_TARGETS
+from clora.method.routing import draw_stream
 from tests.support.memory import PeakBytes
 from tests.support.random_base import random_transformer
 
@@ -281,6 +282,19 @@ def test_plan_training_reads_the_configuration(tmp_path: Path) -> None:
     assert small.mends_suffice and plan_training(config_of(tmp_path, *small.mends), 2, 48).fits
 
 
+def test_plan_training_holds_the_run_against_preset_paper(tmp_path: Path) -> None:
+    """Preset `paper`, 5000 updates: (1 + 5) rollouts of 4.5 forwards, 5 critic updates of 3, 2 + 3 for DMD-BS (guided),
+    and on effects 1 + 2 + 3 for DMD-TS and 3 for TA-FM."""
+    general = 6 * 4.5 + 5 * 3 + 5
+    plan = plan_training(config_of(tmp_path), 1, 141, seconds_per_forward=0.5)
+    effects = sum(draw_stream(0, step, 0.5) == "effect" for step in range(5000))
+    assert plan.paper.forwards == 5000 * general + effects * 9
+    assert plan.cost.forwards < plan.paper.forwards
+    assert plan.to_json()["cost_by_preset_paper"]["hours"] == round(plan.paper.forwards / 7200, 2)
+    own = plan_training(config_of(tmp_path, "preset=paper"), 1, 141)
+    assert own.cost == own.paper == plan.paper
+
+
 def test_mends_of_the_plan_make_it_fit(tmp_path: Path) -> None:
     config = config_of(tmp_path, "train.gradient_checkpointing=false", "train.batch_size=4")
     plan = plan_training(config, 1, 141)
@@ -317,7 +331,7 @@ def test_plan_training_counts_a_folder_as_its_shipped_shapes(tmp_path: Path) -> 
     named = plan_training(config_of(tmp_path, base="Qwen/Qwen-Image-Edit-2511"), 1, 141)
     assert plan_training(config_of(tmp_path, base=str(tmp_path)), 1, 141).to_json() == named.to_json()
     # Its image tokens have modulations of their own, which takes memory that 2509 does not need.
-    assert named.least > plan_training(config_of(tmp_path), 1, 141).least
+    assert named.cost.least > plan_training(config_of(tmp_path), 1, 141).cost.least
 
 
 @pytest.mark.parametrize("example", ["qwen_image_edit_2509_50in1", "qwen_image_edit_2511"])
