@@ -48,15 +48,14 @@ def survives(mutant: Mutant) -> bool:
 
 def main() -> int:
     wanted = sys.argv[1:]
-    mutants, survivors = read_mutants(), []
+    mutants = [mutant for mutant in read_mutants() if not wanted or mutant.name in wanted]
+    survivors = []
     for mutant in mutants:
-        if wanted and mutant.name not in wanted:
-            continue
         alive = survives(mutant)
         print(f"{'SURVIVES' if alive else 'killed  '}  {mutant.file}: {mutant.name}", flush=True)
         if alive and mutant.name != "nothing":
             survivors.append(mutant.name)
-    print(f"{len(survivors)} of {len(mutants) - 1} survive{': ' + ', '.join(survivors) if survivors else ''}")
+    print(f"{len(survivors)} of {sum(mutant.name != 'nothing' for mutant in mutants)} survive{': ' + ', '.join(survivors) if survivors else ''}")
     return bool(survivors)
 
 
