@@ -44,6 +44,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "eight steps alone": ("schedule.step_counts=null",),
     "TA-FM at .1": ("objective.ta_fm_weight=0.1",),
     "TA-FM at 1": ("objective.ta_fm_weight=1",),
+    "same-step imitation": ("objective.imitation=same_step", "objective.imitation_weight=1"),
     "five critic updates": ("train.critic_updates=5",),
     "one critic update": ("train.critic_updates=1",),
 }
