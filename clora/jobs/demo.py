@@ -60,7 +60,7 @@ class Scale:
 
 SCALES: dict[Size, Scale] = {
     "full": Scale(pairs=40, eval_sources=6, overrides=()),
-    # For collections that are kept; the one shipped with the base is `clora demo --effects 50 --size long`.
+    # For collections that are kept; the one shipped with the base is `bench.lab.table1`'s of fifty.
     "long": Scale(
         pairs=60,
         eval_sources=4,
@@ -68,9 +68,9 @@ SCALES: dict[Size, Scale] = {
             "teach.max_train_steps=500",
             "teach.rank=16",
             "teach.alpha=16",
-            "train.max_train_steps=1900",
-            "train.coarse_steps=1600",
-            "train.ema_start=1600",
+            "train.max_train_steps=3500",
+            "train.coarse_steps=3200",
+            "train.ema_start=3200",
             "train.ema_decay=0.98",
             "train.anchor_batch_size=16",
         ),
