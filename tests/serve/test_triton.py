@@ -244,15 +244,12 @@ def test_pictures_together_beyond_the_budget_are_refused(load: Load) -> None:
 
 
 def test_a_full_queue_refuses_and_takes_again(load: Load) -> None:
-    server = load(batches={"denoise": 1, "max_queue": 1} | ALONE)
-    first, second, third = server.send(*(request(effect="a", n=n, seed=0) for n in (2, 1, 1)))
-    for full in (second, third):
-        assert refusal(full.answer()) == (
-            TritonError.UNAVAILABLE,
-            "2 samples are waiting, no more than 1 may; try again",
-        )
-    assert len(outputs(first.answer())["pictures"]) == 2
-    assert outputs(server.send(request(effect="a"))[0].answer())["seeds"]
+    server = load(batches={"denoise": 1, "max_queue": 2} | ALONE)
+    first, *others = server.send(*(request(effect="a", n=2, seed=seed) for seed in (0, 2, 4)))
+    full = (TritonError.UNAVAILABLE, "2 samples are waiting, no more than 2 may; try again")
+    assert [refusal(sender.answer()) for sender in others] == [full, full]
+    assert outputs(first.answer())["seeds"] == [0, 1]
+    assert outputs(server.send(request(effect="a", n=2, seed=2))[0].answer())["seeds"] == [2, 3]
 
 
 LONG = {"n": 64, "effect": "a", "seed": 0}  # a second or so, at one sample a step
