@@ -44,6 +44,9 @@ def export(
     key: Annotated[Path | None, typer.Option(metavar="PEM", help="Private ed25519 key to sign it with.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Folder of images that fp8 is calibrated on.")] = None,
     with_vae: Annotated[bool, typer.Option("--vae/--no-vae", help="The VAE as graphs too, of aoti and onnx.")] = True,
+    triton: Annotated[
+        bool, typer.Option("--triton", help="A model for NVIDIA Triton too, in model_repository beside the output.")
+    ] = False,
     edits: Edits = 3,
     seed: Seed = 0,
     as_json: Json = False,
@@ -57,21 +60,25 @@ def export(
       clora export --base tiny --format merged --output artefact
       clora export --lora collection.safetensors --format aoti --output artefact
       clora export --lora collection.safetensors --format tensorrt --target SM89 --output artefact
+      clora export --base tiny --format merged --output artefact --triton
     """
     from clora.export.tensorrt_engine import EngineOptions
     from clora.jobs.export import ExportRequest
     from clora.jobs.export import export as run
+    from clora.serve.triton_repository import model_folder
 
     engine = EngineOptions(target, weight_streaming, timing_cache)
     if format != "tensorrt" and engine != EngineOptions():
         raise InputError("target, weight_streaming, timing_cache: belong to --format tensorrt; leave them out")
     chosen = precision or ("bfloat16" if format == "tensorrt" else "float32")
-    manifest = run(ExportRequest(output, format, base, lora, chosen, edits, seed, engine, key, with_vae, calibration))
+    settings = (engine, key, with_vae, calibration, triton)
+    manifest = run(ExportRequest(output, format, base, lora, chosen, edits, seed, *settings))
+    model = {"triton": str(model_folder(output))} if triton else {}
     if as_json:
-        print_json({"output": str(output), **manifest.model_dump()})
+        print_json({"output": str(output), **model, **manifest.model_dump()})
     else:
         print_report(manifest.parity)
-        typer.echo(output)
+        typer.echo("\n".join([str(output), *model.values()]))
 
 
 def verify(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from clora.export.tensorrt_engine import EngineOptions
 from clora.export.verify import check_parity, picture, verify
 from clora.io.atomic import new_folder
 from clora.io.output import check_output, output_error
+from clora.serve.triton_repository import check_model, model_folder, write_model
 
 MOST_IMAGES = 16  # that FP8 is calibrated on
 log = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ExportRequest:
     """What `clora export` is asked for. base None: the catalogue's; lora None: the base's own collection. key:
-    a private key to sign with. calibration: a folder of images for FP8; None: random pictures."""
+    a private key to sign with. calibration: a folder of images for FP8; None: random pictures. triton: a model for
+    NVIDIA Triton beside the artefact, in `serve.triton_repository.model_folder(output)`."""
 
     output: Path
     format: Format
@@ -45,6 +48,7 @@ class ExportRequest:
     key: Path | None = None
     with_vae: bool = True
     calibration: Path | None = None
+    triton: bool = False
 
 
 def export(request: ExportRequest, console: Console | None = None) -> Manifest:
@@ -56,6 +60,9 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
     output = request.output
     check_new(output)
     check_output(output)
+    if request.triton:
+        check_model(output)
+        check_output(model_folder(output))
     if request.key is not None:
         private_key(request.key)
     check_format(request.format, request.precision, request.engine)
@@ -70,7 +77,8 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
             status.update(f"{request.format}: {what}")
 
         try:
-            with new_folder(output) as folder:
+            # What `beside` holds gets its name after the artefact, but is written before it: a full disk is no half.
+            with ExitStack() as beside, new_folder(output) as folder:
                 twin = _prove_twin(request, source, folder, show) if request.format == "tensorrt" else None
                 shape = None if twin is None else twin.outline
                 settings = (request.engine, shape, request.with_vae, images)
@@ -80,6 +88,9 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
                     parity["twin"] = twin.parity
                 manifest = manifest.model_copy(update={"parity": parity})
                 write_manifest(folder, manifest, request.key)  # last: without it the folder is no artefact
+                if request.triton:
+                    model = beside.enter_context(new_folder(model_folder(output)))
+                    write_model(model, output, [entry.name for entry in source.catalogue.effects])
         except OSError as error:
             raise output_error(output, error) from error
     return manifest

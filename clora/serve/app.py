@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -25,9 +24,6 @@ from clora.serve.previews import make_previews
 from clora.serve.problems import Problem, bad
 from clora.serve.service import Service
 
-log = logging.getLogger("clora.serve")
-
-WATCH = 0.5  # seconds between looks at the engine
 EXPOSED = ("x-clora-job", "x-clora-seed", "x-clora-effect", "x-clora-sampler", "x-clora-collection", "x-request-id")
 
 
@@ -65,7 +61,7 @@ def create_app(service: Service) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(service: Service) -> AsyncIterator[None]:
-    tasks = [asyncio.create_task(_watch(service))]
+    tasks = [asyncio.create_task(service.watch())]
     if service.settings.thumbnails:
         tasks.append(asyncio.create_task(make_previews(service)))
     yield
@@ -74,16 +70,6 @@ async def _lifespan(service: Service) -> AsyncIterator[None]:
     for task in tasks:
         with suppress(asyncio.CancelledError):
             await task
-
-
-async def _watch(service: Service) -> None:
-    """Start the engine anew where it is gone or hangs."""
-    while True:
-        await asyncio.sleep(WATCH)
-        try:
-            service.revive()
-        except Exception as error:
-            log.error("the engine could not be started anew", exc_info=error)
 
 
 async def _on_problem(request: Request, error: Exception) -> JSONResponse:

@@ -31,26 +31,37 @@ async def start_edit(service: Service, request: Request, owner: str) -> Job:
     Quotas come before the body is read, budgets before a picture is decoded.
     """
     service.check_open()
-    limits = service.settings.limits
     service.reserve(1)  # where not even one fits, without the work of reading what is sent
     with ExitStack() as held:
         held.enter_context(service.quotas.request(owner))
         with service.uploads.one() as upload:
             with _timed(service, "upload"):
-                form = await read_form(request, limits, upload)
-            edit = parse_edit(form.fields, service.offers, limits)
-            contents = _contents(form)
-            service.reserve(len(edit.seeds))
-            num_steps = service.offers[edit.model].collection.num_steps
-            job = service.jobs.add(owner, len(edit.seeds), len(edit.seeds) * num_steps)
-            try:
-                with _timed(service, "read_picture"):
-                    images = await _in_pool(service, _decode_all, contents, limits)
-                service.check_open()
-            except BaseException:
-                service.jobs.drop(job)
-                raise
-        job.task = asyncio.create_task(_run(service, job, edit, images, held.pop_all()))
+                form = await read_form(request, service.settings.limits, upload)
+            return await start_form(service, form, owner, held)
+
+
+async def start_form(
+    service: Service, form: Form, owner: str, held: ExitStack, effects_at: str = "GET /v1/effects"
+) -> Job:
+    """Start the job that a form within its budgets asks for, however it came; `held` is closed when the job is over.
+
+    `effects_at` says where effects are listed. Raises `Problem` for all that is wrong with the form, and then leaves
+    `held` to its owner.
+    """
+    limits = service.settings.limits
+    edit = parse_edit(form.fields, service.offers, limits, effects_at)
+    contents = _contents(form)
+    service.reserve(len(edit.seeds))
+    num_steps = service.offers[edit.model].collection.num_steps
+    job = service.jobs.add(owner, len(edit.seeds), len(edit.seeds) * num_steps)
+    try:
+        with _timed(service, "read_picture"):
+            images = await _in_pool(service, _decode_all, contents, limits)
+        service.check_open()
+    except BaseException:
+        service.jobs.drop(job)
+        raise
+    job.task = asyncio.create_task(_run(service, job, edit, images, held.pop_all()))
     return job
 
 

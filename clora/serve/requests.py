@@ -47,17 +47,22 @@ class Edit:
     quality: int
 
 
-def parse_edit(fields: Mapping[str, Sequence[str]], offers: Mapping[str, Offer], limits: Limits) -> Edit:
+def parse_edit(
+    fields: Mapping[str, Sequence[str]],
+    offers: Mapping[str, Offer],
+    limits: Limits,
+    effects_at: str = "GET /v1/effects",
+) -> Edit:
     """The edit that a form's fields ask for, of one of the models; raises `Problem` for the first that is wrong.
 
     An unknown effect or model is 404, with the nearest names; everything else is 400. Without a model it is the one
-    that has the effects. Without a seed one is drawn.
+    that has the effects. Without a seed one is drawn. `effects_at` says where effects are listed.
     """
     _check_names(fields)
     single = {name: values[0] for name, values in fields.items() if values and name not in ("effect", "effect[]")}
     _check_fixed(single)
     given = [*fields.get("effect", ()), *fields.get("effect[]", ())]
-    offer, effects = find_model(single.get("model", "").strip(), given, offers)
+    offer, effects = find_model(single.get("model", "").strip(), given, offers, effects_at)
     _check_steps(single, offer)
     if len(single.get("user", "")) > MOST_USER:
         raise bad(f"user: is longer than {MOST_USER} characters; shorten it", "user")
@@ -77,7 +82,9 @@ def parse_edit(fields: Mapping[str, Sequence[str]], offers: Mapping[str, Offer],
     )
 
 
-def find_model(model: str, effects: Sequence[str], offers: Mapping[str, Offer]) -> tuple[Offer, tuple[str, ...]]:
+def find_model(
+    model: str, effects: Sequence[str], offers: Mapping[str, Offer], effects_at: str
+) -> tuple[Offer, tuple[str, ...]]:
     """The model of that name, "" for the only one that has the effects, and the effects' names, as `find_effects`.
 
     Raises `Problem`: 404 with the nearest names for a model that is unknown, 400 where a name is needed or none fits.
@@ -86,7 +93,7 @@ def find_model(model: str, effects: Sequence[str], offers: Mapping[str, Offer]) 
         message = f"model {shown(model)} is not served here; {_hint(model, offers, 'GET /v1/models')}"
         raise Problem(404, message, "model_not_found", param="model", extra={"nearest": _nearest(model, offers)})
     asked = [offers[model]] if model else list(offers.values())
-    names = find_effects(effects, {name for offer in asked for name in offer.collection.effects})
+    names = find_effects(effects, {name for offer in asked for name in offer.collection.effects}, effects_at)
     fitting = [offer for offer in asked if set(names) <= set(offer.collection.effects)]
     if not fitting:
         raise bad("effect: the two are of different models; apply them one after the other", "effect")
@@ -96,7 +103,7 @@ def find_model(model: str, effects: Sequence[str], offers: Mapping[str, Offer]) 
     return fitting[0], names
 
 
-def find_effects(given: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+def find_effects(given: Sequence[str], known: Collection[str], effects_at: str) -> tuple[str, ...]:
     """One or two effects' names from values that are a name, or names with commas between them.
 
     Raises `Problem`: 404 with the nearest names for one that is unknown, 400 for more than two.
@@ -108,7 +115,7 @@ def find_effects(given: Sequence[str], known: Collection[str]) -> tuple[str, ...
     names = [name for name in names if name]
     for name in names:
         if name not in known:
-            message = f"effect {shown(name)} is not in this collection; {_hint(name, known, 'GET /v1/effects')}"
+            message = f"effect {shown(name)} is not in this collection; {_hint(name, known, effects_at)}"
             raise Problem(404, message, "effect_not_found", param="effect", extra={"nearest": _nearest(name, known)})
     if len(names) > 2:
         raise bad(f"effect: {len(names)} were given, two can be composed; name one or two", "effect")

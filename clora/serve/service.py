@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from clora.serve.problems import Problem
 from clora.serve.settings import Settings
 
 log = logging.getLogger(__name__)
+
+WATCH = 0.5  # seconds between looks at the engine
 
 
 class Service:
@@ -71,6 +74,15 @@ class Service:
             return False
         self.metrics.restarts.inc()
         return True
+
+    async def watch(self) -> None:
+        """Start the engine anew whenever it is gone or hangs; ends when it is cancelled."""
+        while True:
+            await asyncio.sleep(WATCH)
+            try:
+                self.revive()
+            except Exception as error:
+                log.error("the engine could not be started anew", exc_info=error)
 
     def facts(self, model: str) -> dict[str, Any]:
         """What a model's results are made by, whatever they are of."""

@@ -52,7 +52,7 @@ async def read_form(request: Request, limits: Limits, upload: Upload) -> Form:
         _counted(request, limits, tail, upload),
         max_files=limits.images,
         max_fields=MOST_FIELDS,
-        max_part_size=4 * limits.prompt_chars + 1024,
+        max_part_size=_most_text(limits),
     )
     parser.spool_max_size = limits.body_bytes + 1
     try:
@@ -106,11 +106,37 @@ async def _sorted(items: list[tuple[str, UploadFile | str]], limits: Limits) -> 
         if isinstance(value, str):
             form.fields.setdefault(name, []).append(value)
             continue
-        if (value.size or 0) > limits.image_bytes:
-            message = f"a file of {value.size} bytes is beyond the {limits.image_bytes} allowed; make it smaller"
-            raise bad(message, "image", "file_too_large", 413)
+        _check_file(value.size or 0, limits)
         form.files.setdefault(name, []).append(await value.read())
     return form
+
+
+def check_form(form: Form, limits: Limits) -> None:
+    """Raise `Problem` for a form that came otherwise than as a multipart body, and is beyond what one may hold."""
+    files = [content for contents in form.files.values() for content in contents]
+    texts = [value for values in form.fields.values() for value in values]
+    if len(files) > limits.images:
+        raise bad(f"image: {len(files)} were sent, {limits.images} may be; send fewer", "image")
+    if len(texts) > MOST_FIELDS:
+        raise bad(f"{len(texts)} values were sent, {MOST_FIELDS} may be; send fewer", code="malformed_request")
+    for name, values in form.fields.items():
+        if any(len(value.encode()) > _most_text(limits) for value in values):
+            raise bad(f"{name}: is longer than {_most_text(limits)} bytes; shorten it", name)
+    for content in files:
+        _check_file(len(content), limits)
+    if sum(map(len, files)) > limits.body_bytes:
+        raise _too_large(limits)
+
+
+def _most_text(limits: Limits) -> int:
+    """Bytes of one value; a prompt's characters have up to four."""
+    return 4 * limits.prompt_chars + 1024
+
+
+def _check_file(size: int, limits: Limits) -> None:
+    if size > limits.image_bytes:
+        message = f"a file of {size} bytes is beyond the {limits.image_bytes} allowed; make it smaller"
+        raise bad(message, "image", "file_too_large", 413)
 
 
 def _too_large(limits: Limits) -> Problem:

@@ -388,9 +388,12 @@ def test_run_command_limits_the_spinning_of_threads_before_torch_is_loaded(
 
 def test_export_and_verify_answer_with_json_and_codes(tmp_path: Path) -> None:
     folder = tmp_path / "artefact"
-    made = call("export", "--base", "tiny", "--format", "merged", "--output", folder, "--edits", 1, "--json")
+    own = ("--base", "tiny", "--format", "merged", "--output", folder)
+    made = call("export", *own, "--edits", 1, "--json", "--triton")
     assert made.exit_code == 0 and json.loads(made.stdout)["parity"]["ok"]
-    again = call("export", "--base", "tiny", "--format", "merged", "--output", folder)
+    model = Path(json.loads(made.stdout)["triton"])
+    assert model == tmp_path / "model_repository" / "artefact" and (model / "1" / "model.py").is_file()
+    again = call("export", *own)
     assert again.exit_code == 2 and faults(again) == [
         f"output: {folder} is there already; name a new folder, or remove it"
     ]
