@@ -55,7 +55,8 @@ def main() -> int:
         print(f"{'SURVIVES' if alive else 'killed  '}  {mutant.file}: {mutant.name}", flush=True)
         if alive and mutant.name != "nothing":
             survivors.append(mutant.name)
-    print(f"{len(survivors)} of {sum(mutant.name != 'nothing' for mutant in mutants)} survive{': ' + ', '.join(survivors) if survivors else ''}")
+    run = sum(mutant.name != "nothing" for mutant in mutants)
+    print(f"{len(survivors)} of {run} survive{': ' + ', '.join(survivors) if survivors else ''}")
     return bool(survivors)
 
 
