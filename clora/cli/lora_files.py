@@ -12,7 +12,7 @@ from clora.cli.output import Json, print_json, print_report
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="LoRA file of any layout.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="LoRA file of any layout, or PEFT's folder.")],
     as_json: Json = False,
 ) -> None:
     """Show what is in a LoRA file, and a collection's effects.
@@ -36,9 +36,9 @@ def inspect(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA file of any layout and kind.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .safetensors.")],
-    to: Annotated[Literal["diffusers", "comfyui", "kohya"], typer.Option(help="Layout to write.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA file of any layout and kind, or PEFT's folder.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .safetensors; for peft a new folder.")],
+    to: Annotated[Literal["diffusers", "comfyui", "kohya", "peft"], typer.Option(help="Layout to write.")],
     rank: Annotated[
         int | None,
         typer.Option(min=1, help="Make modules above this rank the nearest of it, and tell what is lost."),
@@ -55,6 +55,7 @@ def convert(
     \b
     Example:
       clora convert lora.safetensors out.safetensors --to kohya
+      clora convert collection.safetensors adapter --to peft
       clora convert lokr.safetensors out.safetensors --to comfyui --rank 64
     """
     from clora.jobs.convert import convert as run

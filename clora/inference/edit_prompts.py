@@ -10,12 +10,13 @@ from clora.errors import InputError
 from clora.io.safetensors import read_header
 from clora.lora.catalogue import Catalogue, read_catalogue
 from clora.lora.files import CATALOGUE_KEY
+from clora.lora.peft_folder import weights_file
 from clora.method.prompts import compose_prompts
 
 
 def find_catalogue(lora: Path | None) -> Catalogue | None:
     """The catalogue of a LoRA file, None where it carries none; reads the header alone."""
-    if lora is None or CATALOGUE_KEY not in read_header(lora).metadata:
+    if lora is None or CATALOGUE_KEY not in read_header(weights_file(lora)).metadata:
         return None
     return read_catalogue(lora)
 

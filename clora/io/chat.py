@@ -7,7 +7,9 @@ variable and appears in no log, message or file.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -114,21 +116,28 @@ def complete(
 ) -> Answer:
     """What `read` makes of the model's answer to `body` (see `chat_request`).
 
-    `read` raises ValueError for an answer that is of no use. Such answers, status 429 and 5xx, time-outs and broken
-    connections are tried again, at most `max_attempts` times in all, waiting `backoff_seconds` doubled each time (or
-    what the server asks for, up to a minute). What `before_try` raises ends the tries. Raises `NoAnswer` and `Refused`,
-    which name the endpoint and the mend.
+    `read` raises ValueError for an answer that is of no use. Such answers, status 408, 409, 429 and 5xx, time-outs and
+    broken connections are tried again, at most `max_attempts` times in all, waiting `backoff_seconds` doubled each time
+    (or what the server asks for, up to a minute). What `before_try` raises ends the tries. Raises `NoAnswer` and
+    `Refused`, which name the endpoint and the mend.
+
+    A try whose answer did not come bears the `Idempotency-Key` of the one before, also in a run after one that was
+    killed: a server that knows this header charges no question twice, and others ignore it.
     """
     replies: list[str] = []
+    answers = 0
+    question = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def tell(attempt: int, reason: BaseException | None) -> None:
         log.info("%s: attempt %d: %s", endpoint.shown, attempt, reason)
 
     def one(used: httpx.Client) -> Answer:
+        nonlocal answers
         before_try()
         try:
-            return _post(used, endpoint, body, read)
+            return _post(used, endpoint, body, read, f"clora-{question[:32]}-{answers}")
         except Again as error:
+            answers += error.answered
             if error.reply is not None:
                 replies.append(error.reply)
             raise
@@ -145,10 +154,10 @@ def complete(
 
 
 def _post(
-    client: httpx.Client, endpoint: Endpoint, body: dict[str, Any], read: Callable[[Completion], Answer]
+    client: httpx.Client, endpoint: Endpoint, body: dict[str, Any], read: Callable[[Completion], Answer], once: str
 ) -> Answer:
     key = _api_key(endpoint)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Idempotency-Key": once} | ({"Authorization": f"Bearer {key}"} if key else {})
     timeout = endpoint.timeout_seconds
     try:
         url = httpx.URL(f"{endpoint.url.rstrip('/')}/chat/completions")

@@ -13,16 +13,20 @@ from tenacity.nap import sleep as tenacity_sleep
 
 MAX_ANSWER_BYTES = 1 << 20
 MAX_WAIT_SECONDS = 60.0
+UNDER_WAY = (408, 409)  # the request did not come in full; the same one is still being answered
 
 
 class Again(Exception):
     """A failure that another try may mend, after `wait_seconds` where the server says so. `reply`: a text that was of
-    no use."""
+    no use. `answered`: the server gave an answer, if one of no use."""
 
-    def __init__(self, reason: str, wait_seconds: float | None = None, reply: str | None = None) -> None:
+    def __init__(
+        self, reason: str, wait_seconds: float | None = None, reply: str | None = None, answered: bool = True
+    ) -> None:
         super().__init__(reason)
         self.wait_seconds = wait_seconds
         self.reply = reply
+        self.answered = answered
 
 
 def retrying(
@@ -65,14 +69,17 @@ def post_json(
 ) -> tuple[int, bytes]:
     """The status and the bytes of the answer to `body`.
 
-    Raises `Again` for status 429 and 5xx, a time-out, a broken connection, and an answer of more than `most_bytes`; and
-    `httpx.InvalidURL`.
+    Raises `Again` for status 408, 409, 429 and 5xx, a time-out, a broken connection, and an answer of more than
+    `most_bytes`; and `httpx.InvalidURL`.
     """
     try:
         with client.stream("POST", url, json=body, headers=headers, timeout=timeout_seconds, auth=auth) as response:
             raw = _read_limited(response, time.monotonic() + timeout_seconds, most_bytes)
     except httpx.TransportError as error:
-        raise Again(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise Again(said, answered=False) from None
+    if response.status_code in UNDER_WAY:
+        raise Again(f"status {response.status_code}", _retry_after(response), answered=False)
     if response.status_code == 429 or response.status_code >= 500:
         raise Again(f"status {response.status_code}", _retry_after(response))
     return response.status_code, raw
@@ -85,7 +92,7 @@ def _read_limited(response: httpx.Response, deadline: float, most_bytes: int) ->
         if len(raw) > most_bytes:
             raise Again(f"the answer is longer than {most_bytes} bytes")
         if time.monotonic() > deadline:  # the client's own time-out only bounds the wait for the next bytes
-            raise Again("the answer took too long")
+            raise Again("the answer took too long", answered=False)
     return raw
 
 

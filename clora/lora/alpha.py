@@ -14,6 +14,7 @@ from typing import Any
 
 from clora.errors import InputError
 from clora.io.text import parse_json, read_text
+from clora.lora.peft_folder import CONFIG, PREFIX
 
 CONFIG_KEY = "lora_adapter_metadata"
 KOHYA_KEY = "ss_network_alpha"
@@ -28,20 +29,26 @@ def header_alphas(
     """A function (module name, dim) -> alpha for modules without an `.alpha` tensor, and the faults of its source.
 
     The update is scaled by alpha / dim, dim being the rank of its factors; for updates without any (dim None) by the
-    alpha that is returned. Sources in order: the header's adapter config, `adapter_config.json` beside a file in PEFT's
-    layout, the header's `ss_network_alpha`; without any, the scale is 1. `dora` says that the tensors hold DoRA's
-    norms, so that a config may ask for it. The function raises `ValueError` where a source contradicts the tensors.
+    alpha that is returned. Sources in order: the header's adapter config and `adapter_config.json` beside a file in
+    PEFT's layout, which must agree where both are there, the header's `ss_network_alpha`; without any, the scale is 1.
+    `dora` says that the tensors hold DoRA's norms, so that a config may ask for it. The function raises `ValueError`
+    where a source contradicts the tensors or the other source.
     """
+    configs: list[tuple[AlphaOf, list[str]]] = []
     try:
         if CONFIG_KEY in metadata:
-            return _from_config(parse_json(metadata[CONFIG_KEY]), f"header metadata {CONFIG_KEY}", dora)
-        beside = path.with_name("adapter_config.json")
+            configs.append(_from_config(parse_json(metadata[CONFIG_KEY]), f"header metadata {CONFIG_KEY}", dora))
+        beside = path.with_name(CONFIG)
         if layout == "peft" and beside.is_file():
-            return _from_config(parse_json(read_text(beside, MAX_CONFIG_BYTES)), str(beside), dora)
+            configs.append(_from_config(parse_json(read_text(beside, MAX_CONFIG_BYTES)), str(beside), dora))
     except InputError as error:
         return _rank_alpha, [str(error)]
     except ValueError as error:
         return _rank_alpha, [f"its adapter config is not readable ({error}); export the LoRA again"]
+    if len(configs) == 2:
+        return _agreed(*(alpha for alpha, _ in configs)), configs[0][1] + configs[1][1]
+    if configs:
+        return configs[0]
     text = metadata.get(KOHYA_KEY, "None")
     if text == "None":
         return _rank_alpha, []
@@ -51,16 +58,28 @@ def header_alphas(
     return lambda module, dim: 1.0 if dim is None else alpha, []
 
 
+def _agreed(header: AlphaOf, beside: AlphaOf) -> AlphaOf:
+    """diffusers reads the header, PEFT the file beside it: one LoRA must not have two strengths."""
+
+    def alpha_of(module: str, dim: int | None) -> float:
+        first, second = header(module, dim), beside(module, dim)
+        if first != second:
+            raise ValueError(f"the header's {CONFIG_KEY} says alpha {first:g}, {CONFIG} beside it {second:g}")
+        return first
+
+    return alpha_of
+
+
 def _rank_alpha(module: str, dim: int | None) -> float:
     return float(dim or 1)
 
 
 def _from_config(config: Any, source: str, dora: bool) -> tuple[AlphaOf, list[str]]:
-    """Alpha from a PEFT config as JSON; diffusers puts the component's name before every key. That of LoHa and LoKr
+    """Alpha from a PEFT config as JSON; diffusers puts the keys' prefix before every entry. That of LoHa and LoKr
     says `alpha` where a LoRA's says `lora_alpha`, and scales whole factors of LoKr too."""
     if not isinstance(config, dict):
         return _rank_alpha, [f"{source} is not a table; export the LoRA again"]
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    config = {key.removeprefix(PREFIX).removeprefix("transformer."): value for key, value in config.items()}
     faults = [
         f"{source} asks for {flag}, which cannot be used; export a plain LoRA"
         for flag in ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out")

@@ -21,6 +21,7 @@ from clora.io.text import parse_json
 from clora.lora.files import CATALOGUE_KEY, write_lora
 from clora.lora.inspection import inspect_lora
 from clora.lora.module import LoraModule
+from clora.lora.peft_folder import weights_file
 from clora.method import prompts
 
 FORMAT_VERSION = 1
@@ -109,7 +110,7 @@ def read_catalogue(path: str | Path) -> Catalogue:
     field.
     """
     path = Path(path)
-    text = read_header(path).metadata.get(CATALOGUE_KEY)
+    text = read_header(weights_file(path)).metadata.get(CATALOGUE_KEY)
     if text is None:
         raise InputError(f"{path}: carries no catalogue ({CATALOGUE_KEY}); give a file written by `clora train`")
     try:

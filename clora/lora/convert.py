@@ -13,6 +13,7 @@ from clora.lora.base_weights import BaseWeights
 from clora.lora.files import Layout, RawModule, exact_modules, read_values, write_lora
 from clora.lora.kinds import dora_delta, nearest_module, nearest_to, whole_delta
 from clora.lora.module import LoraModule
+from clora.lora.peft_folder import check_folder
 from clora.lora.summary import LoraSummary, summarise, unready_faults, width_findings
 
 
@@ -50,17 +51,20 @@ class Conversion:
 def convert_lora(
     src: str | Path, dst: str | Path, to: Layout, rank: int | None = None, base: BaseWeights | None = None
 ) -> Conversion:
-    """Rewrite a LoRA file in another layout, in the file's own dtypes.
+    """Rewrite a LoRA file, or PEFT's folder, in another layout, in the file's own dtypes; `peft` makes a folder `dst`.
 
-    Folding alpha rounds B to its dtype, exactly so where alpha / rank is a power of two. LoHa, LoKr and whole updates
-    become the LoRA that is exactly them, in fp32. With `rank`, every module above that rank becomes the nearest one of
-    that rank, in fp32 too, and smaller ones stay as they are. DoRA needs `rank` and the `base` that it rescales; a
-    base's shapes are held against the file as well. Metadata is kept but for entries that state alpha or rank.
+    Folding alpha rounds B to its dtype, exactly so where alpha / rank is a power of two; `kohya` and `peft` fold none.
+    LoHa, LoKr and whole updates become the LoRA that is exactly them, in fp32. With `rank`, every module above that
+    rank becomes the nearest one of that rank, in fp32 too, and smaller ones stay as they are. DoRA needs `rank` and the
+    `base` that it rescales; a base's shapes are held against the file as well. Metadata is kept but for entries that
+    state alpha or rank.
 
     Raises `InputErrors` with every fault of the file.
     """
     src, dst = Path(src), Path(dst)
-    if dst.suffix != ".safetensors":
+    if to == "peft":
+        check_folder(dst)
+    elif dst.suffix != ".safetensors":
         raise InputError(f"{dst}: name the output .safetensors, the only format that is written")
     summary, faults = summarise(src, None if base is None else base.shapes)
     notes: list[str] = []
@@ -69,9 +73,9 @@ def convert_lora(
         faults += misfits
     dora = any("dora" in keys for keys in summary.keys.values())
     if rank is None or (dora and base is None):
-        faults += unready_faults(summary)
+        faults += unready_faults(summary, to)
     raise_faults(faults)
-    tensors, _ = read_tensors(src, summary.header)
+    tensors, _ = read_tensors(summary.path, summary.header)
     raw = read_values(summary, tensors, [])
     lost: dict[str, float] = {}
     if rank is None:

@@ -1,4 +1,4 @@
-"""LoRA files: read every layout in use, write the three that tools expect.
+"""LoRA files: read every layout in use, write the four that tools expect.
 
 A LoRA changes a linear layer's weight W (N, K) to `W + (alpha / rank) B A` with A (rank, K) and B (N, rank).
 `summary` sorts a file's keys, `kinds` turns updates by other factors into that form.
@@ -8,29 +8,33 @@ Shape legend: N outputs, K inputs, r rank of one module.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from clora.errors import InputError, raise_faults
+from clora.io.atomic import new_folder, write_text
+from clora.io.output import output_error
 from clora.io.safetensors import map_tensors, read_tensors, write_tensors
 from clora.lora.alpha import CONFIG_KEY, header_alphas
 from clora.lora.keys import Part, flat_name
 from clora.lora.kinds import exact_module, scale_dim
 from clora.lora.module import LoraModule
+from clora.lora.peft_folder import CONFIG, PREFIX, WEIGHTS, adapter_config, check_folder
 from clora.lora.summary import FLOAT8, Causes, LoraSummary, ModuleNames, summarise, unready_faults
 
-Layout = Literal["comfyui", "diffusers", "kohya"]
+Layout = Literal["comfyui", "diffusers", "kohya", "peft"]
 
 CATALOGUE_KEY = "clora.catalogue"
 # Header metadata that states alpha or rank; wrong as soon as a file is written anew, so never carried over.
 ALPHA_METADATA = (CONFIG_KEY, "ss_network_alpha", "ss_network_dim", "format")
-_WRITE_PREFIX = {"comfyui": "diffusion_model.", "diffusers": "transformer.", "kohya": "lora_unet_"}
+_WRITE_PREFIX = {"comfyui": "diffusion_model.", "diffusers": "transformer.", "kohya": "lora_unet_", "peft": PREFIX}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +69,13 @@ def read_lora(path: str | Path, module_names: ModuleNames | None = None) -> Lora
     trainers' wrappers, carry an adapter's name, and name the matrices `lora_A`/`lora_B` or `lora_down`/`lora_up`; or
     be flat (`lora_unet_`, `lycoris_`, `lora_transformer_`). Alpha is a module's `.alpha` tensor, else the header's
     (diffusers' and PEFT's adapter config, `ss_network_alpha`), else, for PEFT's layout, that of
-    `adapter_config.json` beside the file, else the rank (scale 1).
+    `adapter_config.json` beside the file, else the rank (scale 1). PEFT's folder may stand for the file in it.
 
     Without `module_names` the names are those of a Qwen-Image transformer. Raises `InputErrors` with every fault of
     the file, values that are not finite included.
     """
-    path = Path(path)
-    summary, faults = summarise(path, module_names)
+    summary, faults = summarise(Path(path), module_names)
+    path = summary.path
     tensors, sha256 = read_tensors(path, summary.header)
     raw = read_values(summary, tensors, faults + unready_faults(summary))
     return LoraFile(path, exact_modules(summary, raw), summary.layout, summary.header.metadata, sha256, summary.notes)
@@ -84,9 +88,8 @@ def map_lora(
 
     With `only`, no other modules' tensors are read.
     """
-    path = Path(path)
-    summary, faults = summarise(path, module_names)
-    raw = read_values(summary, map_tensors(path, summary.header), faults + unready_faults(summary), only)
+    summary, faults = summarise(Path(path), module_names)
+    raw = read_values(summary, map_tensors(summary.path, summary.header), faults + unready_faults(summary), only)
     return exact_modules(summary, raw)
 
 
@@ -143,14 +146,47 @@ def write_lora(
 
     `comfyui` (`diffusion_model.MODULE.lora_A/lora_B.weight`) is what ComfyUI, ai-toolkit and diffusers all
     load; `diffusers` starts with `transformer.`. Both have alpha folded into B (in fp64), so that the scale
-    is 1. `kohya` (flat names, `lora_down/lora_up`, `.alpha`) keeps the matrices and alpha as they are.
-    `dtype` None keeps each tensor's own. Raises `InputErrors` for values that are not finite in `dtype`.
+    is 1. `kohya` (flat names, `lora_down/lora_up`, `.alpha`) keeps the matrices and alpha as they are, and so does
+    `peft`, for which `path` is a new folder, with alphas and ranks in `adapter_config.json` for PEFT and in the header
+    for diffusers. `dtype` None keeps each tensor's own. Raises `InputErrors` for values that are not finite in `dtype`;
+    for `peft` also `InputError` for a place where no new folder can be, and `WriteError` for a full disk.
     """
     path = Path(path)
     if layout not in _WRITE_PREFIX:
         raise InputError(f"unknown LoRA layout {layout!r}; choose one of {', '.join(_WRITE_PREFIX)}")
     if not modules:
         raise InputError(f"{path}: no LoRA module to write")
+    tensors = _laid_out(modules, layout, dtype)
+    raise_faults(
+        [
+            f"{path}: {key} is not finite as {tensor.dtype}; write float32 or check the weights"
+            for key, tensor in tensors.items()
+            if not tensor.isfinite().all()
+        ]
+    )
+    kept = {key: value for key, value in (metadata or {}).items() if key not in ALPHA_METADATA}
+    if layout == "peft":
+        return _write_folder(path, tensors, adapter_config(modules), {"format": "pt", **kept})
+    return write_tensors(path, tensors, {"format": "pt", **kept})
+
+
+def _write_folder(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> str:
+    """Both files of PEFT's layout, in a folder that is whole or not there; returns the SHA-256 of the tensors' file."""
+    check_folder(folder)
+    header = json.dumps({f"{PREFIX}{key}": value for key, value in config.items()}, sort_keys=True)
+    try:
+        with new_folder(folder) as fresh:
+            digest = write_tensors(fresh / WEIGHTS, tensors, {**metadata, CONFIG_KEY: header})
+            write_text(fresh / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise output_error(folder, error) from error
+    return digest
+
+
+def _laid_out(modules: Mapping[str, LoraModule], layout: Layout, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of a file in this layout."""
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         _check_module(name, module)
@@ -160,18 +196,11 @@ def write_lora(
             tensors[f"{prefix}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
         else:
             prefix, down, up = _WRITE_PREFIX[layout] + name, "lora_A", "lora_B"
+        if layout in ("comfyui", "diffusers"):
             B_Nr = (B_Nr.double() * module.scale).to(B_Nr.dtype if dtype is None else dtype)
         tensors[f"{prefix}.{down}.weight"] = module.A.to(dtype or module.A.dtype)
         tensors[f"{prefix}.{up}.weight"] = B_Nr.to(dtype or B_Nr.dtype)
-    raise_faults(
-        [
-            f"{path}: {key} is not finite as {tensor.dtype}; write float32 or check the weights"
-            for key, tensor in tensors.items()
-            if not tensor.isfinite().all()
-        ]
-    )
-    kept = {key: value for key, value in (metadata or {}).items() if key not in ALPHA_METADATA}
-    return write_tensors(path, tensors, {"format": "pt", **kept})
+    return tensors
 
 
 def _upcast(value: Tensor) -> Tensor:

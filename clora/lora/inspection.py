@@ -23,8 +23,8 @@ def inspect_lora(path: str | Path) -> dict[str, Any]:
     there), faults (empty for a good file). Raises `InputError` only when the file is no readable
     safetensors at all.
     """
-    path = Path(path)
-    summary, faults = summarise(path, None)
+    summary, faults = summarise(Path(path), None)
+    path = summary.path
     misfits, notes = width_findings(summary)
     faults += unready_faults(summary) + misfits
     tensors, sha256 = read_tensors(path, summary.header)

@@ -18,6 +18,7 @@ from clora.io.safetensors import Header, read_header
 from clora.lora.foreign import FAMILY, is_text_encoder, model_of, model_of_width, other_kind
 from clora.lora.keys import LoraKey, Part, layout_of, name_resolver, parse_key
 from clora.lora.kinds import Kind, exact_rank, kind_of, missing_parts, weight_shape
+from clora.lora.peft_folder import weights_file
 
 # The names of a transformer's linear layers, with their weights' shapes (N, K) where shapes are to be checked.
 ModuleNames = Collection[str] | Mapping[str, tuple[int, int]]
@@ -87,8 +88,10 @@ def check_lora(path: str | Path, module_names: ModuleNames | None = None) -> Lor
 def summarise(path: Path, module_names: ModuleNames | None) -> tuple[LoraSummary, list[str]]:
     """Sort a file's keys into modules; every key ends in exactly one module, note or fault.
 
-    Raises `InputError` only where the file is no safetensors at all.
+    Of a PEFT folder it is the file in it (`path` of the summary). Raises `InputError` only where the file is no
+    safetensors at all.
     """
+    path = weights_file(path)
     header = read_header(path)
     found = _sort(header, module_names)
     foreign = _foreign_fault(path, found, header)
@@ -122,10 +125,11 @@ def summarise(path: Path, module_names: ModuleNames | None) -> tuple[LoraSummary
     return summary, faults
 
 
-def unready_faults(summary: LoraSummary) -> list[str]:
-    """Modules that are no LoRA as they are, and how `clora convert` makes one of them: DoRA, and updates of too high
-    a rank."""
-    causes, convert = Causes(summary.path), f"clora convert {summary.path} OUT.safetensors --to comfyui --rank 64"
+def unready_faults(summary: LoraSummary, to: str = "comfyui") -> list[str]:
+    """Modules that are no LoRA as they are, and how `clora convert` makes one of them, in the layout `to`: DoRA, and
+    updates of too high a rank."""
+    out = "OUT" if to == "peft" else "OUT.safetensors"
+    causes, convert = Causes(summary.path), f"clora convert {summary.path} {out} --to {to} --rank 64"
     for name, keys in summary.keys.items():
         if "dora" in keys:
             case = f"{keys['dora']} is DoRA's, which rescales the base's own weights"

@@ -325,6 +325,10 @@ def test_convert_keeps_every_update(workplace: Path, modules: dict[str, LoraModu
     before, after = read_lora(source).modules, read_lora(target)
     assert after.layout == "kohya" and after.modules.keys() == before.keys()
     assert all(torch.equal(after.modules[name].delta(), before[name].delta()) for name in before)
+    result = call("convert", source, workplace / "adapter", "--to", "peft")
+    again = call("convert", source, workplace / "adapter", "--to", "peft")
+    assert result.exit_code == 0 and again.exit_code == 2 and "is there already" in faults(again)[0]
+    assert read_lora(workplace / "adapter").modules.keys() == before.keys()
     result = call("convert", source, workplace / "out.bin", "--to", "kohya")
     assert result.exit_code == 2 and "out.bin: name the output .safetensors" in faults(result)[0]
 

@@ -29,9 +29,11 @@ class Server:
     def __init__(self, *replies: object) -> None:
         self.replies = list(replies)
         self.bodies: list[dict] = []
+        self.keys: list[str] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.bodies.append(json.loads(request.content))
+        self.keys.append(request.headers["idempotency-key"])
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         if isinstance(reply, httpx.Response):
             return reply
@@ -195,6 +197,20 @@ def test_judge_keeps_unusable_replies_and_asks_no_more(tmp_path, pictures):
 def test_judge_asks_again_where_the_network_failed(tmp_path, pictures):
     assert gate(judge_of(Server(httpx.ConnectError("gone")), tmp_path), pictures).value is None
     assert gate(judge_of(Server(GOOD), tmp_path), pictures).value is False
+
+
+def test_judge_asks_under_one_key_until_an_answer_comes(tmp_path, pictures):
+    """What an earlier run was not answered is asked under its key; a new answer is asked for under a new one."""
+    lost = [httpx.ReadTimeout("late"), httpx.ConnectError("gone"), httpx.Response(409), httpx.Response(408)]
+    server = Server(*lost, httpx.Response(500), "no", GOOD)
+    assert gate(judge_of(server, tmp_path, attempts=7), pictures).value is False
+    first, *others = dict.fromkeys(server.keys)
+    assert server.keys == [first] * 5 + others and len(others) == 2
+    again = Server(GOOD)
+    gate(judge_of(again, tmp_path / "other"), pictures)
+    gate(judge_of(again, tmp_path / "other"), pictures, repeat=1)
+    gate(judge_of(again, tmp_path / "other"), pictures[::-1])
+    assert again.keys[0] == first and len(set(again.keys)) == 3
 
 
 def test_limits_keep_calls_and_cost(tmp_path, pictures):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,25 +30,47 @@ from clora.jobs.eval_bench import evaluate_benchmark, is_benchmark
 from clora.tiny.world.scenes import render, sample_scene
 from clora.training.device import base_dtype
 from tests.evaluate.test_bench_rows import read_rows
+from tests.support.killed import KINDS, Moment
+from tests.support.killed import start as start_killed
 
 COLLECTION = Path(resolve_base("tiny")) / "collection.safetensors"
 EFFECTS = ("sepia", "grayscale")
 
 
 class Looking:
-    """Judges by the pictures it is sent: bad where the result is as colourful as the source. Counts each question."""
+    """Judges by the pictures it is sent: bad where the result is as colourful as the source.
+
+    Keeps each question it was `asked`, and by `Idempotency-Key` how many it was `paid` for: one that it has answered
+    under the same key is free. `on_ask` is called with every question, before it is answered.
+    """
 
     def __init__(self, wait: float = 0.0, swapped: bool = False) -> None:
         self.wait, self.swapped, self.asked = wait, swapped, []
+        self.paid, self.answers = Counter(), {}
+        self.on_ask = lambda: None
+        self._lock = threading.Lock()
 
-    def reply(self, raw: bytes) -> str:
+    def reply(self, raw: bytes, key: str) -> str:
+        question = hashlib.sha256(raw).hexdigest()
+        self.asked.append(question)
+        self.on_ask()
+        time.sleep(self.wait)
+        with self._lock:
+            if key not in self.answers:
+                self.paid[question] += 1
+                self.answers[key] = self._judge(json.loads(raw))
+            return self.answers[key]
+
+    def forget(self) -> Counter:
+        """Start anew; what was paid until now."""
+        bill, self.asked, self.paid, self.answers = self.paid, [], Counter(), {}
+        return bill
+
+    def _judge(self, body: dict) -> str:
         import base64
         import io
 
-        body = json.loads(raw)
         parts = body["messages"][0]["content"]
-        self.asked.append(hashlib.sha256(raw).hexdigest())
-        time.sleep(self.wait)
         shown = {}
         for name, picture in zip(parts[1::2], parts[2::2], strict=True):
             png = base64.b64decode(picture["image_url"]["url"].split(",")[1])
@@ -66,7 +89,8 @@ class Looking:
 def served(judge: Looking):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            text = judge.reply(self.rfile.read(int(self.headers["Content-Length"])))
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            text = judge.reply(raw, self.headers["Idempotency-Key"])
             raw = json.dumps({"model": "eyes-1", "choices": [{"message": {"content": text}}]}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(raw)))
@@ -237,31 +261,65 @@ def command(path: Path) -> list[str]:
     return [sys.executable, "-m", "clora", "eval", str(path), "--json"]
 
 
+def ten_moments(seed: int) -> list[Moment | int]:
+    """Where the runs are killed, in the order in which a run comes by: inside a write, or (a number) with that many
+    questions asked and up to two of them unanswered."""
+    draw = random.Random(seed)
+
+    def inside(part: str, most: int) -> Moment:
+        return Moment(part, draw.randint(1, most), draw.choice(KINDS))
+
+    making: list[Moment | int] = [inside("/results/", 4) for _ in range(3)]
+    judging = [inside("/judge/", 4) for _ in range(2)] + [draw.randint(1, 6) for _ in range(3)]
+    draw.shuffle(judging)
+    tables = [inside(name, 1) for name in draw.sample(["rows.csv", "report.json", "report.html"], 2)]
+    return [*making, *judging, *tables]
+
+
+IMPORTED = ["clora.jobs.eval_bench", "clora.backbones.qwen_image.backbone", "peft", "scipy.ndimage"]
+
+
+def killed_run(path: Path, moment: Moment | int, judge: Looking) -> int | None:
+    """Run the benchmark until `moment`, where it is killed; its exit code, None where it never ended."""
+    own = moment if isinstance(moment, Moment) else None
+    process = start_killed(evaluate_benchmark, (path,), own, IMPORTED)
+    wanted = None if own else len(judge.asked) + moment
+    judge.on_ask = lambda: process.kill() if len(judge.asked) == wanted else None
+    process.join(600)
+    code = process.exitcode
+    process.kill()
+    return code
+
+
+def without_seconds(answer: dict, rows: Path) -> tuple[dict, list[dict]]:
+    """What a run leaves but for the time that it took."""
+    answer = json.loads(json.dumps(answer))
+    for method in answer["methods"]:
+        method["figures"].pop("seconds", None)
+    with rows.open(newline="") as file:
+        return answer, [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
 @pytest.mark.slow
-def test_clora_eval_killed_at_random_moments_ends_with_the_same_report(tmp_path, bench):
+@pytest.mark.timeout(900)  # half a minute on an idle core
+def test_clora_eval_killed_at_ten_moments_ends_with_the_same_report_and_pays_for_nothing_twice(tmp_path, bench):
+    bench["methods"].append({"name": "collection", "lora": str(COLLECTION), "steps": 1})
     judge = Looking(wait=0.05)
     with served(judge) as url:
-        path = write(tmp_path, bench, url, concurrency=2)
-        whole = evaluate_benchmark(path)
-        rows = (tmp_path / "out/rows.csv").read_text()
+        path = write(tmp_path, bench | {"batch_size": 1}, url, concurrency=2)
+        expected = evaluate_benchmark(path)
         (tmp_path / "out").rename(tmp_path / "first")
-        judge.asked.clear()
-        draw, kills = random.Random(0), 2
-        for _ in range(kills):
-            known = len(judge.asked)
-            process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            until = time.monotonic() + 120
-            wanted = draw.randrange(1, 6)
-            while len(judge.asked) < known + wanted and process.poll() is None and time.monotonic() < until:
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            time.sleep(0.1)
-        again = subprocess.run(command(path), check=True, capture_output=True, text=True)
-    assert json.loads(again.stdout) == json.loads(json.dumps(whole))
-    assert (tmp_path / "out/rows.csv").read_text() == rows
-    twice = len(judge.asked) - len(set(judge.asked))
-    assert twice <= 2 * kills  # only calls that were in flight when the process died: two at a time
+        bill = judge.forget()
+        for moment in ten_moments(seed=0):
+            before = set(judge.asked)
+            count = len(judge.asked)
+            assert killed_run(path, moment, judge) == -signal.SIGKILL, moment
+            again = [question for question in judge.asked[count:] if question in before]
+            assert len(again) <= 2, moment  # those that were in flight when the run before was killed
+        ended = subprocess.run(command(path), check=True, capture_output=True, text=True)
+    found = without_seconds(json.loads(ended.stdout), tmp_path / "out/rows.csv")
+    assert found == without_seconds(expected, tmp_path / "first/rows.csv")
+    assert judge.paid == bill and set(bill.values()) == {1} and len(bill) > 30
 
 
 @pytest.mark.slow
