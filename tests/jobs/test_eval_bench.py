@@ -153,12 +153,14 @@ def test_evaluate_benchmark_makes_what_clora_edit_makes(tmp_path, bench):
     path = write(tmp_path, bench | {"seeds": [5]})
     assert is_benchmark(path)
     evaluate_benchmark(path)
-    editor = load_editor("tiny", COLLECTION, dtype=base_dtype("auto", torch.device("cpu")))
+    dtype = base_dtype("auto", torch.device("cpu"))
+    editor = load_editor("tiny", COLLECTION, dtype=dtype)
     source = Image.open(tmp_path / "photos/1.png").convert("RGB")
     (expected,) = editor.edit([source], [EFFECTS[0]], seeds=[5])
     place = tmp_path / "out/results/collection/any" / EFFECTS[0] / "1.png"
     made = Image.open(place)
-    assert np.abs(np.asarray(made, int) - np.asarray(expected, int)).max() <= 1  # alone and in a batch
+    # Alone and in a batch; another effect or seed is further by tens of levels.
+    assert np.abs(np.asarray(made, int) - np.asarray(expected, int)).max() <= (1 if dtype == torch.float32 else 6)
     assert place.with_name("1_SRCIMG.png").is_file()
 
 
