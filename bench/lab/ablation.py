@@ -40,7 +40,8 @@ FULL = ("train.coarse_steps=0", "train.ema_start=0", "train.max_train_steps=100"
 PARTS: Mapping[str, tuple[str, ...]] = {
     "no PDSR": ("objective.p_switch=1",),
     "no target simulation": ("objective.dmd_ts_weight=0",),
-    "no backward simulation": ("objective.dmd_bs_weight=0",),
+    # The general stream has nothing else: so without PDSR as well.
+    "no backward simulation, no PDSR": ("objective.dmd_bs_weight=0", "objective.p_switch=1"),
     "eight steps alone": ("schedule.step_counts=null",),
     "TA-FM at .1": ("objective.ta_fm_weight=0.1",),
     "TA-FM at 1": ("objective.ta_fm_weight=1",),
