@@ -22,7 +22,7 @@ from clora.data.dataset import effect_key, images_of, read_effects, read_general
 from clora.data.images import aspect_buckets
 from clora.data.pairs import Pair
 from clora.distill.opened import CheckedRun
-from clora.distill.stages import teaching_warnings, training_warnings
+from clora.distill.stages import idle_streams, teaching_warnings, training_warnings
 from clora.distill.teachers import absent_files, given_loras, missing_teachers, untaught_effects
 from clora.errors import InputError, missing_files, raise_faults, shown_path
 from clora.lora.adapters import matching_linears
@@ -46,6 +46,7 @@ def check_training(config: Config) -> CheckedRun:
     found = Findings()
     backbone, shapes = _check_base(config, found)
     _check_folders(config, found)
+    found.faults += idle_streams(config)
     found.warnings += training_warnings(config)
     _check_loras(config, shapes, backbone is not None, found)
     found.faults += missing_teachers(config)
@@ -80,6 +81,7 @@ def check_whole(config: Config, found: Findings) -> CheckedRun:
     go to `found`. Images are not looked at, which `validate` does in full."""
     backbone, shapes = _check_base(config, found)
     _check_folders(config, found)
+    found.faults += idle_streams(config)
     found.warnings += training_warnings(config)
     if any(effect.lora is None for effect in config.effects):
         found.warnings += teaching_warnings(config)

@@ -1,8 +1,27 @@
-"""The stages of a training run, and schedules that do not fit into them."""
+"""The stages of a training run, and schedules and weights that do not fit into them."""
 
 from __future__ import annotations
 
 from clora.config import Config
+from clora.method.objective import has_terms
+from clora.method.routing import Stream
+
+
+def idle_streams(config: Config) -> list[str]:
+    """A sentence for each stream that the full stage of `train` draws and whose every weight is 0."""
+    train, objective = config.train, config.objective
+    if objective.imitation_weight or (config.effects and train.coarse_steps >= train.max_train_steps):
+        return []
+    drawn: list[tuple[Stream, bool]] = [
+        ("effect", bool(config.effects) and objective.p_switch > 0),
+        ("general", not config.effects or objective.p_switch < 1),
+    ]
+    return [
+        f"objective: every weight of the {stream} stream is 0, which the full stage draws; raise one (dmd_bs_weight and"
+        " imitation_weight serve both streams), or set p_switch so that it is not drawn"
+        for stream, is_drawn in drawn
+        if is_drawn and not has_terms(objective, stream)
+    ]
 
 
 def training_warnings(config: Config) -> list[str]:

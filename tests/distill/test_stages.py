@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clora.config import PRESETS, Config, build_config
-from clora.distill.stages import extend_warnings, teaching_warnings, training_warnings
+from clora.distill.stages import extend_warnings, idle_streams, teaching_warnings, training_warnings
 from clora.jobs.demo import SCALES, Size
 
 
@@ -20,7 +20,7 @@ def config_of(tmp_path: Path, *overrides: str, **values: Any) -> Config:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_fit(tmp_path: Path, preset: str) -> None:
     config = config_of(tmp_path, preset=preset)
-    assert training_warnings(config) + teaching_warnings(config) + extend_warnings(config) == []
+    assert training_warnings(config) + teaching_warnings(config) + extend_warnings(config) + idle_streams(config) == []
 
 
 @pytest.mark.parametrize("size", SCALES)
@@ -84,3 +84,21 @@ def test_teaching_warnings_name_a_warm_up_as_long_as_the_run(tmp_path: Path) -> 
     (warning,) = teaching_warnings(config_of(tmp_path, "teach.max_train_steps=50"))
     assert warning.startswith("teach.lr_warmup_steps: 50, but the run has 50 updates")
     assert teaching_warnings(config_of(tmp_path, "teach.max_train_steps=51")) == []
+
+
+def test_idle_streams_are_those_that_are_drawn_and_have_no_weight(tmp_path: Path) -> None:
+    no_bs = "objective.dmd_bs_weight=0"
+    nothing = (no_bs, "objective.dmd_ts_weight=0", "objective.ta_fm_weight=0")
+
+    def idle(*overrides: str, **values: Any) -> list[str]:
+        return [
+            fault.split("every weight of the ")[1].split()[0]
+            for fault in idle_streams(config_of(tmp_path, *overrides, **values))
+        ]
+
+    assert idle(no_bs) == ["general"] and idle(*nothing) == ["effect", "general"]
+    assert idle(*nothing, "objective.p_switch=1") == ["effect"] and idle(no_bs, "objective.p_switch=1") == []
+    assert idle(*nothing, "objective.p_switch=0") == ["general"]
+    assert idle(*nothing, "objective.imitation_weight=1") == []
+    assert idle(*nothing, "train.coarse_steps=5000") == []  # no full stage
+    assert idle(no_bs, "train.coarse_steps=5000", effects=[]) == ["general"]  # without effects nothing is coarse
