@@ -31,6 +31,7 @@ QUIET = Console(quiet=True)
 def test_full_step_forwards_closed_forms() -> None:
     """Two samples, eight steps: rollouts of 4.5 forwards on average; guidance asks the teacher twice."""
     plain = ["objective.guidance=1", "train.batch_size=2", "train.critic_updates=3", "train.anchor_batch_size=5"]
+    plain.append("schedule.step_counts=null")
     config = build_config({"preset": "clora", "output_dir": "o"}, Path(), [*plain, "objective.critic_target_share=0.5"])
     assert full_step_forwards(config, "general") == 2 * (3 * (4.5 + 3) + 4.5 + 2 + 2)
     effect = 2 * (3 * (0.5 + 0.5 * 4.5 + 3) + (4.5 + 2 + 2) + (1 + 2 + 2)) + 5 * 3
