@@ -159,7 +159,7 @@ class ObjectiveConfig(Section):
     guidance: Annotated[Guidance, doc("Real score: uncond + guidance (cond - uncond); 1 = none.")] = 4.0
     guidance_rescale: Annotated[Rescale, doc("'norm': each guided token gets the norm of cond.")] = "norm"
     negative_prompt: Annotated[str, doc("Prompt of the unconditional branch.")] = " "
-    ta_fm_weight: Annotated[NonNegative, doc("Weight of TA-FM (Eq. 6).")] = 1.0
+    ta_fm_weight: Annotated[NonNegative, doc("Weight of TA-FM (Eq. 6).")] = 0.1
     imitation: Annotated[
         Imitation,
         doc("'segment_mean': of the teacher over the student's step; 'same_step': teacher + acceleration LoRA."),
@@ -189,7 +189,7 @@ class ScheduleConfig(Section):
     num_steps: Annotated[int, doc("Steps of the student.", ge=1, le=1000)] = 8
     step_counts: Annotated[
         StepCounts | None, doc("Step counts trained for besides `num_steps`, one of all drawn for a batch.")
-    ] = None
+    ] = [4, 2]
     shift: Annotated[Positive, doc("Shift of the schedule toward noise; 1 = evenly spaced.")] = 3.0
     sampler: Annotated[Sampler, doc("'consistency': noise afresh at each step; 'euler': follow the velocity.")] = (
         "consistency"

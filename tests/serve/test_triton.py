@@ -113,7 +113,7 @@ def test_requests_of_many_effects_share_steps_and_are_what_they_are_alone(tmp_pa
     folder = write_folder(tmp_path / "clora", {"base": "tiny", "batches": ALONE})
     asked = [
         {"effect": effect, "seed": 10 * number, "n": 1 + number % 2, "image": png(number)}
-        for number, effect in enumerate(["sepia", "snow", "invert", "oil_paint", "sepia,snow", "mosaic"])
+        for number, effect in enumerate(["sepia", "snow", "knit", "oil_paint", "sepia,snow", "mosaic"])
     ]
     with loaded(folder, config_of({"settings": "settings.yaml"})) as server:
         engine = server.model.service.engine
