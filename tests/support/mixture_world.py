@@ -153,7 +153,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 def config(preset: str = "paper", **objective: Any) -> SimpleNamespace:
     """A preset's objective, without guidance unless asked, on the design's schedule."""
     values = {**_objective_of(preset), "guidance": 1.0, "dmd_norm_floor": 1e-3, **objective}
-    return SimpleNamespace(objective=ObjectiveConfig(**values), schedule=ScheduleConfig())
+    return SimpleNamespace(objective=ObjectiveConfig(**values), schedule=ScheduleConfig(step_counts=None))
 
 
 @cache
