@@ -200,7 +200,9 @@ def train(
     plan: Annotated[bool, typer.Option("--plan", help="Print memory and cost; train nothing.")] = False,
     gpus: Annotated[int, typer.Option(min=1, help="Of --plan: number of GPUs.")] = 1,
     memory: Annotated[float, typer.Option(min=1, help="Of --plan: GB of one GPU; an H200 has 141.")] = 141,
-    forward_seconds: Annotated[float, typer.Option(min=0, help="Of --plan: a GPU's forward of a sample.")] = 0.28,
+    forward_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Of --plan: of a GPU's forward of a sample; default: an H200's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Of --plan: print JSON, for programs.")] = False,
 ) -> None:
     """Distil all effects and few-step sampling into one LoRA.
@@ -217,9 +219,10 @@ def train(
       torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 -m clora train config.yaml
     """
     if plan:
-        from clora.jobs.plan import plan_training
+        from clora.jobs.plan import SECONDS_PER_FORWARD, plan_training
 
-        found = plan_training(_load(config, overrides), gpus, memory, forward_seconds)
+        seconds = SECONDS_PER_FORWARD if forward_seconds is None else forward_seconds
+        found = plan_training(_load(config, overrides), gpus, memory, seconds)
         print_json(found.to_json()) if as_json else print_plan(found)
         if not found.fits:
             raise typer.Exit(FAILED)

@@ -23,7 +23,7 @@ TRAIN_SCENES, EVAL_SCENES, GENERAL_SCENES = 10_000_000_000, 20_000_000_000, 30_0
 FIRST_EFFECTS = ("sepia", "pencil_sketch", "stained_glass", "polaroid", "beach", "gold_statue", "mirror_half", "rain",
                  "grayscale", "oil_paint", "flower_wreath", "snow")  # fmt: skip
 
-# What no LoRA of this base has drawn: a bad case at every scene by teachers of twice the demo's steps.
+# Bad at every scene when they were last taught, for twice the demo's updates (docs/TINY_WORLD.md).
 LAST_EFFECTS = ("color_frame", "invert", "neon_edges", "risograph", "sunburst", "swirl", "travel",
                 "duotone", "candy_stripes")  # fmt: skip
 
