@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clora.lora.frozen_linear import float_weight, frozen_linear
+from clora.lora.frozen_linear import float_weight, frozen_linear, is_quantized
 from clora.lora.module import LoraModule
 
 # What one sample goes through: the base, one slot, or the sum of several.
@@ -85,15 +85,31 @@ class SlotLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None:
             return F.linear(x, self.merged, self.bias)
-        out = frozen_linear(x, self.weight, self.bias)
         plan = self.choice.plan
         if plan is None:
-            return out
+            return frozen_linear(x, self.weight, self.bias)
         _check_rows(x.shape[0], plan)
-        for term in plan.terms:
-            if self.max_rank(term):
-                out = self._add_shared(x, out, term) if len(term.slots) == 1 else self._add_grouped(x, out, term)
+        terms = [term for term in plan.terms if self.max_rank(term)]
+        if self._summing_first_pays(x, terms):
+            return F.linear(x, merge_weight(self, [(term.stack, term.slots[0]) for term in terms]), self.bias)
+        out = frozen_linear(x, self.weight, self.bias)
+        for term in terms:
+            out = self._add_shared(x, out, term) if len(term.slots) == 1 else self._add_grouped(x, out, term)
         return out
+
+    def _summing_first_pays(self, x: Tensor, terms: Sequence[Term]) -> bool:
+        """Whether `x (W + scale B A)^T` takes fewer multiplications than `x W^T + scale (x A^T) B^T`, gradients counted
+        where there are any. In fp32 alone: a narrower type would round the weight away from what is trained, and int8
+        has no such sum. In a small linear a LoRA's rank is no longer low, and the sum is what costs least."""
+        if self.weight.dtype != torch.float32 or is_quantized(self.weight) or not terms:
+            return False
+        if any(len(term.slots) > 1 or term.rows is not None for term in terms):
+            return False
+        N, K, rows = self.out_features, self.in_features, x.numel() // self.in_features
+        rank = sum(self.max_rank(term) for term in terms)
+        if not torch.is_grad_enabled():
+            return rank * N * K < rank * rows * (N + K)
+        return 3 * rank * N * K + rows * N * K < 3 * rank * rows * (N + K)
 
     def lanes(self, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """What `lora_linear` takes beside x, weight and bias for an input of this many rows: A (S, r, K),

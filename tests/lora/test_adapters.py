@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from clora.errors import InputError, InputErrors
 from clora.lora.adapters import Adapters, inject_adapters
@@ -436,6 +437,39 @@ def test_use_none_runs_no_extra_operation() -> None:
     assert count([None, None]) == base
     assert count(["b"]) == base  # an empty slot costs nothing either
     assert count(["a"]) > base
+
+
+def flops(forward: Any, *slots: Any, adapters: Adapters) -> int:
+    with FlopCounterMode(display=False) as counter, adapters.use(slots):
+        forward()
+    return counter.get_total_flops() // 2
+
+
+def test_slot_linear_takes_the_cheaper_order_of_products() -> None:
+    K, N, r, rows = 16, 8, 6, 40
+    layers = nn.Sequential(nn.Linear(K, N))
+    adapters = inject_adapters(layers, ["0"])
+    adapters.add_stack("t", ["a", "b"], r, r, trainable=True)
+    adapters.add_stack("u", ["c"], r, r, trainable=True)
+    x = torch.randn(rows, K)
+    sum_first, factors = r * N * K + rows * N * K, rows * (N * K + r * (N + K))
+    with torch.no_grad():
+        assert flops(lambda: layers(x), "a", adapters=adapters) == sum_first
+        assert flops(lambda: layers(x), ("a", "c"), adapters=adapters) == sum_first + r * N * K
+        assert flops(lambda: layers(x[:4]), "a", adapters=adapters) == 4 * factors // rows  # few rows
+        assert flops(lambda: layers(x), *("ab" * (rows // 2)), adapters=adapters) == factors  # each its own
+        layers.to(torch.bfloat16)
+        assert flops(lambda: layers(x.bfloat16()), "a", adapters=adapters) == factors  # would be rounded
+        layers.float()
+
+    def there_and_back() -> None:
+        x.requires_grad_().grad = None
+        layers(x).sum().backward()
+
+    # The gradient of a sum of weights is as large as they are, so that low ranks keep to their factors.
+    assert flops(there_and_back, "a", adapters=adapters) == 3 * sum_first
+    adapters.add_stack("v", ["d"], 1, 1, trainable=True)
+    assert flops(there_and_back, "d", adapters=adapters) == 2 * rows * N * K + 3 * rows * 1 * (N + K)
 
 
 @pytest.mark.parametrize("rows", [["a"], ["a", "b", "a", "b"], ["b", "a", "a", None], [("a", "b")]])
