@@ -1,9 +1,9 @@
-"""A served network as a TensorRT engine, and what FP8 costs: `python -m bench.serving.tensorrt [--size full] [--json]`.
+"""A served network as a TensorRT engine, and what eight bits cost: `python -m bench.serving.tensorrt [--size full]`.
 
 At `--size full` two layers of the real width with random weights. Without a GPU the engine is built ahead of time
 (`--target`, TensorRT for RTX) and not run; on one it is built by TensorRT, compared with the network in PyTorch, and
-timed in turns with it. Where the libraries are not installed, the result says so. FP8 is simulated in torch: the
-relative error of a velocity with every linear of the blocks in FP8, and with the costliest tenth kept.
+timed in turns with it. Where the libraries are not installed, the result says so. FP8 and INT8 are simulated in
+torch: the relative error of a velocity with every linear of the blocks rounded, and with the costliest tenth kept.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from clora.backbones.qwen_image.served import ServedNetwork, rotate
 from clora.errors import InputError
 from clora.export import onnx_graph
-from clora.export.fp8 import measure, watched
 from clora.export.graph import example_inputs
 from clora.export.manifest import Limits
+from clora.export.quantize import NUMBERS, EightBits, choose, watched
 from clora.export.tensorrt_engine import (
     ENGINE,
     EngineOptions,
@@ -42,7 +42,7 @@ from clora.method.flow import few_step_sigmas
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
 CONFIGS: dict[str, dict[str, Any]] = {"small": SMALL, "full": {}}
 TOKENS = {"small": (64, 64, 32), "full": (4096, 4096, 512)}  # of result, references and text
-FP8_TOKENS = (48, 48, 16)
+EIGHT_BIT_TOKENS = (48, 48, 16)
 
 
 def random_network(size: str, turn: Callable[..., Tensor] | None = None) -> ServedNetwork:
@@ -62,11 +62,11 @@ def inputs_of(size: str, tokens: tuple[int, int, int]) -> tuple[Tensor, ...]:
     return x, refs, text, angle.cos(), angle.sin(), torch.tensor([3]), torch.tensor([M])
 
 
-def fp8_cost(size: str) -> dict[str, Any]:
-    network, inputs = random_network(size), inputs_of(size, FP8_TOKENS)
+def eight_bits_cost(size: str, precision: EightBits) -> dict[str, Any]:
+    network, inputs = random_network(size), inputs_of(size, EIGHT_BIT_TOKENS)
     with torch.no_grad(), watched(network) as most:
         network(*inputs)
-    found = measure(network, most, [inputs])
+    found = choose(network, most, [inputs], NUMBERS[precision])
     return {"layers": len(found.costs), "kept": found.kept, "cost_of_all": found.cost_of_all, "cost": found.cost}
 
 
@@ -127,7 +127,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    document = {"size": options.size, "fp8_simulated": fp8_cost(options.size)}
+    document: dict[str, Any] = {"size": options.size}
+    document["simulated"] = {precision: eight_bits_cost(options.size, precision) for precision in NUMBERS}
     document |= engine_result(options.size, options.target, options.rounds)
     text = json.dumps(document, indent=1)
     if options.out:

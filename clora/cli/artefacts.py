@@ -28,7 +28,7 @@ def export(
     base: Base = None,
     lora: Annotated[Path | None, typer.Option(help="Collection; default: the base's own.")] = None,
     precision: Annotated[
-        Literal["float32", "bfloat16", "float16", "fp8"] | None,
+        Literal["float32", "bfloat16", "float16", "fp8", "int8"] | None,
         typer.Option(help="Of the weights; all sums are made in fp32. Default: float32, of an engine bfloat16."),
     ] = None,
     target: Annotated[
@@ -42,7 +42,9 @@ def export(
         Path | None, typer.Option(help="File of an engine's measured kernels: read where it is there, and written.")
     ] = None,
     key: Annotated[Path | None, typer.Option(metavar="PEM", help="Private ed25519 key to sign it with.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Folder of images that fp8 is calibrated on.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of images that fp8 and int8 are calibrated on.")
+    ] = None,
     with_vae: Annotated[bool, typer.Option("--vae/--no-vae", help="The VAE as graphs too, of aoti and onnx.")] = True,
     triton: Annotated[
         bool, typer.Option("--triton", help="A model for NVIDIA Triton too, in model_repository beside the output.")

@@ -22,11 +22,12 @@ from clora.errors import InputError, WriteError
 from clora.export.aoti import build_aoti, check_compiler
 from clora.export.artefact import library_versions, machine
 from clora.export.calibration import calibrate
-from clora.export.fp8_graph import quantize_graph
 from clora.export.graph import example_inputs
 from clora.export.manifest import COLLECTION, LIMITS, Format, Limits, Manifest, Precision, Quantization, list_files
 from clora.export.merged import set_schedule, write_merged
 from clora.export.onnx_graph import GRAPH, build_onnx, check_onnx, outline, rotate
+from clora.export.quantize import NUMBERS, EightBits
+from clora.export.quantize_graph import quantize_graph
 from clora.export.snippet import write_snippet
 from clora.export.tensorrt_engine import EngineOptions, build_engine, check_engine, engine_limits, engine_profiles
 from clora.export.vae_graphs import build_vae
@@ -36,7 +37,7 @@ from clora.method.flow import few_step_sigmas
 
 log = logging.getLogger(__name__)
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 2, "int8": 2}
 COPIES = {"merged": 1, "aoti": 2, "onnx": 2, "tensorrt": 3}  # of the weights on the disk, at the fullest moment
 WIDEST_FP16 = 1024  # of a transformer: values of wider ones leave float16's range, and pictures are black
 WORK = "work"  # a folder in the new artefact, gone before it is whole
@@ -70,7 +71,7 @@ def find_source(base: str | None, lora: Path) -> Source:
 
 def check_format(form: Format, precision: Precision, options: EngineOptions | None = None) -> None:
     """Raise `InputError` where this machine lacks what a format needs, or a format the precision."""
-    if form != "tensorrt" and precision in ("float16", "fp8"):
+    if form != "tensorrt" and precision in ("float16", *NUMBERS):
         raise InputError(f"precision: {form} has float32 and bfloat16, not {precision}; choose one, or format tensorrt")
     if form == "aoti":
         check_compiler()
@@ -116,10 +117,10 @@ def build(
 
     `on_part` is told what is done next. `options` are an engine's, `twin` the outline of the fp32 graph that its own
     must be like: ValueError where it is not. `with_vae`: as graphs beside the network, in formats that have them.
-    `images` (RGB): what FP8 is calibrated on.
+    `images` (RGB): what numbers of eight bits are calibrated on.
     """
     catalogue, schedule = source.catalogue, source.catalogue.schedule
-    dtype = torch.bfloat16 if precision == "fp8" else getattr(torch, precision)
+    dtype = torch.bfloat16 if precision in NUMBERS else getattr(torch, precision)
     engine, quantization, limits = None, None, LIMITS
     on_part("reading the collection")
     modules = read_lora(source.lora, linear_shapes(source.base)).modules
@@ -141,9 +142,9 @@ def build(
             if twin is not None and outline(base) != twin:
                 raise ValueError(f"the graph in {precision} is another network than its fp32 twin")
             limits = engine_limits(source.footprint.reference_tokens)
-            if precision == "fp8":
-                on_part("calibrating FP8")
-                quantization = quantize(network, base, source, images, limits, dtype)
+            if precision == "fp8" or precision == "int8":
+                on_part(f"calibrating {precision}")
+                quantization = quantize(network, base, source, images, limits, precision)
             del network  # a base of weights, which the builder needs the room of
             on_part("building the engine")
             profiles = engine_profiles(limits, source.footprint.reference_tokens)
@@ -202,13 +203,15 @@ def quantize(
     source: Source,
     images: Sequence[Image.Image],
     limits: Limits,
-    dtype: torch.dtype,
+    precision: EightBits,
 ) -> Quantization:
-    """Calibrate a network on edits of `images`, and rewrite its graph in the folder `graph` in FP8."""
-    fp8 = calibrate(network, str(source.folder), source.catalogue, images, limits, dtype)
-    layers = quantize_graph(graph, fp8.rounded)
-    costs = {"cost": fp8.cost, "cost_of_all": fp8.cost_of_all, "worst": fp8.worst}
-    return Quantization(layers=layers, kept=fp8.kept, images=len(images), **costs)
+    """Calibrate a bf16 network on edits of `images`, and rewrite its graph in the folder `graph` in eight bits."""
+    choice = calibrate(
+        network, str(source.folder), source.catalogue, images, limits, torch.bfloat16, NUMBERS[precision]
+    )
+    layers = quantize_graph(graph, choice)
+    costs = {"cost": choice.cost, "cost_of_all": choice.cost_of_all, "worst": choice.worst}
+    return Quantization(layers=layers, kept=choice.kept, images=len(images), **costs)
 
 
 def write_vae(source: Source, form: Format, dtype: torch.dtype, folder: Path, on_part: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""What a served network sees when it edits: edits of a catalogue's effects, with its inputs watched for FP8."""
+"""What a served network sees when it edits: edits of a catalogue's effects, with its inputs watched for scales."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from clora.backbones.cond import make_cond
 from clora.backbones.load import load_backbone, rotary_positions
-from clora.export.fp8 import Fp8, Inputs, measure, watched
 from clora.export.graph_velocity import GraphVelocity
 from clora.export.manifest import Limits
+from clora.export.quantize import Choice, Inputs, Numbers, choose, watched
 from clora.inference.sampling import few_step_sampling, follow
 from clora.lora.catalogue import Catalogue
 
@@ -28,9 +28,10 @@ def calibrate(
     images: Sequence[Image.Image],
     limits: Limits,
     dtype: torch.dtype,
-) -> Fp8:
+    numbers: Numbers,
+) -> Choice:
     """Sample edits of the images (RGB) with the catalogue's effects in turn, and choose from what the network then sees
-    which of its linears take FP8. The costs are measured at steps spread over the schedule."""
+    which of its linears take eight bits. The costs are measured at steps spread over the schedule."""
     backbone = load_backbone(base, "cpu", dtype, ("vae", "text_encoder"))
     schedule = catalogue.schedule
     sampling = few_step_sampling(schedule.num_steps, schedule.shift, catalogue.sampler)
@@ -52,4 +53,4 @@ def calibrate(
             cond = make_cond(text, refs, backbone.grid(backbone.output_size(image)))
             follow(backbone, velocity, cond, sampling, [edit], pipeline_noise=True)
     spread = range(0, len(seen), max(1, len(seen) // MOST_CASES + 1))
-    return measure(network, most, [seen[index] for index in spread])
+    return choose(network, most, [seen[index] for index in spread], numbers)

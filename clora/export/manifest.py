@@ -22,7 +22,7 @@ from clora.io.atomic import sync_folder, write_text
 from clora.io.text import parse_json, read_text
 
 Format = Literal["merged", "aoti", "onnx", "tensorrt"]
-Precision = Literal["float32", "bfloat16", "float16", "fp8"]
+Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8"]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -55,7 +55,7 @@ LIMITS = Limits(batch=32, tokens=16384, text_buckets=(32, 64, 128, 256, 512, 102
 
 
 class Quantization(_Record):
-    """What of an engine is in FP8 (e4m3). `kept`: the linears of blocks that stay in bf16, because they cost most when
+    """What of an engine is in eight bits. `kept`: the linears of blocks that stay in bf16, because they cost most when
     they alone are rounded. `cost`: ||v' - v|| / ||v|| of velocities, simulated in torch, the largest of some
     forwards; `cost_of_all`: with none kept; `worst`: of one value, relative to the largest."""
 
@@ -126,7 +126,7 @@ class Manifest(_Record):
     @property
     def dtype(self) -> torch.dtype:
         """Of what the artefact takes and gives."""
-        return torch.bfloat16 if self.precision == "fp8" else getattr(torch, self.precision)
+        return torch.bfloat16 if self.precision in ("fp8", "int8") else getattr(torch, self.precision)
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:

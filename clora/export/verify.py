@@ -1,8 +1,8 @@
 """Is an artefact equal to the eager model? Seeded velocities, padded text and edits, side by side.
 
 The eager model is the base with the collection as adapters, unmerged, in fp32. An fp32 artefact must be as near as two
-orders of the same sums are. One in bf16 may be at most twice as far as the eager model in bf16 is; with FP8, twice as
-far as that and what FP8 cost where it was simulated.
+orders of the same sums are. One in bf16 may be at most twice as far as the eager model in bf16 is; with eight bits,
+twice as far as that and what they cost where they were simulated.
 
 Shape legend: B batch, T image tokens, C latent channels per token, L text tokens, D text width.
 """
@@ -110,7 +110,7 @@ def verify(
         error = max(error, relative(artefact.velocity(*case), truth))
         if own is not None:
             own_error = max(own_error, relative(own(*case), truth))
-    fp8 = 0.0 if manifest.quantization is None else manifest.quantization.worst
+    eight_bits = 0.0 if manifest.quantization is None else manifest.quantization.worst
     padding = padding_change(artefact.velocity, cases)
 
     on_part("the VAE")
@@ -125,7 +125,7 @@ def verify(
     return Parity(
         manifest.precision,
         error,
-        BF16_FACTOR * (own_error + fp8) if half else FP32_VELOCITY,
+        BF16_FACTOR * (own_error + eight_bits) if half else FP32_VELOCITY,
         len(cases),
         padding,
         latent,

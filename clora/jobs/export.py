@@ -20,6 +20,7 @@ from clora.export.artefact import open_files, why_unmeasured
 from clora.export.build import Outline, Source, build, check_format, check_new, check_precision, check_room, find_source
 from clora.export.manifest import Format, Manifest, Precision, write_manifest
 from clora.export.onnx_graph import has_runtime, outline
+from clora.export.quantize import NUMBERS
 from clora.export.signature import private_key
 from clora.export.tensorrt_engine import EngineOptions
 from clora.export.verify import check_parity, picture, verify
@@ -27,15 +28,15 @@ from clora.io.atomic import new_folder
 from clora.io.output import check_output, output_error
 from clora.serve.triton_repository import check_model, model_folder, write_model
 
-MOST_IMAGES = 16  # that FP8 is calibrated on
+MOST_IMAGES = 16  # that numbers of eight bits are calibrated on
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ExportRequest:
     """What `clora export` is asked for. base None: the catalogue's; lora None: the base's own collection. key:
-    a private key to sign with. calibration: a folder of images for FP8; None: random pictures. triton: a model for
-    NVIDIA Triton beside the artefact, in `serve.triton_repository.model_folder(output)`."""
+    a private key to sign with. calibration: a folder of images for fp8 and int8; None: random pictures. triton: a
+    model for NVIDIA Triton beside the artefact, in `serve.triton_repository.model_folder(output)`."""
 
     output: Path
     format: Format
@@ -68,7 +69,7 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
     check_format(request.format, request.precision, request.engine)
     source = find_source(request.base, _lora_of(request))
     check_precision(source, request.precision)
-    images = _calibration(request) if request.precision == "fp8" else []
+    images = _calibration(request) if request.precision in NUMBERS else []
     check_room(source, request.format, request.precision, output)
     console = console or Console(stderr=True)
     with console.status("exporting") as status:
@@ -134,10 +135,10 @@ def _prove_twin(request: ExportRequest, source: Source, folder: Path, show: Call
 
 
 def _calibration(request: ExportRequest) -> list[Image.Image]:
-    """The images (RGB) that FP8 is calibrated on."""
+    """The images (RGB) that numbers of eight bits are calibrated on."""
     folder = request.calibration
     if folder is None:
-        log.warning("fp8: calibrated on random pictures; give a folder of your own with --calibration")
+        log.warning("eight bits: calibrated on random pictures; give a folder of your own with --calibration")
         return [picture(request.seed + number) for number in range(MOST_IMAGES)]
     if not folder.is_dir():
         raise InputError(f"calibration: {folder} is no folder; give one with images")

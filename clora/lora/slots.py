@@ -91,7 +91,7 @@ class SlotLinear(nn.Linear):
         _check_rows(x.shape[0], plan)
         terms = [term for term in plan.terms if self.max_rank(term)]
         if self._summing_first_pays(x, terms):
-            return F.linear(x, merge_weight(self, [(term.stack, term.slots[0]) for term in terms]), self.bias)
+            return F.linear(x, _with_updates(self, [(term.stack, term.slots[0]) for term in terms]), self.bias)
         out = frozen_linear(x, self.weight, self.bias)
         for term in terms:
             out = self._add_shared(x, out, term) if len(term.slots) == 1 else self._add_grouped(x, out, term)
@@ -271,13 +271,16 @@ def merge_weight(linear: SlotLinear, places: Sequence[tuple[str, int]]) -> Tenso
     """The weight with the slots' updates, in its own dtype (a quantized one's before it was); None where they change
     nothing."""
     places = [(stack, index) for stack, index in places if linear.ranks[stack][index]]
-    if not places:
-        return None
+    return _with_updates(linear, places).to(linear.weight.dtype) if places else None
+
+
+def _with_updates(linear: SlotLinear, places: Sequence[tuple[str, int]]) -> Tensor:
+    """The weight with the slots' updates, in fp32."""
     weight = float_weight(linear.weight)
     for stack, index in places:
         A_rK, B_Nr = linear.A[stack][index].float(), linear.B[stack][index].float()
         weight = torch.addmm(weight, B_Nr, A_rK, alpha=linear.scale(stack, index))
-    return weight.to(linear.weight.dtype)
+    return weight
 
 
 def make_plan(
