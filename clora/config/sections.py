@@ -134,7 +134,13 @@ class TeachConfig(Section):
 class TargetsConfig(Section):
     """The target images y of Eq. 6 and 7."""
 
-    source: Annotated[TargetSource, doc("'teachers' make them; 'pairs': the pairs' own target images.")] = "teachers"
+    source: Annotated[
+        TargetSource,
+        doc(
+            "'teachers' make them as said below; 'accelerated_teachers': with student.acceleration on top, in"
+            " schedule.num_steps; 'pairs': the pairs' own target images."
+        ),
+    ] = "teachers"
     num_steps: Annotated[Count, doc("Euler steps of the teacher.")] = 40
     guidance: Annotated[Guidance, doc("Classifier-free guidance scale; 1 = none.")] = 4.0
     guidance_rescale: Annotated[Rescale, doc("'norm': as the base's own pipeline rescales it; 'none'.")] = "norm"

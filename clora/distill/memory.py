@@ -246,7 +246,8 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
     paths = [config.teacher_path(effect) for effect in config.effects]
     ranks = [check_lora(path).max_rank if path.is_file() else config.teach.rank for path in paths]
     accelerated = acceleration_of(config)
-    makes_targets = bool(config.effects) and config.targets.source == "teachers"
+    makes_targets = bool(config.effects) and config.targets.source != "pairs"
+    guided = config.targets.source == "teachers" and config.targets.guidance != 1
     return TrainSettings(
         image_tokens=train.buckets.max_area // footprint.pixels_per_token**2,
         reference_tokens=footprint.reference_tokens,
@@ -272,7 +273,7 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
         ),
         num_steps=max(config.schedule.trained_counts),
         checkpointing=train.gradient_checkpointing,
-        targets_batch=min(TARGET_BATCH, slots) * (2 if config.targets.guidance != 1 else 1) if makes_targets else 0,
+        targets_batch=min(TARGET_BATCH, slots) * (1 + guided) if makes_targets else 0,
         text_encoder_parameters=encoders["text_encoder"],
         vae_parameters=encoders["vae"],
     )

@@ -13,7 +13,7 @@ from clora.config import Config, Job, acceleration_of
 from clora.data.examples import Example
 from clora.distill.batches import Batches
 from clora.distill.memory import num_blocks_kept
-from clora.distill.networks import Models
+from clora.distill.networks import Models, joined
 from clora.distill.opened import OpenBase, Workspace
 from clora.distill.preview import sample_grid
 from clora.distill.roles import ACCELERATING, ACCELERATION, CRITIC, STUDENT, TARGET_BATCH
@@ -21,12 +21,14 @@ from clora.distill.step import JOINT_TOKENS, Distillation, networks_at, train_st
 from clora.distill.targets import make_targets, targets_from_pairs
 from clora.distill.teachers import teacher_files
 from clora.distill.workspace import trainable_group
+from clora.inference.sampling import few_step_sampling, teacher_sampling
 from clora.io.digest import hash_files
 from clora.lora.adapters import slot_to_cpu
 from clora.lora.bank import TeacherBank
 from clora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueSchedule, write_collection
 from clora.lora.files import read_lora, write_lora
 from clora.lora.module import LoraModule, join_modules
+from clora.lora.slots import Slot
 from clora.method.losses import Figures
 from clora.method.objective import AnchorLoss, ta_fm_loss
 from clora.method.prompts import EffectPrompt
@@ -55,8 +57,30 @@ def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dic
     """The effects' examples with their y; a batch never needs more teachers than there are slots."""
     if workspace.config.targets.source == "pairs":
         return targets_from_pairs(workspace.effects)
-    hashes = hash_files(teacher_files(workspace.config))
-    return make_targets(workspace, bank.slots_for, hashes, console, min(TARGET_BATCH, bank.capacity))
+    hashes, batch_size = hash_files(teacher_files(workspace.config)), min(TARGET_BATCH, bank.capacity)
+    if workspace.config.targets.source == "accelerated_teachers":
+        return _accelerated_targets(workspace, bank, hashes, console, batch_size)
+    return make_targets(workspace, bank.slots_for, teacher_sampling(workspace.config), hashes, console, batch_size)
+
+
+def _accelerated_targets(
+    workspace: Workspace, bank: TeacherBank, teacher_hashes: dict[str, str], console: Console, batch_size: int
+) -> dict[str, list[Example]]:
+    """The same by the stacked deployment of Eq. 3: each teacher with the acceleration LoRA, in the schedule's steps."""
+    config, adapters = workspace.config, workspace.adapters
+    path = acceleration_of(config)
+    assert path is not None
+    adapters.add_lora(ACCELERATING, read_lora(path, adapters.module_shapes).modules, dtype=workspace.backbone.dtype)
+    acceleration = hash_files({ACCELERATING: path})[ACCELERATING]
+    hashes = {name: f"{sha256}+{acceleration}" for name, sha256 in teacher_hashes.items()}
+    sampling = few_step_sampling(config.schedule.num_steps, config.schedule.shift)
+
+    def slots_for(effects: Sequence[str | None]) -> list[Slot]:
+        return [joined(slot, ACCELERATING) for slot in bank.slots_for(effects)]
+
+    made = make_targets(workspace, slots_for, sampling, hashes, console, batch_size)
+    adapters.remove_stack(ACCELERATING)
+    return made
 
 
 def distil(workspace: Workspace, bank: TeacherBank | None, resume: str | None, console: Console) -> Path:

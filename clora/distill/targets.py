@@ -1,6 +1,4 @@
-"""Target images y (Sec. 4.3): made by the teachers with their own prompt, many steps and guidance, cached by content;
-or the pairs' own.
-"""
+"""Target images y (Sec. 4.3): made by the teachers with their own prompt, cached by content; or the pairs' own."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
 from clora.distill.opened import Workspace
 from clora.errors import raise_faults
-from clora.inference.sampling import SlotsFor, sample, teacher_sampling
+from clora.inference.sampling import Sampling, SlotsFor, sample
 from clora.method.routing import step_generator
 from clora.training import distributed
 
@@ -38,19 +36,24 @@ def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Exam
 
 @torch.no_grad()
 def make_targets(
-    workspace: Workspace, slots_for: SlotsFor, teacher_hashes: dict[str, str], console: Console, batch_size: int
+    workspace: Workspace,
+    slots_for: SlotsFor,
+    sampling: Sampling,
+    teacher_hashes: dict[str, str],
+    console: Console,
+    batch_size: int,
 ) -> dict[str, list[Example]]:
     """The effects' examples with `y` filled in: `targets.per_source` images each, one noise per image.
 
-    Interrupted, it goes on where it was: every image is an entry of the cache, under a hash of the teacher's file, its
-    prompt, the source and the settings. Several processes share the work.
+    slots_for, sampling: the teachers, and how they are sampled. teacher_hashes: of each effect's files. Interrupted, it
+    goes on where it was: every image is an entry of the cache, under a hash of those, the prompt, the source and the
+    settings. Several processes share the work.
     """
     config, settings, backbone = workspace.config, workspace.config.targets, workspace.backbone
     todo = [e for examples in workspace.effects.values() for e in examples]
-    keys = {e.key: _keys(workspace, e, teacher_hashes) for e in todo}
+    keys = {e.key: _keys(workspace, e, sampling, teacher_hashes) for e in todo}
     missing = [e for e in todo if any(workspace.cache.read(key) is None for key in keys[e.key])]
     distributed.barrier()  # before any process writes, so that all see the same missing
-    sampling = teacher_sampling(config)
     with Progress(console=console, transient=True) as progress:
         batches = own_batches(list(in_batches(missing, batch_size)), equally_many=config.train.shard_base)
         task = progress.add_task("targets", total=sum(map(len, batches)) * settings.per_source)
@@ -86,10 +89,9 @@ def read_latents(workspace: Workspace, key: str) -> Tensor:
     return found["latents"]
 
 
-def _keys(workspace: Workspace, example: Example, teacher_hashes: dict[str, str]) -> list[str]:
+def _keys(workspace: Workspace, example: Example, sampling: Sampling, teacher_hashes: dict[str, str]) -> list[str]:
     settings = workspace.config.targets
     effect = example.effect or ""
-    sampling = teacher_sampling(workspace.config)
     how = (
         f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{sampling.num_steps}/{sampling.shift}/{sampling.guidance}/"
         f"{sampling.rescale}/{sampling.negative_prompt!r}/{example.grid}{base_suffix(workspace)}"
