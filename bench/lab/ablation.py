@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.lab.extend import Examples, sample
+from bench.lab.recipes import THREE
 from bench.lab.study import SLOT, Arm, Row, Study, judge, machine, write_figures
 from clora.config import acceleration_lora
 from clora.data.image_grid import to_uint8
@@ -36,7 +37,7 @@ from clora.tiny.world.scenes import render, sample_scene
 
 WHOLE = "whole"
 # From the whole method's coarse stage on.
-FULL = ("train.coarse_steps=0", "train.ema_start=0", "train.max_train_steps=100")
+FULL = ("train.coarse_steps=0", "train.ema_start=0", "train.max_train_steps=150")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "no PDSR": ("objective.p_switch=1",),
     "no target simulation": ("objective.dmd_ts_weight=0",),
@@ -46,8 +47,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "TA-FM at .1": ("objective.ta_fm_weight=0.1",),
     "TA-FM at 1": ("objective.ta_fm_weight=1",),
     "same-step imitation": ("objective.imitation=same_step", "objective.imitation_weight=1"),
-    "five critic updates": ("train.critic_updates=5",),
-    "one critic update": ("train.critic_updates=1",),
+    "three slow critic updates": THREE,
 }
 ARMS = (
     Arm(WHOLE, ()),

@@ -16,12 +16,13 @@ from clora.tiny.dataset import effect_names
 
 COARSE = 600  # updates
 BUDGET = 20_000  # forwards of an arm after the coarse stage
-PLAIN = ("student.acceleration=null", "train.critic_updates=0", "objective.ta_fm_weight=0", "objective.dmd_ts_weight=0",
-         "objective.dmd_bs_weight=0", "train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98",
-         "train.lr_warmup_steps=20")  # fmt: skip
+PLAIN = ("student.acceleration=null", "train.critic_updates=0", "train.critic_reuse=false", "objective.ta_fm_weight=0",
+         "objective.dmd_ts_weight=0", "objective.dmd_bs_weight=0", "train.coarse_steps=0", "train.ema_start=0",
+         "train.ema_decay=0.98", "train.lr_warmup_steps=20")  # fmt: skip
 IMITATE = (*PLAIN, "objective.imitation_weight=1", "objective.p_switch=1", "train.learning_rate=2e-3",
            "schedule.sampler=euler")  # fmt: skip
 MATCH = ("train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98")  # the rest is the preset's
+THREE = ("train.critic_updates=3", "train.critic_reuse=false", "train.critic_learning_rate=1e-3")
 ARMS = (
     Arm("coarse on", (*PLAIN, "train.coarse_steps=100000", "train.coarse_learning_rate=4e-3"), "coarse"),
     Arm("segment", (*IMITATE, "schedule.step_counts=[4,2]"), "coarse"),
@@ -30,7 +31,9 @@ ARMS = (
     Arm("dmd", MATCH, "coarse"),
     Arm("dmd 8", (*MATCH, "schedule.step_counts=null"), "coarse"),
     Arm("dmd 2", (*MATCH, "schedule.num_steps=2", "schedule.step_counts=null"), "coarse"),
-    Arm("dmd, hot critic", (*MATCH, "train.critic_learning_rate=5e-3"), "coarse"),
+    Arm("dmd, step counts alike", (*MATCH, "schedule.step_counts=[4,2]"), "coarse"),
+    Arm("dmd, slow critic", (*MATCH, "train.critic_learning_rate=1e-3"), "coarse"),
+    Arm("dmd, three slow critic updates", (*MATCH, *THREE), "coarse"),
     Arm("dmd, hot student", (*MATCH, "train.learning_rate=3e-4"), "coarse"),
 )
 
@@ -79,8 +82,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path)
     arguments = parser.parse_args()
     names = effect_names(arguments.effects)
-    settings = ("targets.source=teachers",)
-    study = Study(arguments.run.resolve(), names, settings, scenes=arguments.scenes, num_scenes=arguments.num_scenes)
+    study = Study(arguments.run.resolve(), names, scenes=arguments.scenes, num_scenes=arguments.num_scenes)
     write_figures(arguments.figures, measure(study, arguments.arms, arguments.budget))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -215,14 +215,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def acceleration_of(config: Config) -> Path | None:
-    """The acceleration LoRA that joins the student, as `student.acceleration` says; none without effects."""
-    named = config.student.acceleration
+def acceleration_of(config: Config, section: Literal["student", "targets"] = "student") -> Path | None:
+    """The acceleration LoRA that joins the student, as `student.acceleration` says, or the teachers for their targets,
+    as `targets.acceleration` does; none without effects. Raises `InputError` for the base's own of one without."""
+    named = config.student.acceleration if section == "student" else config.targets.acceleration
     if named is None or not config.effects:
         return None
     path = acceleration_lora(config.base.model) if named == "base" else named
     if path is None:
         raise InputError(
-            f"student.acceleration: base {config.base.model} brings no acceleration LoRA; give a file, or null"
+            f"{section}.acceleration: base {config.base.model} brings no acceleration LoRA; give a file, or null"
         )
     return path

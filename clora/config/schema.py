@@ -74,9 +74,6 @@ class Config(Section):
         if objective.imitation_weight and objective.imitation == "same_step" and self.student.acceleration is None:
             what = "'objective.imitation': same_step imitates teachers with an acceleration LoRA"
             faults.append(f"{what}; set student.acceleration, or objective.imitation=segment_mean")
-        if self.targets.source == "accelerated_teachers" and self.student.acceleration is None:
-            what = "'targets.source': accelerated_teachers are the teachers with an acceleration LoRA"
-            faults.append(f"{what}; set student.acceleration, or targets.source=teachers")
         if self.train.offload_base and not self.train.shard_base:
             faults.append("'train.offload_base': is for a base that is split; set train.shard_base=true too")
         if faults:

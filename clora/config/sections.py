@@ -134,13 +134,11 @@ class TeachConfig(Section):
 class TargetsConfig(Section):
     """The target images y of Eq. 6 and 7."""
 
-    source: Annotated[
-        TargetSource,
-        doc(
-            "'teachers' make them as said below; 'accelerated_teachers': with student.acceleration on top, in"
-            " schedule.num_steps; 'pairs': the pairs' own target images."
-        ),
-    ] = "teachers"
+    source: Annotated[TargetSource, doc("'teachers' make them; 'pairs': the pairs' own target images.")] = "teachers"
+    acceleration: Annotated[
+        Acceleration,
+        doc("Few-step LoRA on top of each teacher: they are then made as the student samples; 'base': the base's own."),
+    ] = None
     num_steps: Annotated[Count, doc("Euler steps of the teacher.")] = 40
     guidance: Annotated[Guidance, doc("Classifier-free guidance scale; 1 = none.")] = 4.0
     guidance_rescale: Annotated[Rescale, doc("'norm': as the base's own pipeline rescales it; 'none'.")] = "norm"
@@ -194,7 +192,8 @@ class ScheduleConfig(Section):
 
     num_steps: Annotated[int, doc("Steps of the student.", ge=1, le=1000)] = 8
     step_counts: Annotated[
-        StepCounts | None, doc("Step counts trained for besides `num_steps`, one of all drawn for a batch.")
+        StepCounts | None,
+        doc("Step counts trained for besides `num_steps`: one of all is drawn for a batch, a repeated one more often."),
     ] = [4, 2]
     shift: Annotated[Positive, doc("Shift of the schedule toward noise; 1 = evenly spaced.")] = 3.0
     sampler: Annotated[Sampler, doc("'consistency': noise afresh at each step; 'euler': follow the velocity.")] = (
@@ -203,8 +202,8 @@ class ScheduleConfig(Section):
 
     @property
     def trained_counts(self) -> list[int]:
-        """`num_steps`, then the others of `step_counts`."""
-        return list(dict.fromkeys([self.num_steps, *(self.step_counts or ())]))
+        """`num_steps`, then `step_counts`: each is drawn as often as it is here."""
+        return [self.num_steps, *(self.step_counts or ())]
 
 
 class BucketConfig(Section):

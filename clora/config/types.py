@@ -50,7 +50,7 @@ Url = Annotated[str, Field(pattern=r"^https?://")]
 
 LrScheduler = Literal["constant", "cosine", "linear"]
 
-TargetSource = Literal["teachers", "accelerated_teachers", "pairs"]
+TargetSource = Literal["teachers", "pairs"]
 
 SaveDtype = Literal["bfloat16", "float16", "float32"]
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import constants, try_to_load_from_cache
 
@@ -185,12 +186,7 @@ def _check_loras(config: Config, shapes: Shapes | None, base_is_here: bool, foun
     named = given_loras(config)
     if config.student.init_from is not None:
         named.append(("student.init_from", config.student.init_from))
-    if config.student.acceleration != "base" or base_is_here:  # of an absent base nothing can be said
-        try:
-            if (acceleration := acceleration_of(config)) is not None:
-                named.append(("student.acceleration", acceleration))
-        except InputError as error:
-            found.faults.append(str(error))
+    named += _accelerations(config, base_is_here, found)
     found.faults += missing_files("LoRA file", absent_files(named), config.folder)
     users: dict[Path, list[str]] = defaultdict(list)
     for key, path in (*named, *_taught_loras(config)):
@@ -204,6 +200,24 @@ def _check_loras(config: Config, shapes: Shapes | None, base_is_here: bool, foun
                 found.warnings += [f"{keys[0]}: {note}" for note in check_lora(path, shapes).notes]
             except InputError as error:
                 found.faults += [f"{keys[0]}: {fault}" for fault in error.faults]
+
+
+def _accelerations(config: Config, base_is_here: bool, found: Findings) -> list[tuple[str, Path]]:
+    """Key and file of the acceleration LoRAs; student and targets may share one."""
+    named: dict[Path, str] = {}
+    sections: tuple[tuple[Literal["student", "targets"], object], ...] = (
+        ("student", config.student.acceleration),
+        ("targets", config.targets.acceleration),
+    )
+    for section, asked in sections:
+        if asked == "base" and not base_is_here:
+            continue  # nothing can be said
+        try:
+            if (path := acceleration_of(config, section)) is not None:
+                named.setdefault(path, f"{section}.acceleration")
+        except InputError as error:
+            found.faults.append(str(error))
+    return [(key, path) for path, key in named.items()]
 
 
 def _taught_loras(config: Config) -> list[tuple[str, Path]]:

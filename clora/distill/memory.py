@@ -246,8 +246,8 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
     paths = [config.teacher_path(effect) for effect in config.effects]
     ranks = [check_lora(path).max_rank if path.is_file() else config.teach.rank for path in paths]
     accelerated = acceleration_of(config)
-    makes_targets = bool(config.effects) and config.targets.source != "pairs"
-    guided = config.targets.source == "teachers" and config.targets.guidance != 1
+    makes_targets = bool(config.effects) and config.targets.source == "teachers"
+    guided = config.targets.acceleration is None and config.targets.guidance != 1
     return TrainSettings(
         image_tokens=train.buckets.max_area // footprint.pixels_per_token**2,
         reference_tokens=footprint.reference_tokens,

@@ -58,22 +58,25 @@ def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dic
     if workspace.config.targets.source == "pairs":
         return targets_from_pairs(workspace.effects)
     hashes, batch_size = hash_files(teacher_files(workspace.config)), min(TARGET_BATCH, bank.capacity)
-    if workspace.config.targets.source == "accelerated_teachers":
-        return _accelerated_targets(workspace, bank, hashes, console, batch_size)
+    if (path := acceleration_of(workspace.config, "targets")) is not None:
+        return _accelerated_targets(workspace, bank, path, hashes, console, batch_size)
     return make_targets(workspace, bank.slots_for, teacher_sampling(workspace.config), hashes, console, batch_size)
 
 
 def _accelerated_targets(
-    workspace: Workspace, bank: TeacherBank, teacher_hashes: dict[str, str], console: Console, batch_size: int
+    workspace: Workspace,
+    bank: TeacherBank,
+    path: Path,
+    teacher_hashes: dict[str, str],
+    console: Console,
+    batch_size: int,
 ) -> dict[str, list[Example]]:
-    """The same by the stacked deployment of Eq. 3: each teacher with the acceleration LoRA, in the schedule's steps."""
+    """The same by the stacked deployment of Eq. 3: each teacher with the acceleration LoRA, as the student samples."""
     config, adapters = workspace.config, workspace.adapters
-    path = acceleration_of(config)
-    assert path is not None
     adapters.add_lora(ACCELERATING, read_lora(path, adapters.module_shapes).modules, dtype=workspace.backbone.dtype)
     acceleration = hash_files({ACCELERATING: path})[ACCELERATING]
     hashes = {name: f"{sha256}+{acceleration}" for name, sha256 in teacher_hashes.items()}
-    sampling = few_step_sampling(config.schedule.num_steps, config.schedule.shift)
+    sampling = few_step_sampling(config.schedule.num_steps, config.schedule.shift, config.schedule.sampler)
 
     def slots_for(effects: Sequence[str | None]) -> list[Slot]:
         return [joined(slot, ACCELERATING) for slot in bank.slots_for(effects)]

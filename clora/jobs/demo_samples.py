@@ -97,7 +97,8 @@ def load_methods(workspace: OpenBase, out: Path) -> list[Method]:
 def in_every_count(config: Config, made: Callable[[Config], list[Method]]) -> list[Method]:
     """The methods in the schedule's number of steps, and in the other step counts that the student is trained for."""
     found = {method.name: method for method in made(config)}
-    for count in config.schedule.trained_counts[1:]:
+    schedule = config.schedule
+    for count in dict.fromkeys(count for count in schedule.trained_counts if count != schedule.num_steps):
         for method in made(config.with_values(schedule={"num_steps": count})):
             if method.nfe == count and not method.name.startswith("teacher-"):  # whose name tells it
                 method = replace(method, name=f"{method.name}, {count} steps")

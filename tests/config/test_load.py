@@ -16,6 +16,7 @@ from clora.config import (
     ObjectiveConfig,
     Section,
     TrainConfig,
+    acceleration_of,
     build_config,
     known_keys,
     load_config,
@@ -191,6 +192,7 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         "base: ./model\noutput_dir: ../out\ndata_roots: [shared, /abs]\n"
         "effects: [{name: a, prompt: p, lora: l/a.safetensors, pairs: pairs}]\n"
         "general: {pairs: g.jsonl}\nstudent: {init_from: s.safetensors, acceleration: fast.safetensors}\n"
+        "targets: {acceleration: faster.safetensors}\n"
     )
     path = write(tmp_path, text, "conf/config.yaml")
     monkeypatch.chdir(tmp_path)
@@ -205,6 +207,7 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         assert config.general is not None and config.general.pairs == home / "g.jsonl"
         assert config.student.init_from == home / "s.safetensors"
         assert config.student.acceleration == home / "fast.safetensors"
+        assert acceleration_of(config, "targets") == home / "faster.safetensors"
         assert config.teacher_path(EffectConfig(name="b", prompt="p")) == tmp_path / "out/teachers/b.safetensors"
 
 

@@ -17,7 +17,6 @@ from clora.distill.opened import Workspace
 from clora.distill.run import open_bank, targets_of
 from clora.distill.targets import make_targets
 from clora.distill.workspace import open_workspace
-from clora.errors import InputErrors
 from clora.inference.sampling import Sampling, few_step_sampling, sample, teacher_sampling
 from clora.io.digest import hash_files
 from clora.jobs.teach import teach
@@ -93,12 +92,12 @@ def test_make_targets_are_made_anew_when_their_settings_change(
     assert anew("targets.per_source=2") == 12 - 6 + 6  # the batch is sampled whole where one of its images lacks
 
 
-def test_targets_of_accelerated_teachers_are_the_stack_in_the_schedules_steps(
+def test_targets_of_with_an_acceleration_lora_are_of_the_stack_in_the_schedules_steps(
     random_base: Path, dataset: Path, tmp_path: Path
 ) -> None:
     """Eq. 3's deployment: each effect's own teacher and the acceleration LoRA, by the few-step sampler, the teacher's
     prompt; the adapters are then what they were."""
-    told = ["targets.source=accelerated_teachers", f"student.acceleration={tmp_path / 'fast.safetensors'}"]
+    told = [f"targets.acceleration={tmp_path / 'fast.safetensors'}"]
     config = make_config(random_base, dataset, tmp_path / "run", *told, "teach.learning_rate=1e-1")
     teach(config)
     workspace = opened(config)
@@ -127,10 +126,3 @@ def test_targets_of_accelerated_teachers_are_the_stack_in_the_schedules_steps(
     found = {others: float((by(others) - example.y[0]).abs().max()) for others in (cold, "fast", (warm, "fast"))}
     assert (by((cold, "fast")) - example.y[0]).abs().max() < 0.01 * min(found.values())  # a batch sums in another order
     bank.close()
-
-
-def test_config_accelerated_teachers_need_an_acceleration_lora(
-    random_base: Path, dataset: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(InputErrors, match="set student.acceleration, or targets.source=teachers"):
-        make_config(random_base, dataset, tmp_path / "run", "targets.source=accelerated_teachers")

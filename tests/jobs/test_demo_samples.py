@@ -16,7 +16,7 @@ def test_in_every_count_samples_each_method_in_each_step_count() -> None:
             return effects
 
     bank: Any = Bank()
-    schedule = {"num_steps": 8, "step_counts": [4, 2]}
+    schedule = {"num_steps": 8, "step_counts": [8, 4, 2]}
     config = build_config({"preset": "tiny", "base": "tiny", "output_dir": ".", "schedule": schedule})
     found = {m.name: m for m in in_every_count(config, lambda c: methods(c, bank, [ACCELERATION, COARSE]))}
     assert {name: method.nfe for name, method in found.items()} == {

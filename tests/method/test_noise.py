@@ -87,16 +87,20 @@ def test_draw_ts_gen_sigma_refuses_a_bound_below_every_step() -> None:
         draw_ts_gen_sigma(config(ts_sigma="schedule", tau_max=0.2), draws())
 
 
-def several_counts() -> Any:
+def several_counts(*others: int) -> Any:
     objective = ObjectiveConfig(ts_sigma="schedule", tau_max=1.0)
-    return SimpleNamespace(objective=objective, schedule=ScheduleConfig(num_steps=8, step_counts=[4, 2]))
+    return SimpleNamespace(objective=objective, schedule=ScheduleConfig(num_steps=8, step_counts=others or (4, 2)))
 
 
-def test_draw_schedule_takes_every_step_count_alike_often() -> None:
-    found = [draw_schedule(several_counts(), draws(seed, 1)) for seed in range(900)]
+@pytest.mark.parametrize(("others", "shares"), [((4, 2), {8: 1, 4: 1, 2: 1}), ((8, 4, 2), {8: 2, 4: 1, 2: 1})])
+def test_draw_schedule_takes_every_step_count_as_often_as_it_is_named(
+    others: tuple[int, ...], shares: dict[int, int]
+) -> None:
+    found = [draw_schedule(several_counts(*others), draws(seed, 1)) for seed in range(900)]
     assert all(torch.equal(sigmas, few_step_sigmas(len(sigmas))) for sigmas in found)
-    times = Counter(map(len, found))
-    assert set(times) == {8, 4, 2} and min(times.values()) > 240
+    times, whole = Counter(map(len, found)), sum(shares.values())
+    assert set(times) == set(shares)
+    assert all(abs(times[count] / 900 - share / whole) < 0.05 for count, share in shares.items())
     alone, untouched = draws(3), draws(3)
     assert len(draw_schedule(config(), alone)) == 8  # a single count draws nothing
     assert torch.equal(torch.rand(1, generator=alone.generator), torch.rand(1, generator=untouched.generator))

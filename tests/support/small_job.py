@@ -64,7 +64,7 @@ def job_values(base: Path, dataset: Path, out: Path, effects: bool = True) -> di
         "general": {"pairs": str(dataset / "general")},
         "student": {"rank": 4, "alpha": 4, "acceleration": None},
         "teach": {"max_train_steps": 4, "batch_size": 2, "rank": 2, "alpha": 2, "lr_warmup_steps": 0},
-        "targets": {"source": "teachers", "num_steps": 2},
+        "targets": {"acceleration": None, "num_steps": 2},
         "schedule": {"num_steps": 3},
         "train": {
             "max_train_steps": 6,
