@@ -104,6 +104,7 @@ class Study:
         if not path.exists():
             self.console.rule(arm.name)
             config.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.folder / "cache").mkdir(exist_ok=True)
             if not (cache := config.output_dir / "cache").exists():
                 cache.symlink_to(self.folder / "cache")  # entries go by content: images are encoded once
             train(config, resume="latest", console=self.console)

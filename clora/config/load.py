@@ -219,7 +219,8 @@ def acceleration_of(config: Config, section: Literal["student", "targets"] = "st
     """The acceleration LoRA that joins the student, as `student.acceleration` says, or the teachers for their targets,
     as `targets.acceleration` does; none without effects. Raises `InputError` for the base's own of one without."""
     named = config.student.acceleration if section == "student" else config.targets.acceleration
-    if named is None or not config.effects:
+    is_used = config.effects and (section == "student" or config.targets.source == "teachers")
+    if named is None or not is_used:
         return None
     path = acceleration_lora(config.base.model) if named == "base" else named
     if path is None:

@@ -50,7 +50,7 @@ def test_own_dataset_goes_through_every_command(random_base: Path, tmp_path: Pat
         ],
         "objective": {"p_switch": 1.0},
         "teach": {"max_train_steps": 2, "batch_size": 1, "rank": 2, "alpha": 2},
-        "targets": {"source": "teachers", "num_steps": 2},
+        "targets": {"source": "teachers", "num_steps": 2, "acceleration": None},
         "student": {"rank": 4, "alpha": 4, "acceleration": None},
         "schedule": {"num_steps": 2},
         "train": {

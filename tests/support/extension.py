@@ -55,6 +55,7 @@ def make_config(base: Path, place: Path, out: Path, *overrides: str, name: str =
         "output_dir": str(out),
         "effects": [{"name": name, "prompt": "change it", "lora": "warm.safetensors", "pairs": "warm"}],
         "student": {"acceleration": None, "targets": TARGETS},
+        "targets": {"acceleration": None},
         "schedule": {"num_steps": 2},
         "objective": {"p_switch": 1.0, "guidance": 2.0},
         "extend": {
