@@ -45,6 +45,7 @@ BASE = "tiny"
 PLAIN = "fp32"
 CALIBRATION_SCENES = 16
 BATCH = 25
+Rounding = tuple[dict[str, Scale], Numbers] | None
 Batch = tuple[list[tuple[str, int]], Cond]  # effects and scenes, and what is asked for them
 
 
@@ -85,16 +86,16 @@ def sample(backbone: Backbone, network: nn.Module, source: Source, examples: Seq
     return images
 
 
-def rows_of(network: nn.Module, source: Source, pictures: list[Image.Image]) -> dict[str, Any]:
-    """Of every row its numbers and scales, and what the choice of a format reports."""
-    rows: dict[str, tuple[Numbers, dict[str, Scale]] | None] = {PLAIN: None}
+def rows_of(network: nn.Module, source: Source, pictures: list[Image.Image]) -> tuple[dict[str, Rounding], Any]:
+    """How every row is rounded, and what the choice of each format reports."""
+    rows: dict[str, Rounding] = {PLAIN: None}
     choices = {}
     for name, numbers in NUMBERS.items():
         choice = calibrate(network, BASE, source.catalogue, pictures, LIMITS, torch.float32, numbers)
-        rows[name], rows[f"{name}, none kept"] = (numbers, choice.rounded), (numbers, choice.scales)
+        rows[name], rows[f"{name}, none kept"] = (choice.rounded, numbers), (choice.scales, numbers)
         costs = {"cost": choice.cost, "cost_of_all": choice.cost_of_all, "worst": choice.worst}
         choices[name] = {"kept": choice.kept, **{key: round(value, 4) for key, value in costs.items()}}
-    return {"rows": rows, "choices": choices}
+    return rows, choices
 
 
 @torch.no_grad()
@@ -104,13 +105,13 @@ def measure(folder: Path, num_scenes: int) -> dict[str, Any]:
     source = find_source(BASE, lora)
     network = merged_network(source, folder / "merged")
     tune = write_eval_sources(folder / "tune", CALIBRATION_SCENES, first=SCENES["tune"])
-    chosen = rows_of(network, source, [load_image(path) for path in tune.values()])
+    rounded, choices = rows_of(network, source, [load_image(path) for path in tune.values()])
     backbone = load_backbone(BASE, "cpu", torch.float32)
     scenes = write_eval_sources(folder / "judge", num_scenes, first=SCENES["judge"])
     examples = list(batches(backbone, source, scenes))
     images: dict[str, Images] = {}
-    for name, row in chosen["rows"].items():
-        with nullcontext() if row is None else simulated(network, row[1], row[0]):
+    for name, rounding in rounded.items():
+        with nullcontext() if rounding is None else simulated(network, *rounding):
             images[name] = sample(backbone, network, source, examples)
     rows = judge(images, PLAIN)
     for row in rows:
@@ -120,7 +121,7 @@ def measure(folder: Path, num_scenes: int) -> dict[str, Any]:
         "collection": {"effects": len(source.catalogue.effects), "version": source.catalogue.version},
         "scenes": {"use": "judge", "count": num_scenes, "calibrated on": f"tune, {CALIBRATION_SCENES}"},
         "machine": machine(),
-        "choices": chosen["choices"],
+        "choices": choices,
         "rows": rows,
     }
 

@@ -247,7 +247,7 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
     ranks = [check_lora(path).max_rank if path.is_file() else config.teach.rank for path in paths]
     accelerated = acceleration_of(config)
     makes_targets = bool(config.effects) and config.targets.source == "teachers"
-    guided = config.targets.acceleration is None and config.targets.guidance != 1
+    guided_targets = config.targets.acceleration is None and config.targets.guidance != 1
     return TrainSettings(
         image_tokens=train.buckets.max_area // footprint.pixels_per_token**2,
         reference_tokens=footprint.reference_tokens,
@@ -273,7 +273,7 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
         ),
         num_steps=max(config.schedule.trained_counts),
         checkpointing=train.gradient_checkpointing,
-        targets_batch=min(TARGET_BATCH, slots) * (1 + guided) if makes_targets else 0,
+        targets_batch=min(TARGET_BATCH, slots) * (1 + guided_targets) if makes_targets else 0,
         text_encoder_parameters=encoders["text_encoder"],
         vae_parameters=encoders["vae"],
     )

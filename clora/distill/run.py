@@ -54,34 +54,27 @@ def open_bank(base: OpenBase) -> TeacherBank | None:
 
 
 def targets_of(workspace: Workspace, bank: TeacherBank, console: Console) -> dict[str, list[Example]]:
-    """The effects' examples with their y; a batch never needs more teachers than there are slots."""
-    if workspace.config.targets.source == "pairs":
+    """The effects' examples with their y; a batch never needs more teachers than there are slots.
+
+    `targets.acceleration` makes them by the stacked deployment of Eq. 3: each teacher with that LoRA on top, sampled as
+    the student is.
+    """
+    config, adapters, schedule = workspace.config, workspace.adapters, workspace.config.schedule
+    if config.targets.source == "pairs":
         return targets_from_pairs(workspace.effects)
-    hashes, batch_size = hash_files(teacher_files(workspace.config)), min(TARGET_BATCH, bank.capacity)
-    if (path := acceleration_of(workspace.config, "targets")) is not None:
-        return _accelerated_targets(workspace, bank, path, hashes, console, batch_size)
-    return make_targets(workspace, bank.slots_for, teacher_sampling(workspace.config), hashes, console, batch_size)
+    hashes, batch_size = hash_files(teacher_files(config)), min(TARGET_BATCH, bank.capacity)
+    path = acceleration_of(config, "targets")
+    if path is None:
+        return make_targets(workspace, bank.slots_for, teacher_sampling(config), hashes, console, batch_size)
 
-
-def _accelerated_targets(
-    workspace: Workspace,
-    bank: TeacherBank,
-    path: Path,
-    teacher_hashes: dict[str, str],
-    console: Console,
-    batch_size: int,
-) -> dict[str, list[Example]]:
-    """The same by the stacked deployment of Eq. 3: each teacher with the acceleration LoRA, as the student samples."""
-    config, adapters = workspace.config, workspace.adapters
-    adapters.add_lora(ACCELERATING, read_lora(path, adapters.module_shapes).modules, dtype=workspace.backbone.dtype)
-    acceleration = hash_files({ACCELERATING: path})[ACCELERATING]
-    hashes = {name: f"{sha256}+{acceleration}" for name, sha256 in teacher_hashes.items()}
-    sampling = few_step_sampling(config.schedule.num_steps, config.schedule.shift, config.schedule.sampler)
-
-    def slots_for(effects: Sequence[str | None]) -> list[Slot]:
+    def stacked(effects: Sequence[str | None]) -> list[Slot]:
         return [joined(slot, ACCELERATING) for slot in bank.slots_for(effects)]
 
-    made = make_targets(workspace, slots_for, sampling, hashes, console, batch_size)
+    acceleration = hash_files({ACCELERATING: path})[ACCELERATING]
+    hashes = {name: f"{sha256}+{acceleration}" for name, sha256 in hashes.items()}
+    adapters.add_lora(ACCELERATING, read_lora(path, adapters.module_shapes).modules, dtype=workspace.backbone.dtype)
+    sampling = few_step_sampling(schedule.num_steps, schedule.shift, schedule.sampler)
+    made = make_targets(workspace, stacked, sampling, hashes, console, batch_size)
     adapters.remove_stack(ACCELERATING)
     return made
 

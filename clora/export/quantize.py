@@ -22,8 +22,6 @@ from torch import Tensor, nn
 KEPT_SHARE = 0.1  # of the linears: those that cost most
 LEAST = 1e-12  # that a largest value is taken for, so that a scale is none of zero
 Inputs = tuple[Tensor, ...]
-
-
 EightBits = Literal["fp8", "int8"]
 
 

@@ -107,9 +107,8 @@ class SlotLinear(nn.Linear):
             return False
         N, K, rows = self.out_features, self.in_features, x.numel() // self.in_features
         rank = sum(self.max_rank(term) for term in terms)
-        if not torch.is_grad_enabled():
-            return rank * N * K < rank * rows * (N + K)
-        return 3 * rank * N * K + rows * N * K < 3 * rank * rows * (N + K)
+        saved = 3 * rank * (rows * (N + K) - N * K)  # of the product, and of both gradients
+        return saved > (rows * N * K if torch.is_grad_enabled() else 0)  # what the gradient of the sum takes
 
     def lanes(self, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """What `lora_linear` takes beside x, weight and bias for an input of this many rows: A (S, r, K),

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -168,13 +168,22 @@ def test_acceleration_joins_after_the_coarse_steps(
     assert max(float((joined[m] - moved[m]).norm()) for m in joined) > 1e-3
 
 
-def test_acceleration_of_a_base_that_brings_none_is_an_error(random_base: Path, dataset: Path, tmp_path: Path) -> None:
-    config = make_config(random_base, dataset, tmp_path / "run", "student.acceleration=base")
-    with pytest.raises(InputError, match=r"student\.acceleration: .* brings no acceleration LoRA"):
-        acceleration_of(config)
-    assert (
-        acceleration_of(make_config(random_base, dataset, tmp_path, "student.acceleration=base", effects=False)) is None
-    )
+@pytest.mark.parametrize("section", ["student", "targets"])
+def test_acceleration_of_a_base_that_brings_none_is_an_error(
+    section: Literal["student", "targets"], random_base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    asked = f"{section}.acceleration=base"
+    config = make_config(random_base, dataset, tmp_path / "run", asked)
+    with pytest.raises(InputError, match=rf"{section}\.acceleration: .* brings no acceleration LoRA"):
+        acceleration_of(config, section)
+    assert acceleration_of(make_config(random_base, dataset, tmp_path, asked, effects=False), section) is None
+
+
+def test_acceleration_of_targets_is_none_where_pairs_bring_them(
+    random_base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    asked = ("targets.acceleration=base", "targets.source=pairs")
+    assert acceleration_of(make_config(random_base, dataset, tmp_path, *asked), "targets") is None
 
 
 def test_train_stops_at_a_loss_that_is_not_finite_and_names_the_samples(

@@ -153,9 +153,10 @@ def test_load_backbone_quantizes_the_blocks_alone(random_base: Path, monkeypatch
 
 
 def test_train_on_an_int8_base_follows_training_on_the_plain_one(random_base: Path, tmp_path: Path) -> None:
-    """Every loss within two hundredths over six steps of both streams; targets of one base are not the other's."""
+    """Every loss within a hundredth over six steps of both streams; targets of one base are not the other's."""
     dataset, out = write_dataset(tmp_path / "data"), tmp_path / "run"
-    configs = [make_config(random_base, dataset, out, f"base.quantize={quantize}") for quantize in ("none", "int8")]
+    both = [(f"base.quantize={quantize}", "schedule.step_counts=[4,2]") for quantize in ("none", "int8")]
+    configs = [make_config(random_base, dataset, out, *overrides) for overrides in both]
     teach(configs[0])
     cached = []
     for config in configs:
@@ -169,5 +170,5 @@ def test_train_on_an_int8_base_follows_training_on_the_plain_one(random_base: Pa
     for plain, small in zip(*logs, strict=True):
         assert plain.keys() == small.keys()
         losses = [name for name in plain if name.endswith("_loss")]
-        assert losses and all(small[name] == pytest.approx(plain[name], rel=0.02) for name in losses)
+        assert losses and all(small[name] == pytest.approx(plain[name], rel=0.01) for name in losses)
         assert any(small[name] != plain[name] for name in losses)
