@@ -94,8 +94,9 @@ def test_extend_on_two_processes_equals_one(random_base: Path, place: Path, tmp_
     """Coarse and full steps on new and old effects, half of every batch on each of two processes."""
     collection = place / "collection.safetensors"
     one, two = tmp_path / "one", tmp_path / "two"
-    extend(collection, make_config(random_base, place, one, "extend.anchor_batch_size=4"), console=QUIET)
-    halves = make_config(random_base, place, two, "extend.anchor_batch_size=2", "train.batch_size=1")
+    calm = "train.adam_epsilon=1e-6"  # or a gradient that is nothing but rounding moves its element a whole step
+    extend(collection, make_config(random_base, place, one, "extend.anchor_batch_size=4", calm), console=QUIET)
+    halves = make_config(random_base, place, two, "extend.anchor_batch_size=2", "train.batch_size=1", calm)
     file = tmp_path / "two.yaml"
     file.write_text(json.dumps(halves.model_dump(mode="json")))
     said = processes.run(2, ["extend", str(collection), str(file)], tmp_path / "output")
@@ -106,7 +107,7 @@ def test_extend_on_two_processes_equals_one(random_base: Path, place: Path, tmp_
         assert row.keys() == expected.keys()
         for name in row.keys() - {"seconds"}:
             assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (row["step"], name)
-    torch.testing.assert_close(student_of(two), student_of(one), rtol=0, atol=1e-5)
+    torch.testing.assert_close(student_of(two), student_of(one), rtol=0, atol=2e-6)
     shards = (two / "extend" / "checkpoint-00000004").glob("shard-*.safetensors")
     assert sorted(path.name for path in shards) == ["shard-0-of-2.safetensors", "shard-1-of-2.safetensors"]
     assert read_catalogue(two / "collection.safetensors") == read_catalogue(one / "collection.safetensors")
