@@ -1,10 +1,11 @@
 """What does each part of the method add? `python -m bench.lab.ablation --run runs/ablation [--figures F]`.
 
-The paper's Table 3 on preset `tiny`: its full stage with one part taken away, or put back, from one coarse student and
-for as many updates; without AOP the coarse stage is trained anew, for it reads the same prompts. Effects are judged in
-8, 4 and 2 steps, with paired differences to the whole method; *general edits*, which PDSR is to keep, by the PSNR of
-the base's own instructions on scenes of their own. Everything is kept below the folder, and goes on where it was
-interrupted.
+The paper's Table 3, twice. On preset `tiny`: its full stage, whole (`whole`, the control) and with one part taken away
+or put back, all from the file of one coarse student and for as many updates; without AOP the coarse stage is trained
+anew, for it reads the same prompts. On preset `paper`'s recipe, at three times the cost: the paper's five rows, each
+with what it names. Effects are judged in 8, 4 and 2 steps, with paired differences to `whole` (the paper's rows to the
+last of them); *general edits*, which PDSR is to keep, by the PSNR of the base's own instructions on scenes of their
+own. Everything is kept below the folder, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.lab.extend import Examples, sample
-from bench.lab.recipes import THREE
+from bench.lab.recipes import PAPER_COST, THREE, paper_recipe, steps_for
 from bench.lab.study import SLOT, Arm, Row, Study, judge, machine, write_figures
 from clora.config import acceleration_lora
 from clora.data.image_grid import to_uint8
@@ -35,12 +36,15 @@ from clora.tiny.dataset import EVAL_SCENES, effect_names
 from clora.tiny.instructions import generic_edit
 from clora.tiny.world.scenes import render, sample_scene
 
-WHOLE = "whole"
-# From the whole method's coarse stage on.
+PRESET, PRESET_VAGUE, WHOLE = "preset", "preset, no AOP", "whole"
+NO_AOP, NO_TS, NO_TA_FM = "objective.aop=false", "objective.dmd_ts_weight=0", "objective.ta_fm_weight=0"
+NONE = f"{PRESET}:coarse"  # with the acceleration LoRA: no full stage
+# From the preset's coarse student on.
 FULL = ("train.coarse_steps=0", "train.ema_start=0", "train.max_train_steps=150")
 PARTS: Mapping[str, tuple[str, ...]] = {
+    WHOLE: (),
     "no PDSR": ("objective.p_switch=1",),
-    "no target simulation": ("objective.dmd_ts_weight=0",),
+    "no target simulation": (NO_TS,),
     # The general stream has nothing else: so without PDSR as well.
     "no backward simulation, no PDSR": ("objective.dmd_bs_weight=0", "objective.p_switch=1"),
     "eight steps alone": ("schedule.step_counts=null",),
@@ -49,15 +53,31 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "same-step imitation": ("objective.imitation=same_step", "objective.imitation_weight=1"),
     "three slow critic updates": THREE,
 }
+BASES = (Arm(PRESET, ()), Arm(PRESET_VAGUE, (NO_AOP,)))  # whose coarse students the arms start from
 ARMS = (
-    Arm(WHOLE, ()),
-    Arm("no AOP", ("objective.aop=false",)),
-    *(Arm(name, (*FULL, *settings), f"{WHOLE}:coarse") for name, settings in PARTS.items()),
+    *(Arm(name, (*FULL, *settings), NONE) for name, settings in PARTS.items()),
+    Arm("no AOP", (*FULL, NO_AOP), f"{PRESET_VAGUE}:coarse"),
 )
-NONE = f"{WHOLE}:coarse"  # with the acceleration LoRA: no full stage
+PAPER = "paper: all"
+PAPER_RATE = 1e-3  # the best of three (bench.lab.recipes)
+# Table 3, in its order.
+PAPER_PARTS: Mapping[str, tuple[str, ...]] = {
+    "paper: PDSR": (NO_AOP, NO_TS, NO_TA_FM),
+    "paper: PDSR, AOP": (NO_TS, NO_TA_FM),
+    "paper: PDSR, AOP, TS": (NO_TA_FM,),
+    "paper: AOP, TS, TA-FM": ("objective.p_switch=1",),
+    PAPER: (),
+}
 NFE = (8, 4, 2)
 GENERAL_SCENES = EVAL_SCENES + 40_000
 Truth = NDArray[Any]
+
+
+def paper_arms(study: Study) -> list[Arm]:
+    """As many updates for all as the whole recipe makes at its cost."""
+    whole = Arm(PAPER, paper_recipe(PAPER_RATE))
+    steps = steps_for(study, whole, PAPER_COST * study.forwards(BASES[0])).overrides[-1:]
+    return [Arm(name, (*whole.overrides, *settings, *steps)) for name, settings in PAPER_PARTS.items()]
 
 
 def row(who: str, steps: int) -> Row:
@@ -103,7 +123,9 @@ def general_quality(study: Study, whos: Sequence[str], count: int, num_steps: in
         who: {
             "psnr": round(float(values.mean()), 2),
             "to_base": round(float(gaps[who].mean()), 2),
-            "interval": [round(end, 2) for end in bootstrap_interval([[gap] for gap in gaps[who]])],
+            "interval": [
+                round(end, 2) for end in bootstrap_interval({(edit,): [gap] for edit, gap in enumerate(gaps[who])})
+            ],
         }
         for who, values in found.items()
     }
@@ -111,18 +133,21 @@ def general_quality(study: Study, whos: Sequence[str], count: int, num_steps: in
 
 def measure(study: Study, chosen: Sequence[str], num_general: int) -> dict[str, Any]:
     study.teach()
-    arms = [arm for arm in ARMS if arm.name in (WHOLE, *chosen)]
-    for arm in arms:
+    papers = {PAPER} if PAPER_PARTS.keys() & set(chosen) else set()
+    arms = [arm for arm in (*ARMS, *paper_arms(study)) if arm.name in {WHOLE, *papers, *chosen}]
+    bases = [base for base in BASES if any(arm.start == f"{base.name}:coarse" for arm in arms)]
+    for arm in (*bases, *arms):
         study.train(arm)
-    whos = [*(arm.name for arm in arms), NONE]
+    whos = [PRESET, *(arm.name for arm in arms), NONE]
     rows = [row(who, steps) for who in whos for steps in NFE]
-    controls = {one.name: row(WHOLE, one.num_steps or 8).name for one in rows}
+    parts = PAPER_PARTS.keys() - {PAPER}
+    controls = {one.name: row(PAPER if one.who in parts else WHOLE, one.num_steps or 8).name for one in rows}
     return {
         "effects": list(study.effects),
         "scenes": {"use": study.scenes, "count": study.num_scenes},
         "settings": ["preset tiny", *study.settings],
-        "arms": {arm.name: list(arm.overrides) for arm in arms},
-        "forwards": {arm.name: round(study.forwards(arm)) for arm in arms},
+        "arms": {arm.name: list(arm.overrides) for arm in (*bases, *arms)},
+        "forwards": {arm.name: round(study.forwards(arm)) for arm in (*bases, *arms)},
         "machine": machine(),
         "rows": judge(study.sample(rows), controls),
         "general edits, 8 steps": general_quality(study, whos, num_general),
@@ -133,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--effects", type=int, default=12)
-    parser.add_argument("--arms", nargs="*", default=[arm.name for arm in ARMS])
+    parser.add_argument("--arms", nargs="*", default=[*(arm.name for arm in ARMS), *PAPER_PARTS])
     parser.add_argument("--scenes", choices=("tune", "judge"), default="judge")
     parser.add_argument("--num-scenes", type=int, default=6)
     parser.add_argument("--num-general", type=int, default=96)

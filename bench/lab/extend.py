@@ -47,7 +47,7 @@ PAIRS = 40
 NEW_NOISES = 4  # images of a new effect on each scene: there are few new effects
 TEACHER_STEPS = 400  # twice the preset's, as for the collection of 50
 # The first held-out scene of each use: those that settings are chosen on, and those that they are judged on.
-SCENES = {"tune": EVAL_SCENES, "judge": EVAL_SCENES + 20_000}
+SCENES = {"tune": EVAL_SCENES, "judge": EVAL_SCENES + 60_000}
 Images = dict[tuple[str, int], list[Pixels]]
 
 
@@ -154,7 +154,9 @@ def figures_of(images: dict[str, Images], new: set[str]) -> dict[str, Any]:
         "rows": [{"effects": name, **row(one)} for name, one in scores.items()],
         "old_bcr_change": round(scores["old, after"].bcr - scores["old, before"].bcr, 4),
         # Effects drawn with replacement.
-        "old_bcr_change_interval": [round(x, 4) for x in bootstrap_interval([[c] for c in changes.values()])],
+        "old_bcr_change_interval": [
+            round(x, 4) for x in bootstrap_interval({(name,): [c] for name, c in changes.items()})
+        ],
         "old_bcr_change_by_effect": {name: round(c, 3) for name, c in sorted(changes.items()) if c},
         "new_bcr_by_effect": {
             name: {

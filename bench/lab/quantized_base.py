@@ -138,11 +138,11 @@ def measure(num_effects: int, num_scenes: int, num_steps: int) -> dict[str, Any]
 
 def quality(scores: MethodScores, exact: MethodScores) -> dict[str, Any]:
     """Figures against the truth, and the change of the bad-case rate with its interval, effects drawn anew."""
-    changes = [scores.per_effect[name].bcr - exact.per_effect[name].bcr for name in exact.per_effect]
+    changes = {(name,): [scores.per_effect[name].bcr - one.bcr] for name, one in exact.per_effect.items()}
     return {
         "bcr": round(scores.bcr, 4),
         "bcr_change": round(scores.bcr - exact.bcr, 4),
-        "bcr_change_interval": [round(x, 4) for x in bootstrap_interval([[change] for change in changes])],
+        "bcr_change_interval": [round(x, 4) for x in bootstrap_interval(changes)],
         "psnr": None if scores.psnr is None else round(scores.psnr, 2),
         "outputs": scores.num_outputs,
     }

@@ -2,16 +2,19 @@
 
 All arms start from one coarse student (flow matching on the teachers' images) and train at about equal cost, counted in
 forwards of a sample (a backward is two). The controls have no distillation: the coarse student, the same trained on for
-the cost of an arm, both also with the base's acceleration LoRA on top.
+the cost of an arm, both also with the base's acceleration LoRA on top. Arms `paper RATE` are preset `paper`'s recipe:
+no coarse stage, no acceleration LoRA, and three times the cost of another arm with the coarse stage.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from bench.lab.study import Arm, Row, Study, judge, machine, write_figures
+from clora.config import load_preset
 from clora.tiny.dataset import effect_names
 
 COARSE = 600  # updates
@@ -23,6 +26,24 @@ IMITATE = (*PLAIN, "objective.imitation_weight=1", "objective.p_switch=1", "trai
            "schedule.sampler=euler")  # fmt: skip
 MATCH = ("train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98")  # the rest is the preset's
 THREE = ("train.critic_updates=3", "train.critic_reuse=false", "train.critic_learning_rate=1e-3")
+# What preset `paper` says of the method; other settings (batch, rates, guidance) go by the base.
+PAPER = {"objective": ("p_switch", "tau_max", "tau_min", "ts_sigma", "ts_critic_shift", "ta_fm_weight", "dmd_ts_weight",
+                       "dmd_bs_weight", "ta_fm_sigma", "dmd_norm_floor", "critic_target_share"),
+         "schedule": ("step_counts", "sampler"), "student": ("acceleration",),
+         "train": ("coarse_steps", "critic_updates", "critic_reuse", "anchor_batch_size", "max_grad_norm",
+                   "lr_scheduler", "lr_warmup_steps", "ema_decay", "ema_start")}  # fmt: skip
+PAPER_COST = 3  # times the default recipe's
+
+
+def paper_recipe(rate: float) -> tuple[str, ...]:
+    """Preset `paper`'s method on the tiny base; student and critic learn at one rate, as there. The rank is that of the
+    default's student with its acceleration LoRA."""
+    preset = load_preset("paper")
+    method = (f"{of}.{key}={json.dumps(preset[of][key])}" for of, keys in PAPER.items() for key in keys)
+    return (*method, "student.rank=60", "student.alpha=60", f"train.learning_rate={rate}",
+            f"train.critic_learning_rate={rate}")  # fmt: skip
+
+
 ARMS = (
     Arm("coarse on", (*PLAIN, "train.coarse_steps=100000", "train.coarse_learning_rate=4e-3"), "coarse"),
     Arm("segment", (*IMITATE, "schedule.step_counts=[4,2]"), "coarse"),
@@ -35,6 +56,7 @@ ARMS = (
     Arm("dmd, slow critic", (*MATCH, "train.critic_learning_rate=1e-3"), "coarse"),
     Arm("dmd, three slow critic updates", (*MATCH, *THREE), "coarse"),
     Arm("dmd, hot student", (*MATCH, "train.learning_rate=3e-4"), "coarse"),
+    *(Arm(f"paper {rate}", paper_recipe(rate)) for rate in (3e-4, 1e-3, 3e-3)),
 )
 
 
@@ -47,25 +69,28 @@ def steps_for(study: Study, arm: Arm, forwards: float) -> Arm:
 
 def measure(study: Study, chosen: list[str], budget: float) -> dict[str, Any]:
     study.teach()
-    study.train(Arm("coarse", (*PLAIN, f"train.coarse_steps={COARSE}", f"train.max_train_steps={COARSE}")))
+    coarse = Arm("coarse", (*PLAIN, f"train.coarse_steps={COARSE}", f"train.max_train_steps={COARSE}"))
+    study.train(coarse)
+    whole = budget + study.forwards(coarse)
     rows = [Row("teacher", None), *(Row("teacher", n) for n in (8, 4, 2))]
     rows += [Row("teacher", n, "consistency", accelerated=True) for n in (8, 4, 2)]
     costs = {}
     for who in ("coarse", *chosen):
         if who != "coarse":
-            arm = steps_for(study, next(arm for arm in ARMS if arm.name == who), budget)
+            arm = next(arm for arm in ARMS if arm.name == who)
+            arm = steps_for(study, arm, budget if arm.start else PAPER_COST * whole)
             study.train(arm)
             costs[who] = round(study.forwards(arm))
         for n in (8, 4, 2):
             if who in ("coarse", "coarse on"):
                 rows.append(Row(who, n, "consistency", accelerated=True))
-            rows.append(Row(who, n, "consistency" if who.startswith("dmd") else "euler"))
+            rows.append(Row(who, n, "consistency" if who.startswith(("dmd", "paper")) else "euler"))
     controls = {row.name: Row("coarse", row.num_steps or 8, "consistency", accelerated=True).name for row in rows}
     table = judge(study.sample(rows), controls)
     return {
         "effects": len(study.effects),
         "scenes": {"use": study.scenes, "count": study.num_scenes},
-        "forwards": costs,
+        "forwards": {"coarse": round(study.forwards(coarse)), **costs},
         "machine": machine(),
         "rows": table,
     }

@@ -3,6 +3,7 @@
 An *arm* is a training run: a configuration's overrides, from scratch or from another arm's file. A *row* of the table
 is an arm, or teachers, sampled in so many steps, with or without the base's acceleration LoRA on top. Everything is
 kept below one folder: what was taught, trained or sampled before is not done again, and an interrupted run goes on.
+What is there of other settings is refused.
 
 Settings are chosen on the scenes `tune` and reported on the scenes `judge`, which nothing was chosen on.
 """
@@ -23,14 +24,17 @@ from rich.console import Console
 
 from bench.lab.extend import SCENES, Examples, Images, encode, sample
 from clora.config import Config, Sampler, acceleration_lora, load_config
+from clora.config.fingerprint import felt_values
 from clora.data.image_grid import Pixels
 from clora.distill.forwards import distillation_forwards
 from clora.distill.opened import OpenBase
 from clora.distill.run import open_bank
 from clora.distill.workspace import open_base
+from clora.errors import InputError
 from clora.evaluate.baselines import ACCELERATION, Method
 from clora.evaluate.exact import evaluate_methods
 from clora.inference.sampling import few_step_sampling, teacher_sampling
+from clora.io.digest import file_digest
 from clora.jobs.teach import teach
 from clora.jobs.train import train
 from clora.lora.catalogue import read_catalogue
@@ -92,6 +96,7 @@ class Study:
             if not (self.folder / "data" / name).exists():
                 write_effect_pairs(self.folder / "data" / name, name, self.num_pairs)
         config = self.config()
+        self._same("teachers", {"teach": felt_values(config.teach), "pairs": self.num_pairs})
         missing = [effect for effect in config.effects if not config.teacher_path(effect).exists()]
         if missing:
             self.console.rule(f"teach {len(missing)} effects")
@@ -101,6 +106,7 @@ class Study:
         """The arm's file; trained unless it is there."""
         config = self.arm_config(arm)
         path = config.output_dir / "collection.safetensors"
+        self._same(f"arms/{arm.name}", {"fingerprint": config.fingerprint()})
         if not path.exists():
             self.console.rule(arm.name)
             config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -109,6 +115,16 @@ class Study:
                 cache.symlink_to(self.folder / "cache")  # entries go by content: images are encoded once
             train(config, resume="latest", console=self.console)
         return path
+
+    def _same(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Raise `InputError` where the folder has `name` by other settings."""
+        path = self.folder / f"{name}.settings.json"
+        text = json.dumps(settings, indent=1, sort_keys=True)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif path.read_text() != text:
+            raise InputError(f"{self.folder / name}: was made by other settings; give another --run, or delete it")
 
     def arm_config(self, arm: Arm) -> Config:
         teachers = [f"effects.{i}.lora={self.teacher(name)}" for i, name in enumerate(self.effects)]
@@ -142,7 +158,9 @@ class Study:
         return {row.name: found[row.name] for row in rows}
 
     def _sample_path(self, row: Row) -> Path:
-        return self.folder / "samples" / f"{self.scenes}-{self.num_scenes}" / f"{row.name}.npz"
+        """Named by what is sampled: an arm's file by its content."""
+        made = "" if row.who == "teacher" else f", {file_digest(self.arm_file(row.who)).hex()[:12]}"
+        return self.folder / "samples" / f"{self.scenes}-{self.num_scenes}" / f"{row.name}{made}.npz"
 
     def _sample_now(self, rows: Sequence[Row]) -> dict[str, Images]:
         first = SCENES[self.scenes]
@@ -212,6 +230,7 @@ def judge(
         row |= {"vsa": round(scores.vsa, 2), "detail_error_db": round(scores.detail_error, 2)}
         row["psnr"] = None if scores.psnr is None else round(scores.psnr, 2)
         row |= {"outputs": scores.num_outputs, "reasons": scores.reasons}
+        row["bcr_by_effect"] = {effect: round(one.bcr, 3) for effect, one in scores.per_effect.items()}
         row["to_control"] = {
             key: {"mean": round(gap.mean, 3), "interval": gap.interval and _rounded(gap.interval)}
             for key, gap in scores.differences.items()

@@ -28,7 +28,7 @@ def arms(study: Study, seed: int, recipe: Sequence[str]) -> tuple[Arm, Arm]:
     train = study.arm_config(collection).train
     coarse = study.forwards(Arm("", (*collection.overrides, f"train.max_train_steps={train.coarse_steps}")))
     rate = (train.coarse_learning_rate or train.learning_rate) / 2
-    on = (*PLAIN, f"seed={seed}", "train.coarse_steps=100000", f"train.coarse_learning_rate={rate}")
+    on = (*recipe, *PLAIN, f"seed={seed}", "train.coarse_steps=100000", f"train.coarse_learning_rate={rate}")
     longer = Arm(f"coarse on {seed}", on, f"{collection.name}:coarse")
     return collection, steps_for(study, longer, study.forwards(collection) - coarse)
 

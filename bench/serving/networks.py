@@ -13,11 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond
 from clora.backbones.load import linear_shapes, load_backbone
+from clora.backbones.qwen_image.served import ServedNetwork, rotate
 from clora.config import collection_lora
 from clora.export.artefact import Artefact, open_artefact
 from clora.export.manifest import Format
@@ -27,8 +29,11 @@ from clora.inference.sampling import Sampling, few_step_sampling, follow
 from clora.jobs.export import ExportRequest, export
 from clora.lora.files import read_lora, write_lora
 from clora.lora.module import LoraModule
+from clora.method.flow import few_step_sigmas
 
 RANK = 16  # of the effects' own LoRAs
+SMALL = {"attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
+CONFIGS: dict[str, dict[str, Any]] = {"small": SMALL, "full": {}}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,23 @@ class Request:
     effect: str
     cond: Cond
     seed: int
+
+
+def random_network(size: str, turn: Callable[..., Tensor] | None = None) -> ServedNetwork:
+    """Two layers of random weights, bf16, as they are served at eight steps."""
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = QwenImageTransformer2DModel(num_layers=2, **CONFIGS[size]).to(torch.bfloat16).eval()
+    return ServedNetwork(model.requires_grad_(False), few_step_sigmas(8), turn or rotate).eval()
+
+
+def inputs_of(size: str, tokens: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    config, rng = CONFIGS[size], torch.Generator().manual_seed(1)
+    T, R, M = tokens
+    width, head = config.get("joint_attention_dim", 3584), config.get("attention_head_dim", 128)
+    angle = torch.randn(T + R + M, head // 2, generator=rng)
+    x, refs, text = (torch.randn(1, n, c, generator=rng).bfloat16() for n, c in ((T, 64), (R, 64), (M, width)))
+    return x, refs, text, angle.cos(), angle.sin(), torch.tensor([3]), torch.tensor([M])
 
 
 @contextmanager

@@ -9,7 +9,8 @@ part that draws the noise, which both loops do alike.
 
 With `--artefacts DIR` (of `clora export`'s formats aoti and merged, made there where they are missing) also one image
 of the tiny base at batch 1, in CPU milliseconds: the C++ loop over the AOTInductor package, the merged weights in stock
-diffusers, and the collection in unmerged slots; arms take turns.
+diffusers, and the collection in unmerged slots; arms take turns. With `--full-width` an image by a package of two
+layers of the real width (random weights, bf16), beside eight calls of that package and nothing else.
 """
 
 from __future__ import annotations
@@ -21,13 +22,25 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from bench.serving.networks import make_requests, merged_loop, open_folders, sampling_of, slots_loop
+from bench.serving.networks import (
+    inputs_of,
+    make_requests,
+    merged_loop,
+    open_folders,
+    random_network,
+    sampling_of,
+    slots_loop,
+)
 from clora import _C
 from clora.backbones.load import load_backbone
+from clora.export.aoti import build_aoti, open_aoti
+from clora.export.graph import example_inputs
+from clora.export.manifest import Limits
 from clora.io.atomic import write_text
 from clora.method.flow import few_step_sigmas
 from clora.method.samplers import (
@@ -40,6 +53,7 @@ from clora.method.samplers import (
 )
 
 NUM_STEPS = 8
+WIDE_TOKENS = (64, 64, 32)  # of result, references and text
 SHAPES = [(1, 64, 64), (8, 64, 64), (1, 1024, 64), (1, 4096, 64)]  # (B, T, C); the last is a 1024x1024 image
 
 
@@ -105,14 +119,54 @@ def measure_networks(place: Path, rounds: int) -> dict[str, Any]:
                 run()
                 if index >= 2:
                     times[name].append((time.process_time() - start) * 1e3)
-    row: dict[str, Any] = {"tokens": [h * w, given.refs.shape[0], given.text_len, given.text.shape[0]]}
-    for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        row[name] = {"median_ms": round(middle, 1), "quartiles_ms": [round(low, 1), round(high, 1)]}
+    row: dict[str, Any] = {"tokens": [h * w, given.refs.shape[0], given.text_len, given.text.shape[0]]} | spread(times)
     for name in ("merged", "slots"):
         each = [other / own for other, own in zip(times[name], times["compiled"], strict=True)]
         row[f"{name}_over_compiled"] = round(statistics.median(each), 2)
     return row
+
+
+def measure_full_width(rounds: int) -> dict[str, Any]:
+    """Median and quartiles of milliseconds an image at batch 1 by the C++ loop and by the package called at every step,
+    and their ratio: the median over the rounds of each round's."""
+    network = random_network("full")
+    given = inputs_of("full", WIDE_TOKENS)
+    example = example_inputs(given[0].shape[2], given[2].shape[2], 2 * given[3].shape[1], torch.bfloat16)
+    limits = Limits(batch=2, tokens=max(WIDE_TOKENS), text_buckets=(WIDE_TOKENS[2],))
+    with TemporaryDirectory() as folder:
+        build_aoti(network, example, limits, Path(folder))
+        del network
+        engine = open_aoti(Path(folder))
+        x, refs, text, cos, sin, _, length = given
+        steps, sigmas = [torch.tensor([step]) for step in range(NUM_STEPS)], few_step_sigmas(NUM_STEPS)
+
+        def compiled() -> object:
+            generators = noise_generators([0])
+            noise_BTC = draw_noise(generators, tuple(x.shape[1:]))
+            return _C.sample_engine(
+                engine, noise_BTC, refs, text, cos, sin, length, generators, sigmas, dtype=torch.bfloat16
+            )
+
+        arms = {"compiled": compiled, "engine": lambda: [engine(x, refs, text, cos, sin, at, length) for at in steps]}
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for index in range(rounds + 1):  # the first warms up
+            for name, run in arms.items():
+                start = time.process_time()
+                run()
+                if index >= 1:
+                    times[name].append((time.process_time() - start) * 1e3)
+    row: dict[str, Any] = {"layers": 2, "tokens": list(WIDE_TOKENS), "rounds": rounds} | spread(times)
+    each = [whole / own for whole, own in zip(times["compiled"], times["engine"], strict=True)]
+    return row | {"compiled_over_engine": round(statistics.median(each), 4)}
+
+
+def spread(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Median and quartiles of every arm's milliseconds."""
+    rows = {}
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        rows[name] = {"median_ms": round(middle, 1), "quartiles_ms": [round(low, 1), round(high, 1)]}
+    return rows
 
 
 def main() -> None:
@@ -122,6 +176,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "full"), default="full", help="small: the first shape alone")
     parser.add_argument("--out", type=Path, help="file for the JSON document as well")
     parser.add_argument("--artefacts", type=Path, help="folder of artefacts: also times an image by each network")
+    parser.add_argument("--full-width", action="store_true", help="also times two layers of the real width, on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -132,6 +187,8 @@ def main() -> None:
     document |= {"rounds": options.rounds, "rows": rows}
     if options.artefacts is not None:
         document["networks"] = measure_networks(options.artefacts, options.rounds)
+    if options.full_width:
+        document["full width"] = measure_full_width(min(options.rounds, 15))
     document["complete"] = True
     if options.out is not None:
         write_text(options.out, json.dumps(document, indent=1) + "\n")
@@ -148,6 +205,11 @@ def main() -> None:
         print("CPU milliseconds an image, batch 1:")
         for name in ("compiled", "merged", "slots"):
             print(f"{name:>27}  {networks[name]['median_ms']:>10}  x {networks.get(f'{name}_over_compiled', 1.0)}")
+    if (wide := document.get("full width")) is not None:
+        print("CPU milliseconds an image of two layers of the real width, batch 1:")
+        for name in ("compiled", "engine"):
+            print(f"{name:>27}  {wide[name]['median_ms']:>10}")
+        print(f"{'compiled / engine':>27}  {wide['compiled_over_engine']:>10}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from clora.backbones.qwen_image.served import ServedNetwork, rotate
+from bench.serving.networks import CONFIGS, inputs_of, random_network
 from clora.errors import InputError
 from clora.export import onnx_graph
 from clora.export.graph import example_inputs
@@ -37,29 +36,9 @@ from clora.export.tensorrt_engine import (
     why_not_here,
 )  # fmt: skip
 from clora.io.atomic import write_text
-from clora.method.flow import few_step_sigmas
 
-SMALL = {"attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
-CONFIGS: dict[str, dict[str, Any]] = {"small": SMALL, "full": {}}
 TOKENS = {"small": (64, 64, 32), "full": (4096, 4096, 512)}  # of result, references and text
 EIGHT_BIT_TOKENS = (48, 48, 16)
-
-
-def random_network(size: str, turn: Callable[..., Tensor] | None = None) -> ServedNetwork:
-    """Two layers of random weights, bf16, as they are served at eight steps."""
-    torch.manual_seed(0)
-    with torch.device("cpu"):
-        model = QwenImageTransformer2DModel(num_layers=2, **CONFIGS[size]).to(torch.bfloat16).eval()
-    return ServedNetwork(model.requires_grad_(False), few_step_sigmas(8), turn or rotate).eval()
-
-
-def inputs_of(size: str, tokens: tuple[int, int, int]) -> tuple[Tensor, ...]:
-    config, rng = CONFIGS[size], torch.Generator().manual_seed(1)
-    T, R, M = tokens
-    width, head = config.get("joint_attention_dim", 3584), config.get("attention_head_dim", 128)
-    angle = torch.randn(T + R + M, head // 2, generator=rng)
-    x, refs, text = (torch.randn(1, n, c, generator=rng).bfloat16() for n, c in ((T, 64), (R, 64), (M, width)))
-    return x, refs, text, angle.cos(), angle.sin(), torch.tensor([3]), torch.tensor([M])
 
 
 def eight_bits_cost(size: str, precision: EightBits) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from clora.evaluate.benchmark import TRUTH, UNTOUCHED
-from clora.evaluate.statistics import Difference, bootstrap_interval, paired_difference
+from clora.evaluate.statistics import Difference, Groups, bootstrap_interval, paired_difference
 from clora.io.atomic import replacing, write_text
 
 CONTROLS_SHOULD_BE_BAD = {UNTOUCHED: True, TRUTH: False}
@@ -203,12 +203,12 @@ def _number(value: float | bool | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _groups(rows: Sequence[Row], figure: str) -> list[list[float]]:
+def _groups(rows: Sequence[Row], figure: str) -> Groups:
     """Values by effect and source, which are what is drawn anew; seeds of one picture stand together."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    groups: dict[tuple[Hashable, ...], list[float]] = {}
     for row in rows:
-        groups.setdefault((row.category, row.effect, row.source), []).append(float(getattr(row, figure)))
-    return list(groups.values())
+        groups.setdefault((row.effect, (row.category, row.source)), []).append(float(getattr(row, figure)))
+    return groups
 
 
 def _interval(rows: Sequence[Row], figure: str) -> tuple[float, float] | None:

@@ -24,7 +24,7 @@ from clora.evaluate.metrics.image import (
     psnr,
     ssim,
 )
-from clora.evaluate.statistics import Difference, bootstrap_interval, paired_difference
+from clora.evaluate.statistics import Difference, Groups, bootstrap_interval, paired_difference
 from clora.evaluate.truths import Truths, ambiguous, bad_cases, subject_structure
 
 Pair = tuple[str, int]  # effect, source seed
@@ -186,9 +186,13 @@ def differences(ours: Sequence[PairScores], reference: Sequence[PairScores]) -> 
     if not both:
         return {}
     return {
-        name: paired_difference([values(a) for a, _ in both], [values(b) for _, b in both])
+        name: paired_difference(_groups([a for a, _ in both], values), _groups([b for _, b in both], values))
         for name, values in FIGURES.items()
     }
+
+
+def _groups(pairs: Sequence[PairScores], values: Callable[[PairScores], Sequence[float]]) -> Groups:
+    return {(pair.effect, pair.source_seed): values(pair) for pair in pairs}
 
 
 def summarise(pairs: Sequence[PairScores], left_out: Sequence[Pair] = ()) -> MethodScores:
@@ -207,7 +211,7 @@ def summarise(pairs: Sequence[PairScores], left_out: Sequence[Pair] = ()) -> Met
     overall = _scores(pairs)
     return MethodScores(
         **vars(overall),
-        bcr_interval=bootstrap_interval([pair.bad for pair in pairs]),
+        bcr_interval=bootstrap_interval(_groups(pairs, FIGURES["bcr"])),
         left_out=tuple(sorted(left_out)),
         reasons=dict(Counter(reason for pair in pairs for reason in pair.reasons if reason)),
         confusions=confusions,

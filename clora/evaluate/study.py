@@ -20,7 +20,7 @@ from clora.data.image_grid import png_data_uri
 from clora.data.images import load_image
 from clora.errors import InputError, InputErrors, raise_faults
 from clora.evaluate.benchmark import Benchmark, Cell, cells, missing_results
-from clora.evaluate.statistics import bootstrap_interval
+from clora.evaluate.statistics import Groups, bootstrap_interval
 
 QUESTIONS = {
     "quality": "Which result looks best as a picture?",
@@ -140,8 +140,8 @@ def tally(key: Key, people: Sequence[Answers]) -> list[Preference]:
             if one.question == question
         }
         for method in key.methods if chosen else ():
-            hits = [[float(name == method)] for name in chosen.values()]
-            share = float(np.mean(hits))
+            hits: Groups = {answer: [float(name == method)] for answer, name in chosen.items()}
+            share = float(np.mean(list(hits.values())))
             found.append(
                 Preference(
                     method=method,

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from clora.evaluate.report import (
     method_table,
     write_report,
 )
-from clora.evaluate.statistics import bootstrap_interval, paired_difference
+from clora.evaluate.statistics import Groups, bootstrap_interval, paired_difference
 from clora.evaluate.truths import Truths
 
 EFFECTS = ("sepia", "invert", "snow", "duotone")
@@ -143,20 +144,56 @@ def test_evaluate_outputs_refuses_empty_input(truths: dict[int, Truths]) -> None
         evaluate_outputs({("sepia", 9): [truths[1].draws["sepia"][0]]}, truths)
 
 
+def _of_pairs(groups: Sequence[Sequence[float]]) -> Groups:
+    """Groups of one factor: each a level of its own."""
+    return {(index,): group for index, group in enumerate(groups)}
+
+
 def test_bootstrap_interval_weighs_outputs_not_pairs() -> None:
     """200 pairs of one bad output and 200 of nine good ones: one output in ten is bad, and not one pair in two."""
-    low, high = bootstrap_interval([[1.0]] * 200 + [[0.0] * 9] * 200)
+    low, high = bootstrap_interval(_of_pairs([[1.0]] * 200 + [[0.0] * 9] * 200))
     assert 0.07 < low < 0.1 < high < 0.13
+
+
+def test_bootstrap_interval_matches_the_binomial() -> None:
+    """400 independent outcomes at 20 %: the interval of the normal approximation; grouping widens it."""
+    flags = _of_pairs([[float(i % 5 == 0)] for i in range(400)])
+    low, high = bootstrap_interval(flags)
+    assert low == pytest.approx(0.2 - 1.96 * 0.02, abs=0.006) and high == pytest.approx(0.2 + 1.96 * 0.02, abs=0.006)
+    assert bootstrap_interval(flags) == (low, high)
+    wide = bootstrap_interval(_of_pairs([[float(i % 5 == 0)] * 8 for i in range(50)]))
+    assert wide[1] - wide[0] > 2 * (high - low)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_bootstrap_interval_draws_effects_and_sources(axis: int) -> None:
+    """40 by 10, where all values of an effect (or of a source) are one: so many of them are what is known."""
+    values = np.random.default_rng(axis).normal(0, 1, (40, 10)[axis])
+    groups = {(effect, source): [values[(effect, source)[axis]]] for effect in range(40) for source in range(10)}
+    low, high = bootstrap_interval(groups)
+    alone = bootstrap_interval(_of_pairs([[value] for value in values]))
+    assert low == pytest.approx(alone[0], abs=0.05) and high == pytest.approx(alone[1], abs=0.05)
+    as_pairs = bootstrap_interval(_of_pairs(list(groups.values())))
+    assert high - low > 2.5 * (as_pairs[1] - as_pairs[0])
+
+
+def test_bootstrap_interval_does_not_draw_a_factor_of_one_level() -> None:
+    """Effects on one source: the interval is that over effects. And a crossing with gaps has one too."""
+    values = np.random.default_rng(3).normal(0, 1, 30)
+    of_effects = bootstrap_interval(_of_pairs([[value] for value in values]))
+    assert bootstrap_interval({(effect, "one"): [value] for effect, value in enumerate(values)}) == of_effects
+    low, high = bootstrap_interval({(index, index): [value] for index, value in enumerate(values[:3])})
+    assert min(values[:3]) <= low < high <= max(values[:3])
 
 
 def test_paired_difference_matches_the_normal_approximation() -> None:
     """400 pairs: hard pairs are hard for both, so the interval is that of the differences, not of the two means."""
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 5, 400)
-    ours = [[float(value)] for value in hard + rng.normal(0.3, 1, 400)]
-    reference = [[float(value)] for value in hard]
+    ours = _of_pairs([[float(value)] for value in hard + rng.normal(0.3, 1, 400)])
+    reference = _of_pairs([[float(value)] for value in hard])
     mean, interval = paired_difference(ours, reference)
-    gaps = np.subtract(ours, reference)[:, 0]
+    gaps = np.array([ours[key][0] - reference[key][0] for key in ours])
     spread = 1.96 * gaps.std(ddof=1) / 20
     assert interval is not None and mean == pytest.approx(gaps.mean())
     assert interval[0] == pytest.approx(mean - spread, abs=0.02) and interval[1] == pytest.approx(
@@ -169,32 +206,26 @@ def test_paired_difference_matches_the_normal_approximation() -> None:
 def test_paired_difference_draws_whole_pairs() -> None:
     """Four equal outputs a pair say no more than one: the interval is that of the pairs."""
     gaps = np.random.default_rng(1).normal(0, 1, 100)
-    one = paired_difference([[float(gap)] for gap in gaps], [[0.0]] * 100)
-    four = paired_difference([[float(gap)] * 4 for gap in gaps], [[0.0] * 4] * 100)
+    one = paired_difference(_of_pairs([[float(gap)] for gap in gaps]), _of_pairs([[0.0]] * 100))
+    four = paired_difference(_of_pairs([[float(gap)] * 4 for gap in gaps]), _of_pairs([[0.0] * 4] * 100))
     assert four.mean == pytest.approx(one.mean) and four.interval == pytest.approx(one.interval)
 
 
+def test_paired_difference_pairs_by_name_not_by_place() -> None:
+    ours: Groups = {("sepia", 1): [1.0], ("rain", 1): [0.0]}
+    assert paired_difference(ours, {("rain", 1): [0.0], ("sepia", 1): [1.0]}) == (0.0, (0.0, 0.0))
+
+
 def test_paired_difference_of_equal_methods_and_of_too_little() -> None:
-    flags = [[True, False], [False, False], [True, True]]
+    flags = _of_pairs([[True, False], [False, False], [True, True]])
     assert paired_difference(flags, flags) == (0.0, (0.0, 0.0))
-    assert paired_difference([[True]], [[False]]) == (1.0, None)
+    assert paired_difference(_of_pairs([[True]]), _of_pairs([[False]])) == (1.0, None)
     with pytest.raises(ValueError, match="as many outputs"):
-        paired_difference([[1.0]], [[1.0, 0.0]])
+        paired_difference(_of_pairs([[1.0]]), _of_pairs([[1.0, 0.0]]))
     with pytest.raises(ValueError, match="as many outputs"):
-        paired_difference([[1.0], [1.0]], [[1.0]])
+        paired_difference(_of_pairs([[1.0], [1.0]]), _of_pairs([[1.0]]))
     with pytest.raises(ValueError, match="at least one output"):
-        paired_difference([], [])
-
-
-def test_bootstrap_interval_matches_the_binomial() -> None:
-    """400 independent outcomes at 20 %: the interval of the normal approximation; grouping widens it."""
-    flags = [[float(i % 5 == 0)] for i in range(400)]
-    low, high = bootstrap_interval(flags)
-    assert low == pytest.approx(0.2 - 1.96 * 0.02, abs=0.006) and high == pytest.approx(0.2 + 1.96 * 0.02, abs=0.006)
-    assert bootstrap_interval(flags) == (low, high)
-    groups = [[float(i % 5 == 0)] * 8 for i in range(50)]
-    wide = bootstrap_interval(groups)
-    assert wide[1] - wide[0] > 2 * (high - low)
+        paired_difference({}, {})
 
 
 # ---------------------------------------------------------------- the report
