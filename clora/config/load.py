@@ -79,13 +79,14 @@ def _assemble(values: DictConfig, folder: Path, overrides: Sequence[str], source
             values = _normalise(_override(values, override, faults), folder)
         if faults:
             raise InputErrors(faults)
-        merged = OmegaConf.merge(load_preset(_preset_name(values)), values)
+        preset = _preset_name(values, folder)
+        merged = OmegaConf.merge(load_preset(preset), values)
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         where = f" at '{error.full_key}'" if error.full_key else ""
         raise InputError(f"{source}{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
-    plain["preset"] = _preset_name(values)
+    plain["preset"] = preset
     try:
         config = Config.model_validate(plain, context={"folder": folder})
     except ValidationError as error:
@@ -94,13 +95,14 @@ def _assemble(values: DictConfig, folder: Path, overrides: Sequence[str], source
     return config
 
 
-def _preset_name(values: DictConfig) -> str:
+def _preset_name(values: DictConfig, folder: Path) -> str:
     """The preset asked for; left out, the one a base brings along in its `clora.json`, else "clora"."""
     if values.get("preset") is not None:
         return str(values.preset)
     base = values.get("base")
     model = base.get("model") if isinstance(base, DictConfig) else None
-    return default_preset(str(model or BaseConfig().model)) or "clora"
+    found = BaseConfig.model_validate({"model": str(model)} if model else {}, context={"folder": folder})
+    return default_preset(found.model) or "clora"
 
 
 def _normalise(values: DictConfig, folder: Path) -> DictConfig:

@@ -74,11 +74,26 @@ class Config(Section):
         if objective.imitation_weight and objective.imitation == "same_step" and self.student.acceleration is None:
             what = "'objective.imitation': same_step imitates teachers with an acceleration LoRA"
             faults.append(f"{what}; set student.acceleration, or objective.imitation=segment_mean")
+        faults += self._steps_without_targets()
         if self.train.offload_base and not self.train.shard_base:
             faults.append("'train.offload_base': is for a base that is split; set train.shard_base=true too")
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _steps_without_targets(self) -> list[str]:
+        """A sentence for each number of steps none of which target simulation may start from."""
+        objective, shift = self.objective, self.schedule.shift
+        if not (self.effects and objective.dmd_ts_weight and objective.ts_sigma == "schedule"):
+            return []
+        last = {count: shift / (count + shift - 1) for count in dict.fromkeys(self.schedule.trained_counts)}
+        return [
+            f"'schedule': in {count} step{'s' if count > 1 else ''} the last sigma is {sigma:.3g}, and target"
+            f" simulation needs one below objective.tau_max ({objective.tau_max:g}); leave {count} out,"
+            f" {'raise tau_max, ' if sigma < 1 else ''}or set objective.ts_sigma=continuous"
+            for count, sigma in last.items()
+            if sigma >= objective.tau_max
+        ]
 
     @property
     def folder(self) -> Path:
@@ -115,18 +130,21 @@ class Config(Section):
 
         The batch sizes that the job reads count over all `processes`: two with half the batch each are one with the
         whole. `train` does not depend on how its teachers were taught; their files are compared instead. Left out are
-        the fields marked `numerics=False` (where results go, how often they are written, when to stop;
-        `max_train_steps` counts only where the learning rate depends on it), and the file's own folder.
+        the fields marked `numerics=False` (where results go, how often they are written, when to stop), the job's
+        `max_train_steps` where its learning rate does not depend on it, and the file's own folder.
         """
+        teaches = job in ("teach", "joint")
         values = felt_values(self)
         values["trigger_scheme"] = self.prompts.trigger_scheme
         for section, key in (("train", "batch_size"), ("train", "anchor_batch_size"), ("teach", "batch_size")):
             size = values[section].pop(key)
             if (section == "teach") == (job == "teach"):
                 values[section][key] = size and size * processes
-        for section, read in (("teach", job not in ("train", "extend")), ("extend", job == "extend")):
+        for section, read in (("teach", teaches), ("extend", job == "extend")):
             if not read:
                 del values[section]
-        if self.train.lr_scheduler == "constant":
-            del values["train"]["max_train_steps"]
+        constant = (self.teach if teaches else self.train).lr_scheduler == "constant"
+        for section in ("train", "teach", "extend"):
+            if section in values and (constant or (teaches and section == "train")):
+                del values[section]["max_train_steps"]
         return relative_values(values, self.folder)

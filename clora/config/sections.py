@@ -128,7 +128,7 @@ class TeachConfig(Section):
     lr_warmup_steps: Annotated[Natural, doc("Steps over which the learning rate rises from zero.")] = 50
     sigma_shift: Annotated[Positive, doc("Shift of the uniform noise level; 1 = none, > 1 = noisier.")] = 3.0
     caption_dropout: Annotated[Decay, doc("Share of samples taught with an empty prompt.")] = 0.05
-    save_dtype: Annotated[SaveDtype, doc("Type in the written file.")] = "bfloat16"
+    save_dtype: Annotated[SaveDtype, doc("Type in the written file.", numerics=False)] = "bfloat16"
 
 
 class TargetsConfig(Section):
@@ -286,7 +286,7 @@ class ExtendConfig(Section):
     """`clora extend`: effects for an existing collection (Table 5), in place of the keys of these names in `train`,
     `student` and `objective`."""
 
-    rank: Annotated[Count, doc("Rank of what is added to the collection's LoRA.")] = 32
+    rank: Annotated[Rank, doc("Rank of what is added to the collection's LoRA.")] = 32
     max_train_steps: Annotated[Count, doc("Student updates in all, the coarse ones included.")] = 100
     coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone.")] = 50
     learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4

@@ -144,7 +144,7 @@ class Batches:
         for name in names:
             pool = self.general if name is None else self.effects[name]
             same = pool if not picked else [e for e in pool if e.sizes == picked[0].sizes]
-            if not same:  # this effect has nothing in that size: it waits for another step
+            if not same:  # it loses its turn: effects that share no size with others are seen less often
                 continue
             picked.append(same[int(torch.randint(len(same), (), generator=rng))])
         return picked

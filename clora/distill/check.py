@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +19,12 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from clora.backbones.base import Backbone
 from clora.backbones.load import linear_shapes, load_backbone, shipped_linear_shapes
-from clora.config import Config, EffectConfig, acceleration_of, resolve_base
+from clora.config import Config, EffectConfig, Job, acceleration_of, resolve_base
 from clora.data.dataset import effect_key, images_of, read_effects, read_general
 from clora.data.images import aspect_buckets
 from clora.data.pairs import Pair
 from clora.distill.opened import CheckedRun
-from clora.distill.stages import idle_streams, teaching_warnings, training_warnings
+from clora.distill.stages import extend_warnings, idle_streams, teaching_warnings, training_warnings
 from clora.distill.teachers import absent_files, given_loras, missing_teachers, untaught_effects
 from clora.errors import InputError, missing_files, raise_faults, shown_path
 from clora.lora.adapters import matching_linears
@@ -41,20 +42,20 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
 
-def check_training(config: Config) -> CheckedRun:
+def check_training(config: Config, job: Job = "train") -> CheckedRun:
     """The check of `train`, `cache` and `extend`: every effect has a teacher and pairs, targets only where
     `targets.source` is "pairs". Raises `InputErrors` with every fault."""
     found = Findings()
     backbone, shapes = _check_base(config, found)
     _check_folders(config, found)
-    found.faults += idle_streams(config)
-    found.warnings += training_warnings(config)
+    _check_recipe(config, job, found)
+    found.warnings += extend_warnings(config) if job == "extend" else training_warnings(config)
     _check_loras(config, shapes, backbone is not None, found)
     found.faults += missing_teachers(config)
     effects = read_effects(config, config.effects, _names(_with_targets(config)), found.faults, found.warnings)
     general = read_general(config, found.faults, found.warnings)
     _check_files(config, effects, general, found)
-    prompts = _check_prompts(config, config.effects, backbone, general, found)
+    prompts = _check_prompts(config, config.effects, backbone, _instructions(general), found)
     raise_faults(found.faults)
     return CheckedRun(config, effects, general, prompts, tuple(found.warnings))
 
@@ -70,7 +71,7 @@ def check_teaching(config: Config, effects: Sequence[EffectConfig]) -> CheckedRu
     found.warnings += teaching_warnings(config)
     pairs = read_effects(config, effects, _names(effects), found.faults, found.warnings)
     _check_files(config, pairs, [], found)
-    prompts = _check_prompts(config, effects, backbone, [], found)
+    prompts = _check_prompts(config, effects, backbone, _captions(pairs), found)
     raise_faults(found.faults)
     found.warnings += _caption_notes(config, pairs)
     config = config.model_copy(update={"effects": list(effects)})
@@ -82,7 +83,7 @@ def check_whole(config: Config, found: Findings) -> CheckedRun:
     go to `found`. Images are not looked at, which `validate` does in full."""
     backbone, shapes = _check_base(config, found)
     _check_folders(config, found)
-    found.faults += idle_streams(config)
+    _check_recipe(config, "train", found)
     found.warnings += training_warnings(config)
     if any(effect.lora is None for effect in config.effects):
         found.warnings += teaching_warnings(config)
@@ -93,9 +94,10 @@ def check_whole(config: Config, found: Findings) -> CheckedRun:
     # Only teaching needs targets: a teacher makes its own.
     with_targets = _names([*untaught, *_with_targets(config)])
     effects = read_effects(config, config.effects, with_targets, found.faults, found.warnings)
-    found.warnings += _caption_notes(config, {name: effects.get(name, []) for name in _names(untaught)})
+    taught = {name: effects.get(name, []) for name in _names(untaught)}
+    found.warnings += _caption_notes(config, taught)
     general = read_general(config, found.faults, found.warnings)
-    prompts = _check_prompts(config, config.effects, backbone, general, found)
+    prompts = _check_prompts(config, config.effects, backbone, _instructions(general) + _captions(taught), found)
     return CheckedRun(config, effects, general, prompts)
 
 
@@ -109,6 +111,15 @@ def _caption_notes(config: Config, effects: Mapping[str, Sequence[Pair]]) -> lis
                 f"{effect_key(config, name, 'pairs')}: {what} are read by `clora teach` in place of its prompt"
             )
     return notes
+
+
+def _captions(effects: Mapping[str, Sequence[Pair]]) -> list[tuple[str, str]]:
+    """Place and text of every caption that teaching reads."""
+    return [(pair.place, pair.prompt) for pairs in effects.values() for pair in pairs if pair.prompt is not None]
+
+
+def _instructions(general: Sequence[Pair]) -> list[tuple[str, str]]:
+    return [(f"general.pairs: {pair.place}", pair.prompt or "") for pair in general]
 
 
 def _names(effects: Iterable[EffectConfig]) -> set[str]:
@@ -181,6 +192,25 @@ def _check_folders(config: Config, found: Findings) -> None:
         found.faults.append(str(error))
 
 
+def _check_recipe(config: Config, job: Job, found: Findings) -> None:
+    """What a run would otherwise find out about its settings after hours: streams without a loss, too few slots for
+    the teachers of a batch, a board that is not installed."""
+    train, objective = config.train, config.objective
+    found.faults += idle_streams(config)
+    follows = job == "extend" or objective.imitation_weight > 0  # TA-FM's samples have a teacher there
+    size = max(train.batch_size, (train.anchor_batch_size or 0) if follows else 0)
+    needed = min(size, len({config.teacher_path(effect) for effect in config.effects}))
+    if train.teacher_slots < needed:
+        what = f"{train.teacher_slots}, but a batch may need {needed} different teachers"
+        found.faults.append(f"train.teacher_slots: {what}; raise it, or lower the batch sizes")
+    if objective.imitation_weight and objective.imitation == "same_step" and not config.effects:
+        what = "same_step imitates the effects' teachers, and there are no effects"
+        found.faults.append(f"objective.imitation: {what}; give effects, or set it to segment_mean")
+    if train.report_to != "none" and find_spec(train.report_to) is None:
+        what = f"{train.report_to} is not installed"
+        found.faults.append(f"train.report_to: {what}; `pip install {train.report_to}`, or set it to none")
+
+
 def _check_loras(config: Config, shapes: Shapes | None, base_is_here: bool, found: Findings) -> None:
     """Hold every LoRA file that is there against the base's linears, by its header; those missing are faults."""
     named = given_loras(config)
@@ -195,11 +225,18 @@ def _check_loras(config: Config, shapes: Shapes | None, base_is_here: bool, foun
         if len(keys) > 1:
             what = f"{shown_path(path, config.folder)} is the LoRA of {' and '.join(keys)}"
             found.warnings.append(f"{what}; is that meant?")
-        if os.path.exists(path):
+        if os.path.isdir(path):
+            found.faults.append(f"{keys[0]}: {shown_path(path, config.folder)} is a folder; name the LoRA file in it")
+        elif os.path.exists(path):
             try:
-                found.warnings += [f"{keys[0]}: {note}" for note in check_lora(path, shapes).notes]
+                summary = check_lora(path, shapes)
+                found.warnings += [f"{keys[0]}: {note}" for note in summary.notes]
             except InputError as error:
                 found.faults += [f"{keys[0]}: {fault}" for fault in error.faults]
+                continue
+            if path == config.student.init_from and summary.max_rank > config.student.rank:
+                what = f"has rank {summary.max_rank}, more than student.rank ({config.student.rank})"
+                found.faults.append(f"student.init_from: {what}; raise that, or use `clora convert --rank` on the file")
 
 
 def _accelerations(config: Config, base_is_here: bool, found: Findings) -> list[tuple[str, Path]]:
@@ -242,10 +279,11 @@ def _check_prompts(
     config: Config,
     effects: Sequence[EffectConfig],
     backbone: Backbone | None,
-    general: Sequence[Pair],
+    others: Sequence[tuple[str, str]],
     found: Findings,
 ) -> dict[str, EffectPrompt]:
-    """The effects' prompts; where the base is on this machine, all that is encoded is counted in its tokens."""
+    """The effects' prompts; where the base is on this machine, all that is encoded is counted in its tokens: these, the
+    negative prompt, and `others`, each with its place."""
     try:
         prompts = {p.name: p for p in effect_prompts(config.model_copy(update={"effects": list(effects)}))}
     except InputError as error:
@@ -259,8 +297,7 @@ def _check_prompts(
         for name, prompt in prompts.items()
         for what, text in (("prompt", prompt.teacher_prompt), ("student_prompt", prompt.student_prompt))
     ]
-    texts.append(("objective.negative_prompt", config.objective.negative_prompt))
-    texts += [(f"general.pairs: {pair.place}", pair.prompt or "") for pair in general]
+    texts += [("objective.negative_prompt", config.objective.negative_prompt), *others]
     for key, text in texts:
         length = backbone.count_prompt_tokens(text)
         if length > most:

@@ -13,12 +13,13 @@ BACKWARD = 2  # forwards
 
 
 def distillation_forwards(config: Config) -> float:
-    """Of all steps of `clora train` on one process, with effects and with general data where p_switch is below 1."""
+    """Of all steps of `clora train` on one process, with general data where p_switch is below 1."""
     train, objective = config.train, config.objective
-    coarse = min(train.coarse_steps, train.max_train_steps)
+    coarse = min(train.coarse_steps, train.max_train_steps) if config.effects else 0
     total = float(coarse * train.gradient_accumulation_steps * joint_step_forwards(config))
     for step in range(coarse, train.max_train_steps):
-        total += full_step_forwards(config, draw_stream(config.seed, step, objective.p_switch))
+        stream = draw_stream(config.seed, step, objective.p_switch) if config.effects else "general"
+        total += full_step_forwards(config, stream)
     return total
 
 

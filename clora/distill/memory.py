@@ -28,6 +28,7 @@ from clora.training.device import DTYPES, base_dtype
 GB = 1e9
 RESERVED = 1.5 * GB  # CUDA context and the libraries' workspaces
 FRAGMENTATION = 0.05  # of the peak: what an allocator holds beyond its tensors
+BACKWARD_SIMULATION = 2  # its place in `TrainSettings.terms`: the term that the waiting samples are of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class TrainSettings:
     rank: int
     targets: tuple[str, ...]
     acceleration_rank: int = 0
+    collection_rank: int = 0  # of the frozen collection that an extension's student lies on; its critic holds it too
     teacher_rank: int = 0
     teacher_slots: int = 0
     base_bytes: int = 2  # of one number of the base
@@ -50,7 +52,9 @@ class TrainSettings:
     guided: bool = True
     terms: tuple[bool, bool, bool, bool] = (True, True, True, False)  # TA-FM, DMD-TS, DMD-BS, imitation
     num_steps: int = 8
+    coarse: bool = False  # a stage of TA-FM alone
     critic_batches: int = 5  # of a step: critic updates times batches of each
+    waiting_batches: int = 0  # of the student's, whose graphs wait while the critic learns from them (critic_reuse)
     moments_bytes: int = 4  # of one number of AdamW's moments
     checkpointing: bool = True
     num_blocks_kept: int = 0  # of them, blocks that checkpointing leaves as they are
@@ -63,8 +67,13 @@ class TrainSettings:
 
     def forward(self, batch_size: int) -> ForwardSize:
         """A forward over so many samples, with the student's adapters."""
-        rank, tokens = self.rank + self.acceleration_rank, (self.image_tokens, self.reference_tokens, self.text_tokens)
+        rank, tokens = self.student_rank, (self.image_tokens, self.reference_tokens, self.text_tokens)
         return ForwardSize(batch_size, *tokens, self.base_bytes, rank)
+
+    @property
+    def student_rank(self) -> int:
+        """Of all that adds up to the student, frozen or trained."""
+        return self.rank + self.acceleration_rank + self.collection_rank
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,9 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
     kept = outside if s.offload_base else part_of(base, s.num_gpus if s.shard_base else 1)
     frozen = {"base": kept, "VAE": s.vae_parameters * e}
     frozen["teacher slots"] = s.teacher_slots * footprint.adapter_parameters(s.teacher_rank, s.targets) * e
+    if s.collection_rank:  # and what makes its new effects' teachers few-step ones
+        below = s.collection_rank + s.acceleration_rank
+        frozen["collection"] = footprint.adapter_parameters(below, s.targets) * e
     resident = frozen | {
         "student and critic": e * (student + critic) + part_of((4 - e) * (student + critic), s.num_gpus),
         "AdamW": part_of(2 * s.moments_bytes * (student + critic), s.num_gpus),
@@ -137,9 +149,14 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
         # One buffer that stays for both; of several processes each has its part of the sums besides.
         "gradients": 4 * student + (part_of(4 * (student + critic), s.num_gpus) if s.num_gpus > 1 else 0),
     }
+    kept_graphs = saved_by_forward(footprint, s, s.batch_size)
     critic_update = {
-        "kept for backward": saved_by_forward(footprint, s, s.batch_size),
+        "kept for backward": (1 + s.waiting_batches) * kept_graphs,
         "workspace": backward_workspace(footprint, s, s.batch_size),
+    }
+    coarse_update = {
+        "kept for backward": saved_by_forward(footprint, s, s.anchor_batch_size),
+        "workspace": backward_workspace(footprint, s, s.anchor_batch_size),
     }
     together = (
         max(1, s.critic_batches) if s.shard_base else 1
@@ -155,6 +172,7 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
         {
             "encoding": encoding,
             "targets": targets,
+            **({"coarse update": resident | coarse_update} if s.coarse else {}),
             "rollouts": resident | rollouts,
             **({"critic update": resident | critic_update} if s.critic_batches else {}),
             "student update": resident | _student_update(footprint, s),
@@ -166,7 +184,8 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
 def _student_update(footprint: Footprint, settings: TrainSettings) -> dict[str, int]:
     """The fullest moment of a student update: each term's graph is walked before the next is built."""
     s = settings
-    moments = []
+    moments: list[dict[str, int]] = []
+    waiting = s.waiting_batches * saved_by_forward(footprint, s, s.batch_size)
     sizes = (s.anchor_batch_size, s.batch_size, s.batch_size, s.anchor_batch_size)
     for term, (on, batch) in enumerate(zip(s.terms, sizes, strict=True)):
         kept = saved_by_forward(footprint, s, batch)
@@ -174,8 +193,9 @@ def _student_update(footprint: Footprint, settings: TrainSettings) -> dict[str, 
         teacher = forward_workspace(footprint, s, batch * (2 if s.guided else 1)) if term else 0
         if on:
             workspace = max(backward_workspace(footprint, s, batch), teacher)
+            kept = max(kept, waiting) if term == BACKWARD_SIMULATION else kept + waiting
             moments.append({"kept for backward": kept, "workspace": workspace})
-    return max(moments, key=lambda parts: sum(parts.values()))
+    return max(moments, key=lambda parts: sum(parts.values()), default={})
 
 
 def choose_num_blocks_kept(footprint: Footprint, settings: TrainSettings, memory: float) -> int:
@@ -187,10 +207,12 @@ def choose_num_blocks_kept(footprint: Footprint, settings: TrainSettings, memory
 
 
 def trained_parameters(footprint: Footprint, settings: TrainSettings) -> tuple[int, int]:
-    """Trained parameters of the student (with the acceleration LoRA that joins it) and of the critic, if any."""
-    rank, targets = settings.rank, settings.targets
-    student = footprint.adapter_parameters(rank + settings.acceleration_rank, targets)
-    return student, footprint.adapter_parameters(rank, targets) if settings.critic_batches else 0
+    """Trained parameters of the student (with the acceleration LoRA that joins it, which in an extension is frozen) and
+    of the critic, if any."""
+    s = settings
+    student = footprint.adapter_parameters(s.rank + (0 if s.collection_rank else s.acceleration_rank), s.targets)
+    critic = footprint.adapter_parameters(s.rank + s.collection_rank, s.targets) if s.critic_batches else 0
+    return student, critic
 
 
 def part_of(count: int, parts: int) -> int:
@@ -210,11 +232,12 @@ def _made_whole(footprint: Footprint, settings: TrainSettings) -> int:
 TEXT_TOKENS = 512  # a prompt with one reference image, rounded up; batches are padded to their longest
 
 
-def num_blocks_kept(config: Config, num_gpus: int) -> int:
-    """Blocks that activation checkpointing leaves whole in a run that starts here: as many as `train.memory_budget_gb`
-    has room for, or this device's memory."""
+def num_blocks_kept(config: Config, num_gpus: int, collection_rank: int = 0) -> int:
+    """Blocks that activation checkpointing leaves whole in a run that starts here, on a collection of this rank if any:
+    as many as `train.memory_budget_gb` has room for, or this device's memory."""
     footprint = read_footprint(config.base.model, config.base.revision)
-    settings = on_gpus(read_settings(config, footprint), config, num_gpus)
+    settings = replace(read_settings(config, footprint), collection_rank=collection_rank)
+    settings = on_gpus(settings, config, num_gpus)
     return choose_num_blocks_kept(footprint, settings, budget(config, device_memory()))
 
 
@@ -261,7 +284,9 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
         teacher_slots=slots,
         base_bytes=base_dtype(config.base.dtype, torch.device("cuda")).itemsize,
         quantized=config.base.quantize != "none",
+        coarse=bool(config.effects) and train.coarse_steps > 0,
         critic_batches=train.critic_updates * train.gradient_accumulation_steps,
+        waiting_batches=train.gradient_accumulation_steps * train.critic_reuse,
         moments_bytes=DTYPES[train.adam_moments].itemsize,
         ema=train.ema_decay > 0,
         guided=objective.guidance != 1,

@@ -55,6 +55,13 @@ class Models:
             for effect in effects
         ]
 
+    def few_step_slots(self, effects: Sequence[str | None]) -> list[Slot]:
+        """The same with the accelerating slot on top, if any; a resident teacher samples in few steps already."""
+        return [
+            slot if self.accelerating is None or effect in self.resident else joined(slot, self.accelerating)
+            for effect, slot in zip(effects, self.teacher_slots(effects), strict=True)
+        ]
+
     def prefetch(self, effects: Sequence[str | None]) -> None:
         """Fetch the teachers of the batches to come, in their order, while other work goes on."""
         if self.bank is not None:
@@ -70,9 +77,7 @@ class Models:
         return self.backbone.velocity(x_sigma, sigma, cond, self.teacher_slots(cond.effects))
 
     def _teach_few_steps(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        assert self.accelerating is not None
-        slots = [joined(slot, self.accelerating) for slot in self.teacher_slots(cond.effects)]
-        return self.backbone.velocity(x_sigma, sigma, cond, slots)
+        return self.backbone.velocity(x_sigma, sigma, cond, self.few_step_slots(cond.effects))
 
     def _score(self, critic: Query, teacher: Query) -> tuple[Tensor, Tensor]:
         sizes = [len(critic.x_sigma), len(teacher.x_sigma)]

@@ -21,9 +21,9 @@ from clora.data.cache import cache_key
 from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
 from clora.data.pairs import Pair
-from clora.distill.networks import Models, joined
+from clora.distill.networks import Models
 from clora.distill.opened import Workspace
-from clora.distill.roles import ACCELERATION, COLLECTION
+from clora.distill.roles import COLLECTION
 from clora.distill.targets import base_suffix, noise_seed, own_batches, read_latents
 from clora.errors import InputError, raise_faults
 from clora.inference.sampling import few_step_sampling, sample
@@ -124,8 +124,8 @@ def rehearsal_targets(
 
 @dataclass(frozen=True)
 class FewStepTeachers:
-    """The velocities that stand in TA-FM's place: the collection's for an old effect, and with `accelerated` that of
-    its teacher with the acceleration LoRA for a new one.
+    """The velocities that stand in TA-FM's place: the collection's for an old effect, and where the models have an
+    acceleration LoRA that of its teacher with it for a new one.
 
     Flow matching on images, be they its own samples, makes of a few-step student one of many steps: distribution
     matching has taken it elsewhere. The velocity of one that samples in few steps leaves it there, and without noise
@@ -133,7 +133,6 @@ class FewStepTeachers:
     """
 
     models: Models
-    accelerated: bool
     weight: float
 
     def anchor_loss(
@@ -158,11 +157,9 @@ class FewStepTeachers:
     def follow(self, query: Query, v_image: Tensor) -> Tensor:
         """The velocity (B, T, C) of each sample's few-step teacher at a query, `v_image`'s where it has none."""
         effects = query.cond.effects
-        rows = [i for i, effect in enumerate(effects) if self.accelerated or effect in self.models.resident]
-        slots = [
-            slot if effects[i] in self.models.resident else joined(slot, ACCELERATION)
-            for i, slot in zip(rows, self.models.teacher_slots([effects[i] for i in rows]), strict=True)
-        ]
+        accelerated = self.models.accelerating is not None
+        rows = [i for i, effect in enumerate(effects) if accelerated or effect in self.models.resident]
+        slots = self.models.few_step_slots([effects[i] for i in rows])
         # One forward also where there is none to follow: processes that share the base must run equally many.
         asked = rows or [0]
         x_sigma, sigma, cond = query.x_sigma[asked], query.sigma[asked], query.cond.select(asked)

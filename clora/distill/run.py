@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -112,12 +114,14 @@ def run_distillation(
 
     teachers = hash_files(teacher_files(config))  # as they are now: the catalogue must not depend on them at the end
     identity = workspace.hashes | {f"teacher of {name}": sha256 for name, sha256 in teachers.items()}
-    write_run(config, job, identity)
+    sections: tuple[Literal["student", "targets"], ...] = ("student", "targets")
+    fast = {f"{section}.acceleration": acceleration_of(config, section) for section in sections}
+    identity |= hash_files({key: path for key, path in fast.items() if path is not None})
     train = config.train
     stages = (0, distillation.batches.coarse_steps)
     loop = loop_config(config, job, train.max_train_steps, identity, resume, train.max_train_seconds, stages)
     try:
-        run_loop(loop, groups, one_step, on_step, console)
+        run_loop(loop, groups, one_step, on_step, console, partial(write_run, config, job, identity))
     finally:
         if distillation.models.bank is not None:
             distillation.models.bank.close()
@@ -176,11 +180,13 @@ def assemble(
     batches: Batches,
     stacks: Sequence[str],
     anchor_loss: AnchorLoss = ta_fm_loss,
+    collection_rank: int = 0,
 ) -> Distillation:
-    """Decide what is recomputed, and give the student's `stacks` and the critic their optimizers."""
+    """Decide what is recomputed, and give the student's `stacks` and the critic their optimizers. `collection_rank`: of
+    the collection that the student lies on."""
     config, train, processes = workspace.config, workspace.config.train, distributed.world_size()
     if train.gradient_checkpointing:
-        workspace.backbone.set_gradient_checkpointing(True, num_blocks_kept(config, processes))
+        workspace.backbone.set_gradient_checkpointing(True, num_blocks_kept(config, processes, collection_rank))
     student = trainable_group(workspace.adapters, stacks, config, train.learning_rate, ema=True)
     critic = None
     if CRITIC in trained_slots(config):

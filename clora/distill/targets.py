@@ -18,7 +18,7 @@ from clora.inference.sampling import Sampling, SlotsFor, sample
 from clora.method.routing import step_generator
 from clora.training import distributed
 
-TARGETS_VERSION = "targets/2"
+TARGETS_VERSION = "targets/3"
 
 
 def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Example]]:
@@ -93,7 +93,7 @@ def _keys(workspace: Workspace, example: Example, sampling: Sampling, teacher_ha
     settings = workspace.config.targets
     effect = example.effect or ""
     how = (
-        f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{sampling.num_steps}/{sampling.shift}/{sampling.guidance}/"
+        f"{TARGETS_VERSION}/{teacher_hashes[effect]}/{sampling.num_steps}/{sampling.shift}/{sampling.sampler}/{sampling.guidance}/"
         f"{sampling.rescale}/{sampling.negative_prompt!r}/{example.grid}{base_suffix(workspace)}"
     )
     prompt = next(e.prompt for e in workspace.config.effects if e.name == effect)

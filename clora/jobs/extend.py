@@ -55,7 +55,7 @@ def extend(collection: Path, config: Config, resume: str | None = None, console:
     console = console or quiet_console()
     catalogue = read_catalogue(collection)
     raise_faults(extend_faults(collection, catalogue, config))
-    run = check_training(extended_config(catalogue, config))
+    run = check_training(extended_config(catalogue, config), "extend")
     with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
         workspace = open_workspace(run, console, keep_encoders=True)
         rehearses = config.extend.rehearsal_share > 0
@@ -94,7 +94,8 @@ def make_extension(
     which is not what it predicts. The acceleration LoRA, which a collection has in it, joins the new effects' teachers.
     """
     config, adapters = workspace.config, workspace.adapters
-    generator = add_student(workspace, critic_rank=max(module.rank for module in below.values()))
+    rank = max(module.rank for module in below.values())
+    generator = add_student(workspace, critic_rank=rank)
     if CRITIC in trained_slots(config):
         adapters.init_slot(CRITIC, below, generator)
     path = acceleration_of(config)
@@ -107,10 +108,10 @@ def make_extension(
         resident=dict.fromkeys(old, COLLECTION),
         accelerating=None if path is None else ACCELERATION,
     )
-    followed = FewStepTeachers(models, accelerated=path is not None, weight=config.extend.rehearsal_weight)
+    followed = FewStepTeachers(models, weight=config.extend.rehearsal_weight)
     batches = batches_of(workspace, deal_names(new, old, config.extend.rehearsal_share))
     anchor_loss = followed.anchor_loss if old or path is not None else ta_fm_loss
-    return assemble(workspace, models, batches, [STUDENT], anchor_loss)
+    return assemble(workspace, models, batches, [STUDENT], anchor_loss, rank)
 
 
 def merge_catalogue(catalogue: Catalogue, new: Sequence[CatalogueEntry]) -> Catalogue:

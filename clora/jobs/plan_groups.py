@@ -153,7 +153,8 @@ def write_groups(config: Config, plan: GroupPlan, folder: Path) -> Path:
             lora = taught if taught.is_file() else effect.lora
             effects.append(effect.model_copy(update={"trigger": triggers[effect.name] or effect.trigger, "lora": lora}))
         group = config.model_copy(update={"effects": effects, "output_dir": folder.absolute() / name})
-        values = group.model_dump(mode="json", exclude_none=True)
+        values = group.model_dump(mode="json")  # with its nulls, which a preset may have values for
+        values["effects"] = [effect.model_dump(mode="json", exclude_none=True) for effect in effects]
         write_text(folder / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         names = [effect.name for effect in effects]
         records.append(Group(config=f"{name}.yaml", collection=f"{name}/collection.safetensors", effects=names))

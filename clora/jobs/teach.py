@@ -8,6 +8,7 @@ each size of its samples, whatever the number of effects. `joint` trains ONE ada
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -53,7 +54,6 @@ def teach(
     config = run.config
     with distributed.process_group(config.train.timeout_seconds), determinism(config.train.deterministic):
         workspace = open_workspace(run, console)
-        write_run(workspace.config, JOINT if joint else "teach", workspace.hashes)
         return teach_joint(workspace, resume, console) if joint else teach_each(workspace, resume, console)
 
 
@@ -83,7 +83,8 @@ def teach_each(workspace: Workspace, resume: str | None, console: Console) -> di
         return distributed.sum_figures({name: value / world for name, value in figures.items()})
 
     loop = loop_config(config, "teach", settings.max_train_steps, workspace.hashes, resume)
-    run_loop(loop, {"teach": group}, one_step, console=console)
+    record = partial(write_run, config, "teach", workspace.hashes)
+    run_loop(loop, {"teach": group}, one_step, console=console, on_start=record)
     files = {effect.name: config.teacher_path(effect) for effect in config.effects}
     with averaged_weights(group):
         for name, slot in zip(names, slots, strict=True) if distributed.is_main() else ():
@@ -123,7 +124,8 @@ def teach_joint(workspace: Workspace, resume: str | None, console: Console) -> d
         return distributed.sum_figures({"loss": loss * share})
 
     loop = loop_config(config, JOINT, settings.max_train_steps, workspace.hashes, resume)
-    run_loop(loop, {JOINT: group}, one_step, console=console)
+    record = partial(write_run, config, JOINT, workspace.hashes)
+    run_loop(loop, {JOINT: group}, one_step, console=console, on_start=record)
     path = config.output_dir / "joint.safetensors"
     with averaged_weights(group):
         if distributed.is_main():

@@ -106,7 +106,7 @@ def _size_or_fault(path: Path) -> Size | str:
 def _shapes_differ(pair: Pair, sizes: Mapping[Path, Size | str]) -> bool:
     if pair.target is None:
         return False
-    source, target = sizes[pair.source], sizes[pair.target]
+    source, target = sizes[pair.sources[-1]], sizes[pair.target]  # the last source is the one that is edited
     if isinstance(source, str) or isinstance(target, str):
         return False
     return abs(source[0] * target[1] / (source[1] * target[0]) - 1) > MAX_SHAPE_DIFFERENCE

@@ -51,7 +51,9 @@ def imitation_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draw
     """
     asked, draws = anchor_of(batch), draws.anchors()
     sigmas = draw_schedule(cfg, draws)
-    x_sigma, sigma, sigma_next = _states(nets, asked, batch.latent_shape, sigmas, cfg, draws)
+    # The anchors' images may be of another size than those of distribution matching.
+    shape = batch.latent_shape if asked.y is None else (asked.y.shape[1], asked.y.shape[2])
+    x_sigma, sigma, sigma_next = _states(nets, asked, shape, sigmas, cfg, draws)
 
     def student(x_sigma: Tensor, sigma: Tensor) -> Tensor:
         return nets.student(x_sigma, sigma, asked.student_cond)

@@ -34,6 +34,7 @@ from clora.training import distributed
 FORMAT_VERSION = 2
 _MOST_CHANGES, _MOST_SHOWN = 4, 60  # keys, and characters of a value, in a message
 _MANIFEST, _PREFIX, _POINTER, _WRITING = "manifest.json", "checkpoint-", "latest", ".writing-"
+_ASIDE = "replaced-"  # before the name of an earlier run's checkpoint
 _saves = itertools.count()  # equal on all processes, and never the same twice in one store
 
 
@@ -176,7 +177,9 @@ class CheckpointWriter:
         return "; ".join(errors) or None
 
     def _remove_old(self, step: int) -> None:
-        """Keep the newest; those of later steps are another run's, or damaged, and about to be replaced."""
+        """Keep the newest; those of later steps are damaged and about to be replaced. An earlier run's go."""
+        for old in self._folder.glob(f"{_ASIDE}{_PREFIX}*"):
+            shutil.rmtree(old, ignore_errors=True)
         if self._keep is not None:
             for old in [path for path in list_checkpoints(self._folder) if _step_of(path) <= step][: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -205,6 +208,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below `folder`, oldest step first."""
     found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=_step_of)
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Rename an earlier run's checkpoints, so that `open_latest` does not find them; the first checkpoint that is
+    written below `folder` removes them. Returns where they are."""
+    found = []
+    for path in list_checkpoints(folder)[::-1]:
+        aside = path.with_name(f"{_ASIDE}{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        found.append(path.rename(aside))
+    (folder / _POINTER).unlink(missing_ok=True)
+    return found
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:

@@ -38,6 +38,7 @@ from clora.training.checkpoint import (
     open_checkpoint,
     open_latest,
     other_settings,
+    set_aside,
 )
 from clora.training.optimizer import AdamW
 from clora.training.run_record import git_revision
@@ -217,8 +218,10 @@ def run_loop(
     one_step: Callable[[int], Figures],
     on_step: Callable[[int, Tracker], None] | None = None,
     console: Console | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> int:
     """Run `one_step(step)` from the resumed step to `max_steps`, or until `max_seconds` of training have passed.
+    `on_start` is called before, once nothing keeps the run from being resumed.
 
     Returns the number of steps done in all. On SIGINT or SIGTERM, to whichever process, the step in flight is finished,
     the state saved and `Interrupted` raised. A checkpoint that cannot be written is told, counted in the log
@@ -229,6 +232,10 @@ def run_loop(
     console = console or Console(stderr=True, quiet=not distributed.is_main())
     with distributed.guard("the start"):
         step, seconds, sums = _resume(config, optimizers, console)
+        if step == 0 and distributed.is_main() and (aside := set_aside(config.folder)):
+            console.print(f"{config.title}: starts anew; until it has a checkpoint, the earlier run's is {aside[0]}")
+        if on_start is not None:
+            on_start()
         saver = _Saver(config, optimizers, step or None, console.print)
     device = next(iter(optimizers.values())).flat.device
     with _signals() as received, _tracker(config, step, sums) as tracker, _progress(console) as progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -23,6 +23,7 @@ from clora.config import (
     load_preset,
 )
 from clora.config.fingerprint import felt_values
+from clora.config.types import Job
 from clora.errors import InputError, InputErrors
 from clora.lora.layers import QWEN_IMAGE_TARGETS
 
@@ -363,6 +364,20 @@ def test_config_is_frozen() -> None:
         ObjectiveConfig().p_switch = 1.0  # type: ignore[misc]
 
 
+def test_load_config_takes_the_preset_of_a_base_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the command is run."""
+    base = tmp_path / "project" / "mybase"
+    base.mkdir(parents=True)
+    (base / "model_index.json").write_text("{}")
+    (base / "clora.json").write_text('{"preset": "tiny"}')
+    path = write(tmp_path / "project", "base: ./mybase\noutput_dir: o\n")
+    for place in (tmp_path, path.parent):
+        monkeypatch.chdir(place)
+        assert load_config(path).preset == "tiny"
+
+
 # ---- fingerprint ----
 
 
@@ -406,6 +421,42 @@ def test_fingerprint_feels_what_changes_a_step_and_nothing_else(tmp_path: Path) 
     assert longer != load_config(path, cosine).fingerprint()
 
 
+@pytest.mark.parametrize(
+    "job, section", [("train", "train"), ("teach", "teach"), ("joint", "teach"), ("extend", "extend")]
+)
+def test_fingerprint_counts_the_length_of_the_job_where_its_rate_does(tmp_path: Path, job: Job, section: str) -> None:
+    """A run at a constant rate goes on for longer with `--resume`; one whose rate falls does not. The length of other
+    jobs never counts."""
+    path = write(tmp_path, MINIMAL)
+    schedule = "teach" if section == "teach" else "train"
+    for scheduler, counts in (("constant", False), ("cosine", True)):
+        given = [f"{schedule}.lr_scheduler={scheduler}"]
+        prints = {load_config(path, [*given, f"{section}.max_train_steps={n}"]).fingerprint(job) for n in (400, 600)}
+        assert (len(prints) == 2) is counts
+    teaches = {"teach": ("train", "extend"), "train": ("teach", "extend"), "extend": ("teach",)}[section]
+    for other in teaches:
+        longer = load_config(path, ["train.lr_scheduler=cosine", f"{other}.max_train_steps=700"]).fingerprint(job)
+        assert longer == load_config(path, ["train.lr_scheduler=cosine"]).fingerprint(job)
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["schedule.step_counts=[4,1]"], "in 1 step the last sigma is 1"),
+        (["objective.tau_max=0.75", "schedule.step_counts=[4,2]"], "in 2 steps the last sigma is 0.75"),
+        (["objective.tau_max=0.2", "schedule.step_counts=null"], "in 8 steps the last sigma is 0.3"),
+    ],
+)
+def test_load_config_refuses_steps_that_target_simulation_cannot_start_from(
+    tmp_path: Path, given: list[str], says: str
+) -> None:
+    path = write(tmp_path, MINIMAL + "effects: [{name: a, prompt: p, lora: l/a.safetensors}]\n")
+    (fault,) = faults_of(path, *given, "objective.ts_sigma=schedule")
+    assert says in fault and ("raise tau_max" in fault) is ("1 step " not in fault)
+    for mend in ("objective.ts_sigma=continuous", "objective.dmd_ts_weight=0"):
+        load_config(path, ["objective.ts_sigma=schedule", *given, mend])
+
+
 # A value that no preset has, for each field that is marked as deciding no number.
 UNFELT = {
     "preset": "paper", "output_dir": "elsewhere", "data_roots": ["/x"], "eval.num_samples": 77,
@@ -413,7 +464,7 @@ UNFELT = {
     "train.memory_budget_gb": 3.5, "train.checkpointing_steps": 77, "train.checkpoints_total_limit": 77,
     "train.report_to": "wandb", "train.sample_steps": 77, "train.log_every": 77, "train.teacher_slots": 77,
     "train.teacher_cache_gb": 7.5, "train.shard_base": True, "train.offload_base": True, "train.deterministic": True,
-    "train.timeout_seconds": 7.5,
+    "train.timeout_seconds": 7.5, "teach.save_dtype": "float16",
 }  # fmt: skip
 
 
@@ -438,7 +489,8 @@ def test_fingerprint_leaves_out_the_marked_fields_and_no_other() -> None:
         first, _, rest = key.partition(".")
         inner = value if not rest else getattr(plain, first).model_copy(update={rest: value})
         changed = plain.model_copy(update={first: inner})
-        assert changed != plain and changed.fingerprint() == plain.fingerprint(), key
+        assert changed != plain, key
+        assert all(changed.fingerprint(job) == plain.fingerprint(job) for job in get_args(Job)), key
     felt = felt_values(plain)
     assert set(felt) == set(Config.model_fields) - {key for key in marked(Config) if "." not in key}
     train = {key.removeprefix("train.") for key in marked(Config) if key.startswith("train.")}

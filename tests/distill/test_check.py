@@ -222,6 +222,67 @@ def test_check_training_counts_the_tokens_of_every_prompt(
     assert "metadata.jsonl line 2: 600 tokens" in caught.value.faults[2]
 
 
+def test_check_teaching_counts_the_tokens_of_captions(random_base: Path, dataset: Path, tmp_path: Path) -> None:
+    """A pair's caption is encoded in place of the prompt."""
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    (data / "cold" / "source" / "1.txt").write_text("word " * 300)
+    (data / "cold" / "target" / "1.txt").write_text("word " * 300)
+    config = make_config(random_base, data, tmp_path / "run")
+    for check in (lambda: check_teaching(config, config.effects), lambda: validate_and_raise(config)):
+        with pytest.raises(InputErrors) as caught:
+            check()
+        (fault,) = caught.value.faults
+        assert "tokens, more than the" in fault and "1" in fault
+
+
+@pytest.mark.parametrize(
+    "given, fault",
+    [
+        (["train.teacher_slots=1"], "train.teacher_slots: 1, but a batch may need 2 different teachers; raise it"),
+        (["train.teacher_slots=1", "train.batch_size=1"], None),
+        (
+            ["train.teacher_slots=1", "train.batch_size=1", "objective.imitation_weight=1"],
+            "train.teacher_slots: 1, but a batch may need 2 different teachers; raise it",
+        ),
+        (["train.report_to=wandb"], "train.report_to: wandb is not installed; `pip install wandb`, or set it to none"),
+        (["student.init_from={wide}"], "student.init_from: has rank 9, more than student.rank (4); raise that, or use"),
+        (["effects.1.lora={folder}"], "effects.1.lora: folder is a folder; name the LoRA file in it"),
+    ],
+)
+def test_check_training_finds_what_a_run_would_stop_at(
+    random_base: Path, dataset: Path, taught: Path, given: list[str], fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before targets are made: too few slots, a board that is not there, a start that does not fit, a folder."""
+    monkeypatch.setattr("clora.distill.check.find_spec", lambda name: None)
+    shapes = {name: shape for name, shape in linear_shapes(random_base).items() if name.endswith("attn.to_q")}
+    write_sparse_lora(taught.parent / "wide.safetensors", shapes, rank=9)
+    (taught.parent / "folder").mkdir(exist_ok=True)
+    places = {"wide": taught.parent / "wide.safetensors", "folder": taught.parent / "folder"}
+    config = make_config(random_base, dataset, taught, *(one.format(**places) for one in given))
+    if fault is None:
+        assert set(check_training(config).effects) == set(NAMES)
+        return
+    for check in (check_training, validate_and_raise):
+        with pytest.raises(InputErrors) as caught:
+            check(config)
+        assert [one.startswith(fault) for one in caught.value.faults] == [True], caught.value.faults
+
+
+def test_check_training_wants_effects_for_same_step(random_base: Path, dataset: Path, tmp_path: Path) -> None:
+    given = ("objective.imitation=same_step", "objective.imitation_weight=1", "student.acceleration=base")
+    config = make_config(random_base, dataset, tmp_path / "run", *given, effects=False)
+    with pytest.raises(InputErrors, match=r"objective\.imitation: same_step imitates the effects' teachers"):
+        check_training(config)
+
+
+def test_check_training_of_extend_warns_of_its_own_keys(random_base: Path, dataset: Path, taught: Path) -> None:
+    """An average that outlasts the few updates of `extend` is meant; of `train` it is not."""
+    config = make_config(random_base, dataset, taught, "train.ema_start=500", "train.max_train_steps=100")
+    assert any(note.startswith("train.ema_start: 500") for note in check_training(config).warnings)
+    assert not any("ema_start" in note for note in check_training(config, "extend").warnings)
+
+
 def test_check_training_finds_images_that_are_gone(
     random_base: Path, dataset: Path, taught: Path, tmp_path: Path
 ) -> None:

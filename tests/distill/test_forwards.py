@@ -39,8 +39,12 @@ def test_full_step_forwards_closed_forms() -> None:
     guided = build_config({"preset": "clora", "output_dir": "o"}, Path(), [*plain[1:], "objective.guidance=4"])
     assert full_step_forwards(guided, "effect") == effect + 2 * 2
     steps = ["train.coarse_steps=4", "train.max_train_steps=10", "objective.p_switch=1"]
-    whole = build_config({"preset": "clora", "output_dir": "o"}, Path(), [*plain, *steps])
+    effects = [{"name": "a", "prompt": "p", "lora": "a.safetensors"}]
+    whole = build_config({"preset": "clora", "output_dir": "o", "effects": effects}, Path(), [*plain, *steps])
     assert distillation_forwards(whole) == 4 * 15 + 6 * effect
+    # Without effects there is no coarse stage, and every step is general.
+    alone = build_config({"preset": "clora", "output_dir": "o"}, Path(), [*plain, *steps])
+    assert distillation_forwards(alone) == 10 * full_step_forwards(alone, "general")
 
 
 def test_imitation_forwards_closed_forms() -> None:

@@ -118,3 +118,16 @@ def test_prefetch_asks_the_bank_for_its_own_alone(
     monkeypatch.setattr(TeacherBank, "prefetch", lambda bank, effects: asked.append(effects))
     models.prefetch(["old", "warm", None, "old", "cold"])
     assert asked == [["warm", None, "cold"]]
+
+
+@torch.no_grad()
+def test_few_step_teacher_has_the_acceleration_lora_but_on_a_resident_one(
+    world: tuple[Backbone, Models, dict[str, Modules]],
+) -> None:
+    """A collection samples in few steps already: an acceleration LoRA on top would be its second."""
+    backbone, models, modules = world
+    query, fast = make_query(("warm", None, "old"), 3), modules[ACCELERATION]
+    nets = replace(models, accelerating=ACCELERATION).networks(joined=False, joint=False)
+    assert nets.few_step_teacher is not None
+    wanted = by_hand(backbone, query, [join_modules(modules["warm"], fast), fast, modules[COLLECTION]])
+    torch.testing.assert_close(nets.few_step_teacher(*query), wanted, rtol=1e-4, atol=1e-5)

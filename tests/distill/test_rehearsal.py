@@ -133,8 +133,9 @@ def test_follow_is_the_collections_velocity_and_the_accelerated_teachers(
 ) -> None:
     """The collection's for an old effect; for a new one its teacher's with the acceleration LoRA, else the images'."""
     models, query = followed
+    models = replace(models, accelerating=ACCELERATION if accelerated else None)
     v_image = torch.randn(query.x_sigma.shape, generator=torch.Generator().manual_seed(1))
-    got = FewStepTeachers(models, accelerated, 5.0).follow(query, v_image)
+    got = FewStepTeachers(models, 5.0).follow(query, v_image)
     slots = ["new_by_hand", "old_by_hand", "new_by_hand"]
     expected = models.backbone.velocity(*query, slots)
     if not accelerated:
@@ -160,7 +161,7 @@ def test_follow_runs_one_forward_whatever_there_is_to_follow(
     none_old = query._replace(cond=replace(query.cond, effects=("warm",) * 3))
     v_image = torch.zeros(query.x_sigma.shape)
     monkeypatch.setattr("clora.lora.bank.TeacherBank.slots_for", lambda bank, effects: [None for _ in effects])
-    teachers = FewStepTeachers(models, False, 5.0)
+    teachers = FewStepTeachers(models, 5.0)
     assert torch.equal(teachers.follow(none_old, v_image), v_image)
     assert not torch.equal(teachers.follow(query, v_image), v_image)
     assert sizes == [1, 1]
@@ -179,7 +180,7 @@ def test_anchor_loss_weighs_old_effects_and_is_ta_fm_without_them(
         return Draws.alone(torch.Generator().manual_seed(3), 3)
 
     def loss_of(weight: float, models: Models = models) -> float:
-        loss, figures = FewStepTeachers(models, False, weight).anchor_loss(nets, batch, config, draws())
+        loss, figures = FewStepTeachers(models, weight).anchor_loss(nets, batch, config, draws())
         assert figures.keys() == {"ta_fm_loss"} and figures["ta_fm_loss"] == loss
         return float(loss)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from rich.console import Console
 
-from clora.config import Config
+from clora.config import Config, Sampler
 from clora.data.examples import collate
 from clora.distill import targets
 from clora.distill.check import check_teaching
@@ -90,6 +90,17 @@ def test_make_targets_are_made_anew_when_their_settings_change(
     assert anew("targets.shift=5") == 6
     assert anew("targets.guidance_rescale=none") == 6
     assert anew("targets.per_source=2") == 12 - 6 + 6  # the batch is sampled whole where one of its images lacks
+
+
+def test_keys_of_targets_differ_by_sampler(random_base: Path, dataset: Path, tmp_path: Path) -> None:
+    """With an acceleration LoRA y are made by the schedule's sampler, and another one makes other images."""
+    workspace = opened(make_config(random_base, dataset, tmp_path / "run"))
+    example = workspace.effects["cold"][0]
+    keys = {
+        targets._keys(workspace, example, few_step_sampling(3, 3.0, sampler), HASHES)[0]
+        for sampler in get_args(Sampler)
+    }
+    assert len(keys) == 2
 
 
 def test_targets_of_with_an_acceleration_lora_are_of_the_stack_in_the_schedules_steps(

@@ -22,7 +22,7 @@ from clora.backbones.load import SHAPES, read_footprint
 from clora.backbones.qwen_image.footprint import transformer_footprint
 from clora.cli import commands as cli
 from clora.config import Config, build_config
-from clora.distill.memory import GB, TrainSettings, base_weights, memory_plan
+from clora.distill.memory import GB, TrainSettings, base_weights, memory_plan, saved_by_forward
 from clora.distill.step import full_step
 from clora.jobs.plan import communication_plan, find_mends, plan_training
 from clora.lora.frozen_linear import floats_at_once, quantize_linears, weight_bytes
@@ -88,6 +88,35 @@ def test_20b_distillation_fits_one_gpu_of_141_gb_with_checkpointing_only() -> No
     assert find_mends(footprint, without, 141 * GB) == (["train.gradient_checkpointing=true"], True)
 
 
+def test_memory_plan_of_an_extension_counts_the_collection() -> None:
+    """Frozen below the student, and once more in the critic, which starts as it: 1.18 B parameters each at rank 128."""
+    footprint = read_footprint(QWEN)
+    alone = memory_plan(footprint, qwen_settings(rank=32)).phases["student update"]
+    parts = memory_plan(footprint, qwen_settings(rank=32, collection_rank=128)).phases["student update"]
+    assert parts["collection"] == 2 * footprint.adapter_parameters(128, QWEN_IMAGE_TARGETS)
+    more = (parts["student and critic"] + parts["AdamW"]) - (alone["student and critic"] + alone["AdamW"])
+    assert more == 12 * footprint.adapter_parameters(128, QWEN_IMAGE_TARGETS)
+    assert parts["EMA"] == alone["EMA"]
+    # What makes few-step teachers is not trained there.
+    fast = memory_plan(footprint, qwen_settings(rank=32, collection_rank=128, acceleration_rank=64))
+    assert fast.phases["student update"]["EMA"] == alone["EMA"]
+    assert fast.phases["student update"]["collection"] == 1.5 * parts["collection"]
+
+
+def test_memory_plan_of_a_coarse_stage_is_that_of_its_batch() -> None:
+    """A coarse stage of eight samples before a full one of one peaks there, be TA-FM in the full one or not; a run of
+    coarse updates alone has a plan."""
+    footprint = read_footprint(QWEN)
+    no_ta_fm = (False, True, True, False)
+    full = memory_plan(footprint, qwen_settings(anchor_batch_size=8, terms=no_ta_fm))
+    plan = memory_plan(footprint, qwen_settings(anchor_batch_size=8, terms=no_ta_fm, coarse=True))
+    assert plan.peak_phase == "coarse update" and plan.peak > full.peak
+    coarse = plan.phases["coarse update"]["kept for backward"]
+    assert coarse == saved_by_forward(footprint, qwen_settings(), 8)
+    alone = memory_plan(footprint, qwen_settings(terms=(False,) * 4, critic_batches=0, coarse=True))
+    assert alone.peak_phase in ("coarse update", "encoding") and alone.peak > 0
+
+
 # Peaks
 
 
@@ -97,6 +126,8 @@ CASES = [
     (torch.float32, {"memory_budget_gb": NO_MEMORY}),
     (torch.float32, {"memory_budget_gb": NO_MEMORY, "batch_size": 2, "anchor_batch_size": 6}),
     (torch.float32, {"gradient_checkpointing": False, "gradient_accumulation_steps": 2}),
+    (torch.float32, {"gradient_checkpointing": False, "critic_reuse": True}),
+    (torch.float32, {"memory_budget_gb": NO_MEMORY, "critic_reuse": True, "gradient_accumulation_steps": 2}),
     # Few CPUs have arithmetic for bf16: small batches.
     (torch.bfloat16, {"gradient_checkpointing": False}),
     (torch.bfloat16, {"memory_budget_gb": NO_MEMORY, "anchor_batch_size": 3}),
@@ -169,6 +200,7 @@ def planned_and_measured(
         base_bytes=dtype.itemsize,
         checkpointing=config.train.gradient_checkpointing,
         quantized=quantized,
+        waiting_batches=config.train.gradient_accumulation_steps * config.train.critic_reuse,
     )
     plan = memory_plan(transformer_footprint(transformer_config, {}), settings)
     assert sum(plan.phases["student update"].values()) == plan.peak
@@ -258,7 +290,8 @@ def test_plan_training_reads_the_configuration(tmp_path: Path) -> None:
     """The default preset on one GPU of 141 GB: fits at 1024 x 1024; 80 GB asks for several and cuts the base."""
     plan = plan_training(config_of(tmp_path), 1, 141)
     wanted = qwen_settings(vae_parameters=plan.settings.vae_parameters)
-    found = {name: getattr(plan.settings, name) for name in ("text_encoder_parameters", "num_blocks_kept")}
+    assert plan.settings.coarse and not plan.settings.waiting_batches
+    found = {name: getattr(plan.settings, name) for name in ("text_encoder_parameters", "num_blocks_kept", "coarse")}
     assert plan.settings == replace(wanted, **found)
     assert plan.settings.text_encoder_parameters / 1e9 == pytest.approx(8.29, abs=0.01)  # as published
     assert plan.settings.vae_parameters / 1e6 == pytest.approx(127, abs=1)

@@ -121,6 +121,16 @@ def test_write_groups_configs_load_with_their_triggers(tmp_path: Path) -> None:
             assert effect.lora == (taught if effect.name == "oil" else None)
 
 
+def test_write_groups_keeps_the_nulls_that_presets_have_values_for(tmp_path: Path) -> None:
+    nulls = ("student.acceleration", "targets.acceleration", "targets.max_sources", "schedule.step_counts",
+             "train.anchor_batch_size", "train.coarse_learning_rate", "general")  # fmt: skip
+    config = config_of(tmp_path, *(f"{key}=null" for key in nulls))
+    path = write_groups(config, plan_groups(config, 2), tmp_path / "groups")
+    loaded = load_config(path.parent / "group_1.yaml")
+    for section in ("student", "targets", "schedule", "train", "general", "objective", "extend"):
+        assert getattr(loaded, section) == getattr(config, section), section
+
+
 def test_plan_groups_needs_effects_and_may_find_one_group(tmp_path: Path) -> None:
     assert plan_groups(config_of(tmp_path), 100).groups == [[0, 1, 2, 3]]
     single = plan_groups(config_of(tmp_path), 1)

@@ -337,7 +337,12 @@ def test_train_refuses_a_checkpoint_of_other_teachers_or_data(
     data, teachers = tmp_path / "data", tmp_path / "teachers"
     shutil.copytree(dataset, data)
     shutil.copytree(taught, teachers)
-    config = with_teachers(make_config(random_base, data, tmp_path / "run", "train.max_train_steps=2"), teachers)
+    fast = {section: tmp_path / f"{section}.safetensors" for section in ("student", "targets")}
+    for path in fast.values():
+        shutil.copy(teachers / "teachers" / "cold.safetensors", path)
+    given = [f"{section}.acceleration={path}" for section, path in fast.items()]
+    config = make_config(random_base, data, tmp_path / "run", "train.max_train_steps=2", *given)
+    config = with_teachers(config, teachers)
     train(config)
     record = json.loads((tmp_path / "run" / "run-train.json").read_text())
     assert record["sha256"]["teacher of warm"] == hashlib.sha256(config.effects[0].lora.read_bytes()).hexdigest()  # type: ignore[union-attr]
@@ -346,8 +351,13 @@ def test_train_refuses_a_checkpoint_of_other_teachers_or_data(
     assert saved["identity"] == record["sha256"] and saved["record"]["config"] == record["config"]
     shutil.copy(teachers / "teachers" / "cold.safetensors", teachers / "teachers" / "warm.safetensors")
     Image.new("RGB", (64, 64), "red").save(data / "cold" / "target" / "1.png")
-    with pytest.raises(InputError, match="pairs of cold, teacher of warm changed since"):
+    changed = "pairs of cold, student.acceleration, targets.acceleration, teacher of warm changed since"
+    for path in fast.values():
+        shutil.copy(taught / "teachers" / "warm.safetensors", path)
+    with pytest.raises(InputError, match=changed):
         train(config, resume="latest")
+    # The record stays that of what lies in the folder.
+    assert json.loads((tmp_path / "run" / "run-train.json").read_text()) == record
 
 
 def test_determinism_holds_inside_alone() -> None:

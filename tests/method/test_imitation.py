@@ -239,3 +239,11 @@ def test_imitation_loss_learns_from_the_anchors_where_a_batch_has_some() -> None
     anchor = Anchor(torch.full((6, 1, 2), 100.0), ["anchor's student"], ["anchor's teacher"])
     _, nets = ask(asked_batch(torch.zeros(6, 1, 2), anchor=anchor))
     assert nets.student.calls[0][2] == ["anchor's student"] and nets.teacher.calls[0][2] == ["anchor's teacher"]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_imitation_loss_takes_anchors_of_another_size(share: float) -> None:
+    """Their images are drawn by themselves, and may fall into another bucket than those of distribution matching."""
+    anchor = Anchor(torch.full((6, 3, 2), 100.0), ["student"], ["teacher"])
+    _, nets = ask(asked_batch(torch.zeros(6, 1, 2), anchor=anchor), on_policy_share=share, few=False)
+    assert {call[0].shape for call in (*nets.student.calls, *nets.teacher.calls)} == {(6, 3, 2)}

@@ -63,6 +63,28 @@ def test_run_loop_resumes_bitwise_equal(tmp_path: Path) -> None:
     assert losses[0] == losses[1] and len(losses[0]) == 10
 
 
+def test_run_loop_that_starts_anew_is_not_resumed_from_the_run_before(tmp_path: Path) -> None:
+    """A run of 12 steps, then one of 20 that is stopped after 5: `latest` is of the second, not step 12. Until the
+    second has a checkpoint the first one's are there under another name."""
+
+    def broken(step: int) -> dict[str, Tensor]:
+        raise ZeroDivisionError
+
+    run(tmp_path, 12)
+    with pytest.raises(ZeroDivisionError):
+        run_loop(config(tmp_path, 20), {"g": make_optimizer()}, broken)
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {
+        f"replaced-checkpoint-{step:08d}" for step in (9, 12)
+    }
+    assert checkpoint.open_latest(tmp_path) == (None, [])
+    with pytest.raises(Interrupted):
+        run(tmp_path, 20, stop_at=4)
+    found, _ = checkpoint.open_latest(tmp_path)
+    assert found is not None and found.step == 5 and not list(tmp_path.glob("replaced-*"))
+    resumed = run(tmp_path, 20, resume="latest")
+    assert torch.equal(resumed.parameters["w"], run(tmp_path / "whole", 20).parameters["w"])
+
+
 def test_run_loop_refuses_another_configuration(tmp_path: Path) -> None:
     run(tmp_path, 3)
     other = LoopConfig("toy", 5, tmp_path, 3, "another", resume="latest")
