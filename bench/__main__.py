@@ -1,7 +1,7 @@
 """The benches that run as they are: `python -m bench` prints their names, `python -m bench.NAME [--json]` runs one.
 
-Those that need the folder of a run (`lab.extend`, `lab.recipes`, `lab.table1`, `lab.teacher_steps`,
-`lab.train_settings`) say so themselves.
+Those that need a folder to train in, or that of a finished run (`--run`), are called by hand: `lab.ablation`,
+`lab.baselines`, `lab.extend`, `lab.recipes`, `lab.sharded`, `lab.table1`, `lab.teacher_steps`, `lab.train_settings`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ BENCHES = (
     "kernels.lora_qkv",
     "kernels.renoise",
     "kernels.sm90",
+    "lab.deployment",
+    "lab.eight_bits",
     "lab.groups",
     "lab.quantized_base",
     "lab.tiny_base",

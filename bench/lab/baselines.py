@@ -3,14 +3,16 @@
 Every method that is at hand for the effects of a finished demo, in one table of `clora eval` with exact verdicts:
 teachers in many and few steps, with the acceleration LoRA (stock `set_adapters`), picked by a router, joint LoRAs,
 teachers merged into one by PEFT, and the collection. Then two effects at once. Merges are set up (weight, density) by
-their alignment on scenes `tune`, among equals by PSNR, both ways of asking together; the table is of scenes `judge`.
+their alignment on scenes `tune`, among equals by PSNR, both ways of asking together; the figures say where the best is
+at the end of what was tried. The table is of scenes `judge`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,24 @@ import yaml
 from rich.console import Console
 
 from bench.lab.extend import SCENES
-from bench.lab.merges import COMBINATIONS, Merge, candidates, load_with_peft, merge
+from bench.lab.merges import (
+    COMBINATIONS,
+    DENSITIES,
+    Merge,
+    candidates,
+    edges,
+    load_with_peft,
+    merge,
+    weights_for,
+)
 from bench.lab.study import machine, write_figures
 from bench.lab.two_effects import FORWARDS, compose
 from clora.config import acceleration_lora, load_config
 from clora.evaluate.baselines import JOINT_STUDENT
 from clora.evaluate.bench_report import COSTS
+from clora.evaluate.benchmark import Benchmark, lora_files
 from clora.inference.sampling import few_step_sampling
+from clora.io.digest import file_digest
 from clora.jobs.eval_bench import evaluate_benchmark
 from clora.lora.files import read_lora
 from clora.method.prompts import compose_prompts
@@ -66,6 +79,11 @@ def bench_effects(names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def digest_of_all(files: Iterable[Path]) -> str:
+    """SHA-256 (hex) of several files' contents, in order."""
+    return hashlib.sha256(b"".join(map(file_digest, files))).hexdigest()
+
+
 def run_bench(
     out: Path,
     effects: Sequence[str],
@@ -74,7 +92,8 @@ def run_bench(
     reference: str,
     console: Console,
 ) -> dict[str, Any]:
-    """Write `out/benchmark.yaml` and run it, unless it was run before as it is; returns its report."""
+    """Write `out/benchmark.yaml` and run it, unless it was run before as it is, of the same LoRA files; returns its
+    report."""
     out.mkdir(parents=True, exist_ok=True)
     bench = {
         "output_dir": ".",
@@ -86,7 +105,9 @@ def run_bench(
         "images": {category: [str(path) for path in found] for category, found in sources.items()},
         "methods": list(methods),
     }
-    path, text = out / "benchmark.yaml", yaml.safe_dump(bench, sort_keys=False)
+    read = Benchmark.model_validate(bench)
+    made_of = digest_of_all([file for method in read.methods for file in lora_files(read, method)])
+    path, text = out / "benchmark.yaml", f"# LoRA files {made_of}\n{yaml.safe_dump(bench, sort_keys=False)}"
     if (out / "report.json").exists() and path.read_text() == text:
         found: dict[str, Any] = json.loads((out / "report.json").read_text())
         return found
@@ -97,7 +118,8 @@ def run_bench(
 def merged(out: Path, run: Path, teachers: Mapping[str, Path], fast: Path, console: Console) -> dict[Merge, Path]:
     """The best merge of every combination, by verdicts on scenes `tune`, with its file."""
     rank = next(iter(read_lora(run / "collection.safetensors").modules.values())).rank
-    files = {how: out / "merges" / f"{how.name}.safetensors" for how in candidates()}
+    folder = out / "merges" / digest_of_all(teachers.values())[:12]
+    files = {how: folder / f"{how.name}.safetensors" for how in candidates(len(teachers))}
     if not all(path.exists() for path in files.values()):
         model = load_with_peft("tiny", teachers)
         for how, path in files.items():
@@ -155,6 +177,16 @@ def pair_methods(run: Path, out: Path, steps: int, teachers: Mapping[str, Path],
     ]
 
 
+def merge_figures(best: Sequence[Merge], count: int) -> dict[str, Any]:
+    """What was tried for so many LoRAs, and the best of each combination, with where it lies at an end of that."""
+    tried = {"weights": [round(weight, 4) for weight in weights_for(count)], "densities": list(DENSITIES)}
+    chosen = {
+        how.combination: {"weight": round(how.weight, 4), "density": how.density, "at the end": edges(how, count)}
+        for how in best
+    }
+    return {"tried": tried, "best": chosen}
+
+
 def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is filed of a report."""
     found = []
@@ -206,8 +238,8 @@ def main() -> None:
     figures = {
         "effects": list(teachers),
         "scenes": {"use": "judge", "first": SCENES["judge"], "count": arguments.num_scenes},
-        "merges": {how.combination: {"weight": how.weight, "density": how.density} for how in merges},
-        "router": "tf-idf words of the full prompt against the criteria (clora.evaluate.router)",
+        "merges": merge_figures(list(merges), len(teachers)),
+        "router": "letter trigrams of the full prompt against the criteria, by tf-idf (clora.evaluate.router)",
         "machine": machine(),
         "one effect": rows(single),
         "two effects": rows(two),

@@ -18,7 +18,7 @@ from clora.lora.files import read_lora, write_lora
 from clora.lora.module import LoraModule
 
 COMBINATIONS = ("svd", "ties_svd", "dare_ties_svd", "magnitude_prune_svd", "cat")
-WEIGHTS = (1.0, 0.5, 0.25)
+WEIGHTS = (1.0, 0.5, 0.25)  # and the plain mean, 1 / N
 DENSITIES = (0.2, 0.5)  # the share of entries that is kept, for the three that drop some
 MERGED = "merged"
 
@@ -37,13 +37,29 @@ class Merge:
         return f"{self.combination} weight {self.weight:.3g}{dropped}"
 
 
-def candidates() -> list[Merge]:
-    """Every combination at every weight and density."""
+def weights_for(count: int) -> list[float]:
+    """The weights that are tried for so many LoRAs, the greatest first."""
+    return sorted({*WEIGHTS, 1 / count}, reverse=True)
+
+
+def candidates(count: int) -> list[Merge]:
+    """Every combination of `count` LoRAs at every weight and density."""
     return [
         Merge(combination, weight, density)
         for combination in COMBINATIONS
-        for weight in WEIGHTS
+        for weight in weights_for(count)
         for density in ((None,) if combination in ("svd", "cat") else DENSITIES)
+    ]
+
+
+def edges(how: Merge, count: int) -> list[str]:
+    """Where a merge lies at the end of what was tried: beyond it there may be a better one."""
+    found = {"weight": (how.weight, weights_for(count)), "density": (how.density, DENSITIES)}
+    return [
+        f"{end} {name}"
+        for name, (value, tried) in found.items()
+        for end, last in (("least", min(tried)), ("greatest", max(tried)))
+        if value == last
     ]
 
 

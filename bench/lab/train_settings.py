@@ -33,7 +33,7 @@ SETTINGS: dict[str, list[str]] = {
     "other seed": ["seed=1"],
     "bfloat16 moments": ["train.adam_moments=bfloat16"],
     "int8 base, bfloat16 moments": ["train.adam_moments=bfloat16", "base.quantize=int8"],
-    "critic_reuse": ["train.critic_reuse=true"],
+    "critic on samples of its own": ["train.critic_reuse=false"],
 }
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from clora.evaluate.bench_made import Made
 from clora.evaluate.benchmark import BenchEffect, Benchmark, BenchMethod, lora_files, lora_of
 from clora.evaluate.router import route
 from clora.inference.edit_prompts import edit_prompt, find_catalogue
 from clora.inference.editor import default_sampling
+from clora.inference.sampling import Sampling
+from clora.io.digest import file_digest
 
 
 class Asked(NamedTuple):
@@ -50,16 +54,47 @@ def routed(bench: Benchmark, effect: BenchEffect) -> str:
     return route(effect.student_prompt or effect.instruction, descriptions)
 
 
+def sampling_of(bench: Benchmark, method: BenchMethod, lora: Path) -> Sampling:
+    """How a method that makes its pictures samples with one of its LoRA files."""
+    sampling = default_sampling(bench.base, find_catalogue(lora), method.accelerate is not None)
+    return sampling.changed(method.steps, method.guidance)
+
+
+def recipes(bench: Benchmark, method: BenchMethod, effects: Sequence[str]) -> dict[str, Made]:
+    """How a method makes its pictures of each effect: all that decides them but the source and the seed.
+
+    A base is known by its name alone, for its files may be tens of gigabytes. Raises `InputError` where a LoRA file
+    cannot be read, or a collection lacks an effect.
+    """
+    found: dict[str, Made] = {}
+    for effect in dict.fromkeys(effects):
+        lora, prompt = asked(bench, method, effect)
+        sampling = sampling_of(bench, method, lora)
+        found[effect] = {
+            "base": Path(bench.base).name if Path(bench.base).is_dir() else bench.base,
+            "LoRA": file_digest(lora).hex(),
+            "acceleration LoRA": None if method.accelerate is None else file_digest(method.accelerate).hex(),
+            "prompt": prompt,
+            "sampler": sampling.sampler,
+            "steps": sampling.num_steps,
+            "shift": sampling.shift,
+            "guidance": sampling.guidance,
+            # Without guidance neither has an effect.
+            "guidance rescale": sampling.rescale if sampling.is_guided else None,
+            "negative prompt": sampling.negative_prompt if sampling.is_guided else None,
+        }
+    return found
+
+
 def cost_of(bench: Benchmark, method: BenchMethod) -> Cost:
     """What a method costs: counted, or as its section says where its pictures were made elsewhere."""
     if method.images is not None:
         return Cost(method.num_loras, method.storage_mb, method.nfe)
     files = lora_files(bench, method)
     right = [routed(bench, effect) == effect.name for effect in bench.effects] if method.route else None
-    sampling = default_sampling(bench.base, find_catalogue(files[0]), method.accelerate is not None)
     return Cost(
         len(files),
         round(sum(file.stat().st_size for file in files) / 1e6, 3),
-        sampling.changed(method.steps, method.guidance).num_forwards,
+        sampling_of(bench, method, files[0]).num_forwards,
         None if right is None else sum(right) / len(right),
     )

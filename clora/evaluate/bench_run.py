@@ -38,10 +38,14 @@ class Verdict(NamedTuple):
     alignment: Answer | None
 
 
-def open_judge(settings: JudgeSettings, folder: Path) -> Judge:
-    """A judge by its settings, its answers kept in `folder`."""
+def open_judge(settings: JudgeSettings, folder: Path, rank: int = 0, world_size: int = 1) -> Judge:
+    """A judge by its settings, its answers kept in `folder`: those that are there count towards its limits.
+
+    Of `world_size` processes that judge at the same time each may spend its share of what the limits leave.
+    """
     limits = Limits(settings.max_calls, settings.max_cost, settings.prompt_price, settings.answer_price)
-    return Judge(settings.endpoint, folder, limits, settings.seed)
+    limits.add_kept(folder)
+    return Judge(settings.endpoint, folder, limits.share(rank, world_size), settings.seed)
 
 
 def control_cells(bench: Benchmark) -> list[Cell]:

@@ -79,7 +79,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class MethodScores(Scores):
-    """`Scores` of a method, and the 95 % bootstrap interval of its bad-case rate.
+    """`Scores` of a method, and the 95 % interval of its bad-case rate (`bootstrap_interval`: effects and sources).
 
     `left_out` are the pairs whose truth cannot be told from another class: they are in none of the figures.
     `reasons` counts bad cases by reason, `confusions` the wrong outputs by effect and nearest class.

@@ -61,13 +61,16 @@ class Answer(BaseModel):
     endpoint: str = ""
     prompt_sha256: str = ""
     raw: list[str] = []  # every reply in order, those of no use too
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # of all of them, as far as the server counts
     answer_tokens: int = 0
 
 
 @dataclass
 class Limits:
-    """At most so many calls and so much cost in a run; prices are of a million tokens, cost in the same currency."""
+    """At most so many calls and so much cost; prices are of a million tokens, cost in the same currency.
+
+    `calls` and `cost` count what earlier runs were answered too (`add_kept`).
+    """
 
     max_calls: int | None = None
     max_cost: float | None = None
@@ -90,7 +93,29 @@ class Limits:
 
     def add_cost(self, reply: Completion) -> None:
         with self._lock:
-            self.cost += (reply.prompt_tokens * self.prompt_price + reply.answer_tokens * self.answer_price) / 1e6
+            self.cost += self._price(reply.prompt_tokens, reply.answer_tokens)
+
+    def add_kept(self, folder: Path) -> None:
+        """Count the replies that lie in a judge's folder, with what they cost where the server told their tokens."""
+        for path in folder.glob("*.json"):
+            if (answer := _read_kept(path)) is not None:
+                self.calls += len(answer.raw)
+                self.cost += self._price(answer.prompt_tokens, answer.answer_tokens)
+
+    def share(self, rank: int, world_size: int) -> Limits:
+        """What one of several processes may spend of what is left, so that all of them stay within the whole."""
+        if world_size == 1:
+            return self
+        share = Limits(None, None, self.prompt_price, self.answer_price, self.calls, self.cost)
+        if self.max_calls is not None:
+            left = max(0, self.max_calls - self.calls)
+            share.max_calls = self.calls + left // world_size + (rank < left % world_size)
+        if self.max_cost is not None:
+            share.max_cost = self.cost + max(0.0, self.max_cost - self.cost) / world_size
+        return share
+
+    def _price(self, prompt_tokens: int, answer_tokens: int) -> float:
+        return (prompt_tokens * self.prompt_price + answer_tokens * self.answer_price) / 1e6
 
 
 @dataclass
@@ -164,8 +189,6 @@ class Judge:
             rung = RUNGS[place]
             try:
                 answer = self._one_rung(body | response_format(rung, value), kind, rung)
-            except NoAnswer as error:
-                return Answer(value=None, why=str(error), rung=rung, raw=error.replies)
             except LimitReached as error:
                 return Answer(value=None, why=str(error))
             except Refused as error:
@@ -174,16 +197,17 @@ class Judge:
                 if rung == "plain":  # not the format, then, but this question
                     return Answer(value=None, why=str(error), rung=rung)
                 continue
-            self._rung = max(self._rung, place)
+            if answer.value is not None:
+                self._rung = max(self._rung, place)
             return answer
         raise AssertionError("plain is the last rung")
 
     def _one_rung(self, body: dict[str, Any], kind: type[GateReply] | type[AlignmentReply], rung: Rung) -> Answer:
-        replies: list[str] = []  # those of earlier tries too
+        replies: list[Completion] = []  # those of earlier tries too
 
         def read(reply: Completion) -> Answer:
             self.limits.add_cost(reply)
-            replies.append(reply.text)
+            replies.append(reply)
             found = read_reply(reply.text, kind)
             return Answer(
                 value=found.value,
@@ -191,19 +215,29 @@ class Judge:
                 rung=rung,
                 model=reply.model,
                 fingerprint=reply.fingerprint,
-                raw=list(replies),
-                prompt_tokens=reply.prompt_tokens,
-                answer_tokens=reply.answer_tokens,
+                raw=[one.text for one in replies],
+                prompt_tokens=sum(one.prompt_tokens for one in replies),
+                answer_tokens=sum(one.answer_tokens for one in replies),
             )
 
-        return complete(
-            self.endpoint,
-            body,
-            read,
-            client=self.client,
-            backoff_seconds=self.backoff_seconds,
-            before_try=self.limits.take_call,
-        )
+        try:
+            return complete(
+                self.endpoint,
+                body,
+                read,
+                client=self.client,
+                backoff_seconds=self.backoff_seconds,
+                before_try=self.limits.take_call,
+            )
+        except NoAnswer as error:
+            return Answer(
+                value=None,
+                why=str(error),
+                rung=rung,
+                raw=error.replies,
+                prompt_tokens=sum(one.prompt_tokens for one in replies),
+                answer_tokens=sum(one.answer_tokens for one in replies),
+            )
 
 
 def response_format(rung: Rung, value: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Answers(_Record):
 
 
 class Preference(_Record):
-    """How often a method was chosen, with a 95 % bootstrap interval over persons and items together."""
+    """How often a method was chosen, with its 95 % bootstrap interval: persons and items are drawn anew, crossed."""
 
     method: str
     question: str

@@ -2,7 +2,7 @@
 
 Every phase is the job a user runs on real data (`validate`, `teach`, `train`, `eval`); the demo only writes the tiny
 world's images as a user's dataset first, and knows the truth when it scores. Interrupted anywhere, the same command
-goes on where it was.
+goes on where it was; another one is refused in its folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from clora.data.image_grid import Grid, Pixels, grid_image
 from clora.distill.check import check_teaching
 from clora.distill.forwards import distillation_forwards, joint_step_forwards
 from clora.distill.workspace import open_workspace
-from clora.errors import InputErrors
+from clora.errors import InputError, InputErrors
 from clora.evaluate.baselines import COLLECTION, JOINT_STUDENT
 from clora.evaluate.exact import evaluate_methods
 from clora.evaluate.report import Curve, MethodRow, PhaseRow, Report, write_report
@@ -46,6 +46,7 @@ from clora.tiny.world.scenes import render, sample_scene
 from clora.training.tracker import read_log
 
 Size = Literal["full", "long", "smoke"]
+BESIDES_SIZE = {"base", "output_dir", "seed", "effects"}  # sections of a demo's configuration that every size has
 PICTURED = ("coarse+accel", COLLECTION)  # in the fewest steps; in the schedule's all methods are
 
 
@@ -142,11 +143,15 @@ def peak_memory_mb() -> float:
 def run_demo(
     out: Path, num_effects: int = 12, size: Size = "full", seed: int = 0, console: Console | None = None
 ) -> Path:
-    """Run all phases below `out` and return `out/report.html`; `out/report.json` holds the figures."""
+    """Run all phases below `out` and return `out/report.html`; `out/report.json` holds the figures.
+
+    Raises `InputError` where the folder holds a demo of other effects, another size or another seed.
+    """
     console = console or Console(stderr=True)
     scale = SCALES[size]
     names = effect_names(3 if size == "smoke" else num_effects)
     out.mkdir(parents=True, exist_ok=True)
+    refuse_another(out, {"effects": names, "size": size, "seed": seed})
     phases = Phases(out, console)
     phases.run("dataset", lambda: write_dataset(out, names, scale, seed))
     config = load_config(out / "config.yaml")
@@ -158,6 +163,35 @@ def run_demo(
     phases.run("sample", lambda: sample_all(config, held_out(out, scale.eval_sources), out, console))
     phases.run("score", lambda: score(out))
     return report(config, out, phases)
+
+
+def refuse_another(out: Path, settings: dict[str, Any]) -> None:
+    """Keep a demo's settings in `out/demo.json`; raise `InputError` where the folder has one of other settings.
+
+    A folder of a version that kept none is known by its configuration: effects, seed, and whether there are settings of
+    a size.
+    """
+    path = out / "demo.json"
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text())
+    elif (out / "config.yaml").exists():
+        config = yaml.safe_load((out / "config.yaml").read_text())
+        kept = {"effects": [effect["name"] for effect in config["effects"]], "seed": config.get("seed", 0)}
+        if (settings["size"] == "full") == bool(own := set(config) - BESIDES_SIZE):
+            kept["size"] = "other than full" if own else "full"
+    else:
+        kept = {}
+    if other := [_gap(name, kept[name], now) for name, now in settings.items() if kept.get(name, now) != now]:
+        raise InputError(f"{out}: holds a demo with {' and '.join(other)}; give another --out, or delete it")
+    write_text(path, json.dumps(settings, indent=1))
+
+
+def _gap(name: str, kept: Any, now: Any) -> str:
+    if isinstance(kept, list) and len(kept) != len(now):
+        return f"{len(kept)} {name}, not {len(now)}"
+    if isinstance(kept, list):
+        return f"the {name} {', '.join(sorted(set(kept) - set(now)))}"
+    return f"{name} {kept}, not {now}"
 
 
 def write_dataset(out: Path, names: list[str], scale: Scale, seed: int) -> None:

@@ -1,7 +1,7 @@
 """`clora eval BENCH.yaml`: any methods on any effects: results are made, judged, measured and reported.
 
-What is on the disk is not made or asked for again, so that an interrupted run goes on where it was. Under torchrun each
-process makes and judges its share; the first one writes the tables.
+What is on the disk is not made or asked for again, so that an interrupted run goes on where it was; pictures that other
+settings made are refused. Under torchrun each process makes and judges its share; the first one writes the tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from clora.data.images import load_image
 from clora.errors import InputError, raise_faults
-from clora.evaluate.bench_methods import asked, cost_of
+from clora.evaluate.bench_made import Made, made_from, other_makers, png_info
+from clora.evaluate.bench_methods import asked, cost_of, recipes
 from clora.evaluate.bench_report import write_bench_report
 from clora.evaluate.bench_rows import Row, control_faults, summarise, write_rows
 from clora.evaluate.bench_run import Measures, control_cells, open_judge, score
@@ -57,8 +58,8 @@ def is_benchmark(path: Path) -> bool:
 def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, Any]:
     """Make, judge and measure a benchmark's results; returns what `report.json` holds.
 
-    Raises `InputErrors` with every fault of the file, and with every result that a method made elsewhere lacks, before
-    a weight is loaded or a call is paid for; and where the judge's controls come out wrong, once all is written.
+    Raises `InputErrors` with every fault of the file, with every result that a method made elsewhere lacks, and with
+    every method whose pictures are there by other settings, before a weight is loaded or a call is paid for.
     """
     console = console or Console(stderr=True)
     bench = read_benchmark(path)
@@ -71,11 +72,12 @@ def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, 
     with distributed.process_group(TIMEOUT_SECONDS):
         own = found[distributed.rank() :: distributed.world_size()]
         make_results(bench, own, console)
-        judge = None if bench.judge is None else open_judge(bench.judge, bench.output_dir / "judge")
-        if judge is not None and distributed.world_size() > 1:
+        if bench.judge is not None and distributed.world_size() > 1:
+            judge = _open_judge(bench, distributed.rank(), distributed.world_size())
             _score(bench, own, judge, Measures(), console)  # what is answered is on the disk for the first process
         distributed.barrier()
-        answer = _report(bench, found, judge, console) if distributed.is_main() else {}
+        # Opened now, the judge counts what all processes were answered, and has what they left of its limits.
+        answer = _report(bench, found, _open_judge(bench), console) if distributed.is_main() else {}
         distributed.leave_together()
     return answer
 
@@ -103,12 +105,18 @@ def benchmark_table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_methods(bench: Benchmark, found: Sequence[Cell]) -> None:
-    made_elsewhere = {method.name for method in bench.methods if method.images is not None}
-    faults = missing_results(bench, [cell for cell in found if cell.method in made_elsewhere])
+    faults = []
     for method in bench.methods:
+        own = [cell for cell in found if cell.method == method.name]
+        if method.images is not None:
+            faults += missing_results(bench, own)
+            continue
+        there = [cell for cell in own if cell.path.is_file()]
         try:
-            for effect in bench.effects if method.images is None else ():
+            for effect in bench.effects:
                 asked(bench, method, effect.name)
+            now = recipes(bench, method, [cell.effect for cell in there])  # reads LoRA files whole: only where needed
+            raise_faults(other_makers(bench.output_dir / "results" / method.name, there, now))
         except InputError as error:
             faults += [f"method {method.name}: {fault}" for fault in error.faults]
     raise_faults(faults)
@@ -146,6 +154,7 @@ def _open(bench: Benchmark) -> Editor:
 
 def _make(bench: Benchmark, method: BenchMethod, editor: Editor, group: Sequence[Cell]) -> Iterator[Cell]:
     prompts = {name: asked(bench, method, name).prompt for name in {cell.effect for cell in group}}
+    by_effect = recipes(bench, method, [cell.effect for cell in group])
     sampling = editor.sampling.changed(method.steps, method.guidance)
     for start in range(0, len(group), CHUNK):
         chunk = group[start : start + CHUNK]
@@ -154,16 +163,19 @@ def _make(bench: Benchmark, method: BenchMethod, editor: Editor, group: Sequence
         jobs = [Job(sources.index(cell.source), prompts[cell.effect], cell.seed) for cell in chunk]
         since = time.perf_counter()
         for place, picture in editor.run(images, jobs, sampling=sampling, batch_size=bench.batch_size):
-            _write(chunk[place], picture, images[jobs[place].image])
-            yield chunk[place]
+            cell = chunk[place]
+            _write(cell, picture, images[jobs[place].image], made_from(by_effect[cell.effect], cell))
+            yield cell
         _note_seconds(bench, chunk, (time.perf_counter() - since) / len(chunk))
 
 
-def _write(cell: Cell, picture: Image.Image, source: Image.Image) -> None:
-    """Source, then result: where the result is there, so is the other."""
+def _write(cell: Cell, picture: Image.Image, source: Image.Image, made: Made) -> None:
+    """Source, then result with what made it: where the result is there, so is the other."""
     cell.path.parent.mkdir(parents=True, exist_ok=True)
-    _write_png(cell.source_copy, source)
-    _write_png(cell.path, picture)
+    with replacing(cell.source_copy) as file:
+        source.save(file, "PNG")
+    with replacing(cell.path) as file:
+        picture.save(file, "PNG", pnginfo=png_info(made))
 
 
 def _note_seconds(bench: Benchmark, made: Sequence[Cell], seconds: float) -> None:
@@ -171,11 +183,6 @@ def _note_seconds(bench: Benchmark, made: Sequence[Cell], seconds: float) -> Non
     with (bench.output_dir / f"seconds-{distributed.rank()}.jsonl").open("a") as file:
         for cell in made:
             file.write(json.dumps([str(cell.path.relative_to(bench.output_dir)), round(seconds, 4)]) + "\n")
-
-
-def _write_png(path: Path, picture: Image.Image) -> None:
-    with replacing(path) as file:
-        picture.save(file, "PNG")
 
 
 def _seconds(bench: Benchmark) -> dict[Path, float]:
@@ -210,6 +217,10 @@ def _open_measures(bench: Benchmark) -> Measures:
         kept = bench.output_dir / "edit_reward"
         rewards = RewardService(settings.url, settings.timeout_seconds, settings.max_attempts, folder=kept)
     return Measures(encoders, bench.flip, rewards)
+
+
+def _open_judge(bench: Benchmark, rank: int = 0, world_size: int = 1) -> Judge | None:
+    return None if bench.judge is None else open_judge(bench.judge, bench.output_dir / "judge", rank, world_size)
 
 
 def _report(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> dict[str, Any]:

@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
-from bench.lab.merges import Merge, load_with_peft, merge
+from bench.lab import baselines
+from bench.lab.baselines import merge_figures, run_bench
+from bench.lab.merges import COMBINATIONS, Merge, candidates, edges, load_with_peft, merge, weights_for
 from bench.lab.two_effects import averaged, fixed, switched
 from clora.config import resolve_base
 from clora.inference.sampling import few_step_sampling, sampling_sigmas
@@ -67,6 +70,48 @@ def test_merge_that_drops_entries_writes_what_the_base_can_load(loaded, tmp_path
     merge(model, list(files), Merge(combination, 1.0, 0.5), 4, tmp_path / "m.safetensors")
     assert set(read_lora(tmp_path / "m.safetensors").modules) == set(MODULES)
     assert sorted(model.peft_config) == ["a", "b"]  # the merge itself is gone
+
+
+def test_candidates_try_the_plain_mean():
+    """`cat` by 1 / N is the mean of N updates, as `test_merge_of_enough_rank_is_the_weighted_sum` shows for two."""
+    assert weights_for(12) == [1.0, 0.5, 0.25, 1 / 12] and weights_for(4) == [1.0, 0.5, 0.25]
+    found = candidates(12)
+    assert {how.weight for how in found if how.combination == "cat"} == {1.0, 0.5, 0.25, 1 / 12}
+    assert len({how.name for how in found}) == len(found) == 4 * (2 + 3 * 2)
+
+
+def test_merge_figures_say_where_the_best_is_at_the_end_of_what_was_tried():
+    assert edges(Merge("svd", 0.25), 12) == [] and edges(Merge("svd", 1 / 12), 12) == ["least weight"]
+    assert edges(Merge("ties_svd", 1.0, 0.2), 12) == ["greatest weight", "least density"]
+    assert edges(Merge("svd", 0.25), 3) == ["least weight"] and edges(Merge("svd", 1 / 3), 3) == []
+    found = merge_figures([Merge("svd", 1 / 12), Merge("dare_ties_svd", 0.5, 0.5)], 12)
+    assert found["tried"] == {"weights": [1.0, 0.5, 0.25, 0.0833], "densities": [0.2, 0.5]}
+    assert found["best"]["svd"] == {"weight": 0.0833, "density": None, "at the end": ["least weight"]}
+    assert found["best"]["dare_ties_svd"]["at the end"] == ["greatest density"]
+    assert set(found["best"]) <= set(COMBINATIONS)
+
+
+def test_run_bench_runs_again_where_a_lora_file_is_another(tmp_path, monkeypatch):
+    ran = []
+
+    def evaluate(path, console):
+        ran.append(path)
+        path.with_name("report.json").write_text(f'{{"run": {len(ran)}}}')
+        return {"run": len(ran)}
+
+    monkeypatch.setattr(baselines, "evaluate_benchmark", evaluate)
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"one")
+    (tmp_path / "1.png").write_bytes(b"")
+
+    def run():
+        methods = [{"name": "a", "lora": str(lora)}]
+        sources = {"any": [tmp_path / "1.png"]}
+        return run_bench(tmp_path / "out", ["sepia"], sources, methods, "a", Console(quiet=True))["run"]
+
+    assert [run(), run()] == [1, 1]
+    lora.write_bytes(b"two")
+    assert [run(), run()] == [2, 2]
 
 
 class Counted:

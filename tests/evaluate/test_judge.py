@@ -228,6 +228,36 @@ def test_limits_keep_calls_and_cost(tmp_path, pictures):
     assert limits.cost == 8.0  # 2 + 0.5 * 4 each: the second was allowed at 4, the third was not
 
 
+def test_add_kept_counts_what_earlier_runs_were_answered(tmp_path, pictures):
+    """Every reply was paid, those of no use too; a call that nobody answered is not known any more."""
+    usage = {"prompt_tokens": 1_000_000, "completion_tokens": 500_000}
+    paid = [httpx.Response(200, json=completion(text, usage=usage)) for text in ("no", json.dumps(GOOD), "no", "never")]
+    server = Server(*paid, httpx.Response(500))
+    judge = judge_of(server, tmp_path)
+    assert [gate(judge, pictures, repeat).value for repeat in range(3)] == [False, None, None]
+    assert judge.limits.calls == 6
+    again = Limits(max_calls=6, max_cost=17.0, prompt_price=2.0, answer_price=4.0)
+    again.add_kept(judge.folder)
+    assert (again.calls, again.cost) == (4, 16.0)  # 2 + 0.5 * 4 each
+    server = Server(httpx.Response(200, json=completion(json.dumps(GOOD), usage=usage)))
+    found = [gate(judge_of(server, tmp_path, limits=again), pictures, repeat) for repeat in range(5)]
+    assert [answer.value for answer in found] == [False, None, False, None, None] and len(server.bodies) == 1
+    assert "judge.max_cost: 20.00 is spent of 17.00" in found[3].why
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_share_gives_all_processes_together_what_is_left(world_size):
+    limits = Limits(max_calls=12, max_cost=5.0, prompt_price=2.0, answer_price=4.0, calls=3, cost=1.0)
+    shares = [limits.share(rank, world_size) for rank in range(world_size)]
+    assert sum(share.max_calls - share.calls for share in shares) == 9
+    assert sum(share.max_cost - share.cost for share in shares) == pytest.approx(4.0)
+    assert {(share.prompt_price, share.answer_price) for share in shares} == {(2.0, 4.0)}
+    over = Limits(max_calls=2, max_cost=5.0, calls=3, cost=6.0).share(0, 2)
+    assert (over.max_calls, over.max_cost) == (3, 6.0)
+    endless = Limits().share(0, 2)
+    assert endless.max_calls is None and endless.max_cost is None
+
+
 def test_answers_name_model_prompt_and_rung(tmp_path, pictures):
     answer = gate(judge_of(Server(GOOD), tmp_path), pictures)
     assert (answer.model, answer.rung, answer.endpoint) == ("vision-1", "json_schema", "http://judge/v1")

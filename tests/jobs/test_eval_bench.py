@@ -89,7 +89,10 @@ class Looking:
 def served(judge: Looking):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            length = int(self.headers["Content-Length"])
+            raw = self.rfile.read(length)
+            if len(raw) < length:
+                return  # the asker was killed while it asked
             text = judge.reply(raw, self.headers["Idempotency-Key"])
             raw = json.dumps({"model": "eyes-1", "choices": [{"message": {"content": text}}]}).encode()
             self.send_response(200)
@@ -252,6 +255,76 @@ def test_evaluate_benchmark_refuses_absent_results_before_a_call(tmp_path, bench
     assert judge.asked == []
 
 
+def test_evaluate_benchmark_counts_the_calls_of_runs_before(tmp_path, bench):
+    judge = Looking()
+    with served(judge) as url:
+        for most, asked in ((5, 5), (5, 5), (8, 8)):
+            answer = evaluate_benchmark(write(tmp_path, bench, url, max_calls=most))
+            assert len(judge.asked) == asked
+    assert set(judge.paid.values()) == {1}
+    assert sum(one["missing"] for one in answer["methods"]) > 0
+    assert "raise it to go on" in (tmp_path / "out/rows.csv").read_text()
+
+
+def changed(bench: dict, **settings) -> dict:
+    """The benchmark with other settings of its method, or of its own."""
+    own = {name: value for name, value in settings.items() if name in ("seeds", "effects", "batch_size")}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    return bench | own | {"methods": [bench["methods"][0] | rest]}
+
+
+def made_files(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*.png"))}
+
+
+def test_evaluate_benchmark_refuses_pictures_of_other_settings(tmp_path, bench):
+    """And names what differs; with the same settings it makes none anew, and with more effects just those."""
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(COLLECTION.read_bytes())
+    effects = bench["effects"]
+    bench["methods"] = [{"name": "collection", "lora": str(lora), "steps": 1}]
+    first = changed(bench, effects=effects[:1])
+    evaluate_benchmark(write(tmp_path, first))
+    made = made_files(tmp_path / "out")
+    assert len(made) == 6
+    refused = [
+        (changed(first, steps=2), r"method collection: 3 of .* steps \(1, now 2\); give another output_dir"),
+        (changed(first, seeds=[7]), r"seed \(0, now 7\)"),
+        (changed(first, guidance=3.0), r"guidance \(1.0, now 3.0\), guidance rescale, negative prompt"),
+        (changed(first, accelerate=str(COLLECTION.with_name("acceleration.safetensors"))), "acceleration LoRA"),
+        (changed(first, lora=str(COLLECTION.with_name("acceleration.safetensors"))), "LoRA, prompt"),
+    ]
+    for other, what in refused:
+        with pytest.raises(InputErrors, match=what):
+            evaluate_benchmark(write(tmp_path, other))
+    scene(tmp_path / "photos/1.png", 17)
+    with pytest.raises(InputErrors, match=r"1 of the pictures in .* were made with another source;"):
+        evaluate_benchmark(write(tmp_path, first))
+    scene(tmp_path / "photos/1.png", 901)
+    evaluate_benchmark(write(tmp_path, changed(first, effects=effects, batch_size=1)))
+    found = made_files(tmp_path / "out")
+    assert len(found) == 12 and {path: found[path] for path in made} == made
+    raw = bytearray(lora.read_bytes())
+    raw[-1] ^= 1  # in a number of its last tensor
+    lora.write_bytes(raw)
+    with pytest.raises(InputErrors, match="6 of .* another LoRA"):
+        evaluate_benchmark(write(tmp_path, changed(bench, effects=effects)))
+    assert made_files(tmp_path / "out") == found
+
+
+def test_evaluate_benchmark_refuses_pictures_that_do_not_say_what_made_them(tmp_path, bench):
+    """As those of versions that did not write it; given as `images`, they are taken as they are."""
+    bench["methods"] = [{"name": "collection", "lora": str(COLLECTION), "steps": 1}]
+    folder = tmp_path / "out/results/collection/any/sepia"
+    grey(folder / "1.png", tmp_path / "photos/1.png")
+    with pytest.raises(InputErrors, match=r"1 of the pictures in .*results/collection do not say what made them"):
+        evaluate_benchmark(write(tmp_path, bench))
+    assert [path.name for path in folder.iterdir()] == ["1.png"]
+    bench["images"], bench["effects"] = {"any": ["photos/1.png"]}, bench["effects"][:1]
+    bench["methods"] = [{"name": "as it is", "images": "out/results/collection"}]
+    assert evaluate_benchmark(write(tmp_path, bench))["methods"][0]["outputs"] == 1
+
+
 def test_evaluate_benchmark_refuses_an_effect_that_the_collection_lacks(tmp_path, bench):
     bench["effects"][0]["name"] = "sepla"
     bench["methods"] = [{"name": "collection", "lora": str(COLLECTION)}]
@@ -343,3 +416,14 @@ def test_clora_eval_on_two_processes_gives_the_rows_of_one(tmp_path, bench):
             k: v for k, v in one.items() if not k.endswith("_source")
         }
         assert float(two["l1_source"]) == pytest.approx(float(one["l1_source"]), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_clora_eval_on_two_processes_stays_within_the_calls_of_one(tmp_path, bench):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    judge = Looking()
+    with served(judge) as url:
+        path = write(tmp_path, bench, url, max_calls=7)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        subprocess.run([*torchrun, "-m", "clora", "eval", str(path)], check=True, env=environment, capture_output=True)
+    assert len(judge.asked) == 7 and set(judge.paid.values()) == {1}

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 
 from bench.lab.tiny_base import reconstruction
-from clora.backbones.load import load_backbone
+from clora.backbones.load import linear_shapes, load_backbone
 from clora.backbones.qwen_image.backbone import QwenImageBackbone
 from clora.backbones.qwen_image.pipeline import StillImageProcessor
-from clora.config import acceleration_lora, default_preset, general_data, resolve_base
+from clora.config import acceleration_lora, collection_lora, default_preset, general_data, resolve_base
 from clora.data.pairs import read_pairs
+from clora.inference.edit_prompts import find_catalogue
+from clora.lora.catalogue import read_catalogue
+from clora.lora.files import read_lora
 from clora.tiny.effects import EFFECTS, apply_effect
 from clora.tiny.images import to_uint8
 from clora.tiny.recipe.train_base import encode_latents, encode_texts
@@ -42,7 +45,10 @@ def test_base_brings_along_what_its_sidecar_names() -> None:
     assert general is not None
     pairs = read_pairs(general, require_target=False)
     assert len(pairs) >= 200 and all(pair.prompt for pair in pairs)
-    assert acceleration_lora("tiny") is None or acceleration_lora("tiny").suffix == ".safetensors"  # type: ignore
+    fast, collection = acceleration_lora("tiny"), collection_lora("tiny")
+    assert fast is not None and collection is not None and {fast.parent, collection.parent} == {BASE}
+    assert all(read_lora(path, linear_shapes("tiny")).modules for path in (fast, collection))
+    assert find_catalogue(fast) is None and read_catalogue(collection).base == "tiny"
 
 
 def test_vae_reconstructs_held_out_scenes(backbone: QwenImageBackbone) -> None:

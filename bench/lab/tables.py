@@ -1,0 +1,137 @@
+"""The tables of README and docs, from the results they quote: `python -m bench.lab.tables`.
+
+A cell is a BCR and, in brackets, its paired difference to the table's control with the 95 % interval.
+`tests/bench/test_tables.py` holds the documents to these lines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+Rows = Mapping[str, Mapping[str, Any]]  # by name
+
+TABLE1 = {
+    "coarse+accel, no distillation": "coarse+accel, {}",
+    "coarse on+accel, the same cost": "coarse on+accel, {}",
+    "**collection**": "collection, {}",
+    "teachers+accel, a LoRA more than effects": "teachers+accel, {}",
+}
+DEMO = {
+    "coarse+accel, no distillation": "coarse+accel",
+    "the same trained on, equal cost": "joint-fm (student prompts)+accel",
+    "**collection**": "collection",
+    "teacher+accel, 13 LoRAs": "teacher+accel",
+    "one LoRA by flow matching, teachers' prompts": "joint-fm+accel",
+}
+RECIPES = {
+    "no distillation (`coarse+accel`)": "coarse+accel, {} consistency",
+    "the preset's full stage": "dmd, {} consistency",
+    "8, 4 and 2 steps alike often": "dmd, step counts alike, {} consistency",
+    "critic's rate 1e-3": "dmd, slow critic, {} consistency",
+    "three critic updates at 1e-3": "dmd, three slow critic updates, {} consistency",
+    "preset `paper`'s recipe, three times the cost": "paper 0.001, {} consistency",
+    "teachers + acceleration": "teacher+accel, {} consistency",
+}
+ABLATION = {
+    "**whole**: the preset's full stage": "whole, {} consistency",
+    "no PDSR": "no PDSR, {} consistency",
+    "no AOP": "no AOP, {} consistency",
+    "no target simulation": "no target simulation, {} consistency",
+    "TA-FM kept on at 1, as the paper has it": "TA-FM at 1, {} consistency",
+    "no full stage (`coarse+accel`)": "preset:coarse+accel, {} consistency",
+}
+
+
+def read_rows(name: str) -> dict[str, Any]:
+    """A result with its rows by name; a demo's report as well, its rows called as the others'."""
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    if "rows" in found:
+        return found | {"rows": {row["row"]: row for row in found["rows"]}}
+    rows = {}
+    for one in found["methods"]:
+        name, _, steps = one["name"].partition(", ")
+        control = one["differences"]
+        row = {"bcr": one["bcr"], "psnr": one["psnr"], "to_control": control}
+        rows[f"{name}, {steps.partition(' ')[0] or 8}"] = row
+    return {"rows": rows}
+
+
+def cell(row: Mapping[str, Any]) -> str:
+    change = row["to_control"].get("bcr")
+    if change is None or change["interval"] is None:
+        return f"{row['bcr']:.3f}"
+    low, high = change["interval"]
+    if change["mean"] == low == high == 0:  # of a row that is its own control
+        return f"{row['bcr']:.3f}"
+    return f"{row['bcr']:.3f} ({change['mean']:+.3f}: {low:+.3f} to {high:+.3f})"
+
+
+def matrix(
+    rows: Rows, names: Mapping[str, str], steps: Sequence[int], more: Mapping[str, str] | None = None
+) -> list[str]:
+    """A line for each of `names` (what it is called: the row, with the steps in place of {}), a column for each number
+    of steps. `more`: of a row, further cells."""
+    lines = []
+    for label, template in names.items():
+        of = {n: rows.get(template.format(n) if "{}" in template else f"{template}, {n}") for n in steps}
+        if any(row is None for row in of.values()):
+            continue  # a result without this arm
+        cells = [cell(row) for row in of.values() if row is not None]
+        lines.append(" | ".join([f"| {label}", *cells, *([more[label]] if more else [])]) + " |")
+    return lines
+
+
+def by_steps(rows: Rows, steps: Sequence[int]) -> list[str]:
+    """A line for each method and number of steps, with every figure."""
+    lines = []
+    for n in steps:
+        for label, template in TABLE1.items():
+            row = rows[template.format(n)]
+            reasons = ", ".join(str(row["reasons"].get(key, 0)) for key in ("wrong effect", "untouched", "too far"))
+            figures = f"{row['vsa']:.2f} | {row['detail_error_db']:.2f} dB | {row['psnr']:.1f}"
+            lines.append(f"| {label.partition(',')[0]} | {n} | {cell(row)} | {figures} | {reasons} |")
+    return lines
+
+
+def recipes(found: Mapping[str, Any]) -> list[str]:
+    rows, more = found["rows"], {}
+    for label, template in RECIPES.items():
+        if (row := rows.get(template.format(8))) is not None:
+            more[label] = f"{row['reasons'].get('too far', 0)} | {row['psnr']:.1f}"
+    return matrix(rows, RECIPES, (8, 4, 2), more)
+
+
+def ablation(found: Mapping[str, Any]) -> list[str]:
+    rows, general, more = found["rows"], found["general edits, 8 steps"], {}
+    for label, template in ABLATION.items():
+        name = template.partition(", {}")[0].removesuffix("+accel")
+        if name in general:
+            detail = rows[template.format(4)]["detail_error_db"]
+            more[label] = f"{detail:.2f} dB | {general[name]['psnr']:.1f} dB"
+    return matrix(rows, ABLATION, (8, 4, 2), more)
+
+
+def tables() -> dict[tuple[str, str], list[str]]:
+    """The lines of every table, by document and result."""
+    twelve, fifty = (read_rows(f"lab/table1_{n}.json")["rows"] for n in (12, 50))
+    return {
+        ("README.md", "lab/table1_12.json"): matrix(twelve, TABLE1, (8, 4, 2, 1)),
+        ("README.md", "demo_12.json"): matrix(read_rows("demo_12.json")["rows"], DEMO, (8, 4, 2)),
+        ("README.md", "lab/table1_50.json"): matrix(fifty, TABLE1, (8, 4, 2, 1)),
+        ("docs/TINY_WORLD.md", "lab/table1_50.json"): by_steps(fifty, (8, 4, 2, 1)),
+        ("docs/METHOD.md", "lab/recipes.json"): recipes(read_rows("lab/recipes.json")),
+        ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
+    }
+
+
+def main() -> None:
+    for (document, result), lines in tables().items():
+        print(f"{document}, of {result}", *lines, "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A demo's folder is one demo's: other effects, another size or another seed are refused, and nothing is touched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+import clora.jobs.demo as demo
+from clora.errors import InputError
+from clora.jobs.demo import SCALES, run_demo, write_dataset
+from clora.tiny.dataset import effect_names
+
+
+class Begun(Exception):
+    """The demo went past its check."""
+
+
+@pytest.fixture(autouse=True)
+def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo ends where it would write its dataset."""
+
+    def end(*_: object) -> None:
+        raise Begun
+
+    monkeypatch.setattr(demo, "write_dataset", end)
+
+
+def begin(out: Path, effects: int = 4, size: demo.Size = "full", seed: int = 0) -> None:
+    with pytest.raises(Begun):
+        run_demo(out, effects, size, seed, Console(quiet=True))
+
+
+def older(out: Path, effects: int, size: demo.Size, seed: int) -> None:
+    """The folder of a version that kept no record."""
+    write_dataset(out, effect_names(effects), demo.Scale(1, 1, SCALES[size].overrides), seed)
+
+
+REFUSED = [
+    ({"effects": 3}, "4 effects, not 3; give another --out"),
+    ({"size": "smoke"}, "4 effects, not 3 and size full, not smoke;"),
+    ({"size": "long"}, "size full, not long;"),
+    ({"seed": 2}, "seed 0, not 2;"),
+    ({"size": "long", "seed": 2}, "size full, not long and seed 0, not 2;"),
+]
+
+
+@pytest.mark.parametrize(("other", "what"), REFUSED)
+@pytest.mark.parametrize("kept", [True, False], ids=["recorded", "older"])
+def test_run_demo_refuses_a_folder_of_other_settings(tmp_path, other, what, kept) -> None:
+    if kept:
+        begin(tmp_path)
+    else:
+        older(tmp_path, 4, "full", 0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError) as refused:
+        run_demo(tmp_path, **{"num_effects": 4, "size": "full", "seed": 0} | _named(other), console=Console(quiet=True))
+    assert str(refused.value).startswith(f"{tmp_path}: holds a demo with {what}")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def _named(other: dict[str, object]) -> dict[str, object]:
+    return {"num_effects" if key == "effects" else key: value for key, value in other.items()}
+
+
+def test_run_demo_goes_on_with_the_same_settings(tmp_path) -> None:
+    for folder in (tmp_path / "new", tmp_path / "older"):
+        if folder.name == "older":
+            older(folder, 4, "long", 5)
+        begin(folder, 4, "long", 5)
+        begin(folder, 4, "long", 5)
+        kept = json.loads((folder / "demo.json").read_text())
+        assert kept == {"effects": effect_names(4), "size": "long", "seed": 5}
+
+
+def test_run_demo_takes_no_other_size_for_an_older_folder(tmp_path) -> None:
+    older(tmp_path, 4, "long", 0)
+    with pytest.raises(InputError, match="size other than full, not full"):
+        run_demo(tmp_path, 4, "full", 0, Console(quiet=True))
+
+
+def test_run_demo_names_effects_that_are_others(tmp_path) -> None:
+    older(tmp_path, 4, "full", 0)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    gone = effect_names(5)[-1]
+    config["effects"][0]["name"] = gone
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match=f"the effects {gone};"):
+        run_demo(tmp_path, 4, "full", 0, Console(quiet=True))
