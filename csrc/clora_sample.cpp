@@ -16,6 +16,7 @@
 #include <ATen/Version.h>
 #include <torch/version.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
@@ -209,6 +210,15 @@ class Conditions {
   std::map<std::string, StoredTensor> stored_;
 };
 
+// The result's height and width in tokens.
+std::pair<int64_t, int64_t> grid_of(Conditions& given) {
+  const at::Tensor grid = given.get("grid", 1, true);
+  if (grid.size(0) != 2) given.fail("its 'grid' is no height and width");
+  const auto h = grid[0].item<int64_t>(), w = grid[1].item<int64_t>();
+  if (h < 1 || w < 1 || h > 4096 || w > 4096) given.fail("its 'grid' is no grid of tokens");
+  return {h, w};
+}
+
 // As clora.method.samplers.pipeline_order.
 at::Tensor pipeline_order(const at::Tensor& noise_BTC, int64_t h, int64_t w) {
   const int64_t B = noise_BTC.size(0), C = noise_BTC.size(2);
@@ -218,31 +228,52 @@ at::Tensor pipeline_order(const at::Tensor& noise_BTC, int64_t h, int64_t w) {
       .contiguous();
 }
 
-// One generator a sample, past the draw of the initial noise, and that noise.
-at::Tensor draw(Conditions& given, const at::Tensor& refs, std::vector<at::Generator>& generators) {
-  const at::Tensor seeds = given.get("seed", 1, true);
-  const int64_t B = refs.size(0), C = refs.size(2);
-  if (seeds.size(0) != B)
-    given.fail("has " + std::to_string(seeds.size(0)) + " seeds for a batch of " + std::to_string(B));
-  std::optional<at::Tensor> noise;
-  int64_t T = 0, h = 0, w = 0;
+// Batch, tokens and widths of the conditions, which must be of one batch; T is that of noise or grid.
+clora::Shapes shapes_of(Conditions& given, const clora::Inputs& in, at::ScalarType dtype) {
+  const int64_t B = in.refs.size(0), C = in.refs.size(2);
+  if (const int64_t seeds = given.get("seed", 1, true).size(0); seeds != B)
+    given.fail("has " + std::to_string(seeds) + " seeds for a batch of " + std::to_string(B));
+  int64_t T = 0;
   if (given.has("noise")) {
-    noise = given.get("noise", 3).to(at::kFloat);
-    if (noise->size(0) != B || noise->size(2) != C) given.fail("its 'noise' does not fit its 'refs'");
-    T = noise->size(1);
+    const at::Tensor noise = given.get("noise", 3);
+    if (noise.size(0) != B || noise.size(2) != C) given.fail("its 'noise' does not fit its 'refs'");
+    T = noise.size(1);
   } else {
-    const at::Tensor grid = given.get("grid", 1, true);
-    if (grid.size(0) != 2) given.fail("its 'grid' is no height and width");
-    h = grid[0].item<int64_t>(), w = grid[1].item<int64_t>();
-    if (h < 1 || w < 1 || h > 4096 || w > 4096 || C % 4 != 0) given.fail("its 'grid' is no grid of tokens");
+    const auto [h, w] = grid_of(given);
+    if (C % 4 != 0) given.fail("its 'refs' have channels that are no multiple of 4, which 'grid' needs");
     T = h * w;
   }
-  std::vector<at::Tensor> drawn;
-  for (int64_t b = 0; b < B; ++b) {
-    generators.push_back(at::detail::createCPUGenerator(static_cast<uint64_t>(seeds[b].item<int64_t>())));
-    drawn.push_back(at::empty({T, C}).normal_(0.0, 1.0, generators.back()));
+  const int64_t R = in.refs.size(1), M = in.text.size(1);
+  if (in.text.size(0) != B || in.text_len.size(0) != B || in.cos.sizes() != in.sin.sizes() ||
+      in.cos.size(0) != T + R + M) {
+    given.fail("its tensors are not of one batch, or cos and sin not the positions of its tokens");
   }
-  return noise ? *noise : pipeline_order(at::stack(drawn), h, w);
+  if (in.text_len.min().item<int64_t>() < 1 || in.text_len.max().item<int64_t>() > M) {
+    given.fail("its 'text_len' is not within its 'text'");
+  }
+  return {B, T, R, M, C, in.text.size(2), in.cos.size(1), dtype};
+}
+
+// One generator a sample, past the draw of the initial noise, and that noise.
+at::Tensor draw(Conditions& given, const clora::Shapes& shapes, std::vector<at::Generator>& generators) {
+  const at::Tensor seeds = given.get("seed", 1, true);
+  std::vector<at::Tensor> drawn;
+  for (int64_t b = 0; b < shapes.batch; ++b) {
+    generators.push_back(at::detail::createCPUGenerator(static_cast<uint64_t>(seeds[b].item<int64_t>())));
+    drawn.push_back(at::empty({shapes.tokens, shapes.channels}).normal_(0.0, 1.0, generators.back()));
+  }
+  if (given.has("noise")) return given.get("noise", 3).to(at::kFloat);
+  const auto [h, w] = grid_of(given);
+  return pipeline_order(at::stack(drawn), h, w);
+}
+
+int threads_of(const std::string& text) {
+  int threads = 0;
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, threads);
+  if (error != std::errc() || stop != end || threads < 1 || threads > 1024)
+    throw BadUse("--threads: '" + clora::shown(text) + "' is no whole number from 1 to 1024");
+  return threads;
 }
 
 void run(const std::map<std::string, std::string>& flags) {
@@ -259,25 +290,24 @@ void run(const std::map<std::string, std::string>& flags) {
     throw BadUse("--precision: is float32 or bfloat16, not '" + network.precision + "'");
   }
   const at::ScalarType dtype = network.precision == "float32" ? at::kFloat : at::kBFloat16;
-  if (flags.count("--threads")) at::set_num_threads(std::max(1, std::atoi(flags.at("--threads").c_str())));
+  if (flags.count("--threads")) at::set_num_threads(threads_of(flags.at("--threads")));
 
   Conditions given(flags.at("--conditions"));
-  const at::Tensor refs = given.get("refs", 3), text = given.get("text", 3);
-  const at::Tensor cos = given.get("cos", 2).to(at::kFloat), sin = given.get("sin", 2).to(at::kFloat);
-  const at::Tensor text_len = given.get("text_len", 1, true);
-  const int64_t B = refs.size(0);
+  clora::Inputs in;
+  in.refs = given.get("refs", 3), in.text = given.get("text", 3),
+  in.text_len = given.get("text_len", 1, true);
+  in.cos = given.get("cos", 2).to(at::kFloat), in.sin = given.get("sin", 2).to(at::kFloat);
+  const clora::Shapes shapes = shapes_of(given, in, dtype);
+  // Before noise is drawn or the package loaded: both take what the file asks for.
+  const std::optional<clora::Shapes> taken = clora::package_shapes(network.package);
+  if (!taken) throw BadFile(network.package + ": does not say what sizes it takes; export again");
+  if (const std::string fault = clora::misfit(shapes, *taken); !fault.empty()) given.fail("its " + fault);
+
   std::vector<at::Generator> generators;
-  const at::Tensor noise = draw(given, refs, generators);
-  if (text.size(0) != B || text_len.size(0) != B || cos.sizes() != sin.sizes() ||
-      cos.size(0) != noise.size(1) + refs.size(1) + text.size(1)) {
-    given.fail("its tensors are not of one batch, or cos and sin not the positions of its tokens");
-  }
-  if (text_len.min().item<int64_t>() < 1 || text_len.max().item<int64_t>() > text.size(1)) {
-    given.fail("its 'text_len' is not within its 'text'");
-  }
+  const at::Tensor noise = draw(given, shapes, generators);
   const std::unique_ptr<clora::Engine> engine = clora::open_aoti(network.package);
-  const clora::Velocity velocity = clora::engine_velocity(
-      *engine, {at::Tensor(), refs.to(dtype), text.to(dtype), cos, sin, at::Tensor(), text_len}, dtype);
+  in.refs = in.refs.to(dtype), in.text = in.text.to(dtype);
+  const clora::Velocity velocity = clora::engine_velocity(*engine, std::move(in), dtype);
   const at::Tensor sigmas =
       at::from_blob(network.sigmas.data(), {static_cast<int64_t>(network.sigmas.size())});
   const at::Tensor x0 =

@@ -5,7 +5,9 @@
 
 #include <ATen/ATen.h>
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 namespace clora {
@@ -27,8 +29,25 @@ class Engine {
   virtual at::Tensor denoise(const Inputs& inputs) = 0;
 };
 
+// The sizes of inputs, or what a package takes: widths and type exactly these, numbers up to these.
+struct Shapes {
+  int64_t batch = 0, tokens = 0, refs = 0, text = 0;  // B, T, R, M
+  int64_t channels = 0, text_width = 0, angles = 0;   // C, D, E / 2
+  at::ScalarType dtype = at::kFloat;
+};
+
+// Why inputs of the sizes `given` are not for a package that takes `taken`, as in "'text' is of width 1, the
+// package takes 32"; "" where they are.
+std::string misfit(const Shapes& given, const Shapes& taken);
+
+// What a package says it takes, without loading it; none for one that was made before packages said so. The
+// compiled code checks nothing: inputs of other widths would be read beyond their ends. Throws c10::Error for
+// a file that is no package.
+std::optional<Shapes> package_shapes(const std::string& package);
+
 // An AOTInductor package, opened: native code that this runs, so that the file must have been checked before.
-// Calls from several threads take turns. Throws c10::Error for a file that is no package.
+// Calls from several threads take turns; inputs that are not for the package are c10::ValueError. Throws
+// c10::Error for a file that is no package.
 std::unique_ptr<Engine> open_aoti(const std::string& package);
 
 }  // namespace clora

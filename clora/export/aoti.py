@@ -7,6 +7,7 @@ it is opened.
 from __future__ import annotations
 
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -32,14 +33,42 @@ def build_aoti(
 ) -> None:
     """Compile a part's network into `folder`, for this machine's CPU and every size within `limits`."""
     program = trace(network, inputs, limits, part)
+    settings = {"aot_inductor.metadata": shapes_taken(inputs, limits) if part is NETWORK else {}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about its own internals
-        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / (part.file + SUFFIX)))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(folder / (part.file + SUFFIX)), inductor_configs=settings
+        )
+
+
+def shapes_taken(inputs: tuple[Tensor, ...], limits: Limits) -> dict[str, str]:
+    """What the network's package says it takes: widths and type as its example inputs have them, numbers up to the
+    limits. `csrc/aoti.cpp` holds inputs against it, because the compiled code would read others beyond their ends."""
+    x, _, text, cos = inputs[:4]
+    numbers = {
+        "batch": limits.batch,
+        "tokens": limits.tokens,
+        "text": limits.text_buckets[-1],
+        "channels": x.shape[-1],
+        "text_width": text.shape[-1],
+        "angles": cos.shape[-1],
+    }
+    dtype = str(x.dtype).removeprefix("torch.")
+    return {f"clora_{name}": str(number) for name, number in numbers.items()} | {"clora_dtype": dtype}
 
 
 def open_aoti(folder: Path) -> Run:
-    """The network's package in a folder, which must have been checked: this runs its code."""
-    return _C.AotiEngine(str(folder / (NETWORK.file + SUFFIX)))
+    """The network's package in a folder, which must have been checked: this runs its code. Raises `InputError` where
+    torch cannot load it."""
+    package = folder / (NETWORK.file + SUFFIX)
+    try:
+        return _C.AotiEngine(str(package))
+    except RuntimeError as error:  # such as "failed to map segment from shared object", with a backtrace
+        what = next(iter(str(error).strip().splitlines()), "")
+        raise InputError(
+            f"{package}: cannot be loaded from {tempfile.gettempdir()}, where it is unpacked ({what}); let TMPDIR have"
+            " room for it and allow programs (no noexec), or export again"
+        ) from error
 
 
 def open_aoti_part(folder: Path, part: Part) -> Run:

@@ -1,7 +1,7 @@
 """ONNX: the served network in opset 23, with the native Attention, RMSNormalization and RotaryEmbedding.
 
-The weights lie beside the graph in one file. The graph says where: what it says is checked to be that file before a
-runtime opens it.
+The weights lie beside the graph in one file. The graph says where: what any tensor of it says is checked to be that
+file before a runtime opens it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,12 +116,46 @@ def check_weights_place(folder: Path, part: Part = NETWORK) -> None:
         model = onnx.load(str(place), load_external_data=False)
     except Exception as error:  # protobuf's own
         raise InputError(f"{place}: is no ONNX graph ({error}); export again") from error
-    for tensor in model.graph.initializer:
+    for tensor in _tensors(model):
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value != f"{place.name}.data":
+                name = tensor.name or "a tensor"
                 raise InputError(
-                    f"{place}: {tensor.name} is to be read from {entry.value!r}, not {place.name}.data; export again"
+                    f"{place}: {name} is to be read from {entry.value!r}, not {place.name}.data; export again"
                 )
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """Every tensor of a model, wherever one may be: a runtime follows the places of all of them."""
+    for graph in (
+        model.graph,
+        *(graph for one in model.training_info for graph in (one.initialization, one.algorithm)),
+    ):
+        yield from _tensors_of_graph(graph)
+    for function in model.functions:
+        yield from _tensors_of_nodes(function.node)
+        yield from _tensors_of_attributes(function.attribute_proto)
+
+
+def _tensors_of_graph(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    yield from (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
+    yield from _tensors_of_nodes(graph.node)
+
+
+def _tensors_of_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
+    for node in nodes:
+        yield from _tensors_of_attributes(node.attribute)
+
+
+def _tensors_of_attributes(attributes: Iterable[Any]) -> Iterator[Any]:
+    for one in attributes:
+        yield from (one.t, *one.tensors)
+        yield from (
+            part for sparse in (one.sparse_tensor, *one.sparse_tensors) for part in (sparse.values, sparse.indices)
+        )
+        for graph in (one.g, *one.graphs) if one.HasField("g") else one.graphs:
+            yield from _tensors_of_graph(graph)
 
 
 def _require(*packages: str) -> None:

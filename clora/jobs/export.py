@@ -28,6 +28,7 @@ from clora.io.atomic import new_folder
 from clora.io.output import check_output, output_error
 from clora.serve.triton_repository import check_model, model_folder, write_model
 
+WITH_VAE = ("aoti", "onnx")  # formats that may have the VAE as graphs, or not
 MOST_IMAGES = 16  # that numbers of eight bits are calibrated on
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
     if request.key is not None:
         private_key(request.key)
     check_format(request.format, request.precision, request.engine)
+    _check_used(request)
     source = find_source(request.base, _lora_of(request))
     check_precision(source, request.precision)
     images = _calibration(request) if request.precision in NUMBERS else []
@@ -95,6 +97,15 @@ def export(request: ExportRequest, console: Console | None = None) -> Manifest:
         except OSError as error:
             raise output_error(output, error) from error
     return manifest
+
+
+def _check_used(request: ExportRequest) -> None:
+    """Raise `InputError` for a setting that this format or precision would leave unused."""
+    if request.calibration is not None and request.precision not in NUMBERS:
+        raise InputError(f"calibration: {request.precision} is not calibrated, fp8 and int8 are; leave it out")
+    if not request.with_vae and request.format not in WITH_VAE:
+        whose = "always a part of a merged folder" if request.format == "merged" else "the base's beside an engine"
+        raise InputError(f"no-vae: is for {' and '.join(WITH_VAE)}, the VAE is {whose}; leave it out")
 
 
 def _measure(

@@ -5,7 +5,7 @@ Settings, keys and files are checked before a model is loaded.
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from clora.serve.engine import Engine
 from clora.serve.keys import new_key, read_keys
 from clora.serve.logs import log_json
 from clora.serve.process import ProcessEngine
-from clora.serve.server import check_binding, run_server
+from clora.serve.server import bind, check_binding, run_server
 from clora.serve.service import Service
 from clora.serve.settings import Settings
 
@@ -50,21 +50,26 @@ def start_engine(settings: Settings) -> Engine:
 def serve(settings: Settings, console: Console | None = None) -> None:
     """Serve until SIGTERM or SIGINT; see `server.run_server`.
 
-    Raises `InputErrors` for settings, keys, an artefact or a collection that are not right.
+    Raises `InputErrors` for settings, keys, an address, an artefact or a collection that are not right.
     """
     check_binding(settings)
     keys = None if settings.keys is None else read_keys(settings.keys)
     console = console or Console(stderr=True)
-    with console.status("loading the model") if console.is_terminal else nullcontext():
-        engine = start_engine(settings)
-    service = Service(settings, engine, keys)
-    log_json()
+    with bind(settings) as socket, ExitStack() as opened:
+        with console.status("loading the model") if console.is_terminal else nullcontext():
+            engine = start_engine(settings)
+        opened.callback(engine.close)  # a process of its own would outlive whatever fails from here on
+        service = Service(settings, engine, keys)
+        log_json()
 
-    def tell(port: int) -> None:
-        host = ANY_HOST.get(settings.host, settings.host)
-        shown = f"[{host}]" if ":" in host else host
-        effects = sum(len(offer.collection.effects) for offer in engine.offers.values())
-        with suppress(OSError):  # a log that cannot be written is no reason to refuse edits
-            console.print(f"{settings.name}: {effects} effects at http://{shown}:{port}/", markup=False, soft_wrap=True)
+        def tell(port: int) -> None:
+            host = ANY_HOST.get(settings.host, settings.host)
+            shown = f"[{host}]" if ":" in host else host
+            effects = sum(len(offer.collection.effects) for offer in engine.offers.values())
+            with suppress(OSError):  # a log that cannot be written is no reason to refuse edits
+                where = f"http://{shown}:{port}/"
+                console.print(f"{settings.name}: {effects} effects at {where}", markup=False, soft_wrap=True)
 
-    run_server(create_app(service), service, tell)
+        app = create_app(service)
+        opened.pop_all()  # to the server, which closes the service
+        run_server(app, service, socket, tell)

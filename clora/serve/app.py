@@ -149,7 +149,7 @@ def _add_edits(app: FastAPI, service: Service) -> None:
     async def edit(request: Request) -> Response:
         job = await start_edit(service, request, request.scope["clora.owner"])
         request.scope["clora.job"] = job.id
-        if request.headers.get("prefer", "").strip().lower() == "respond-async":
+        if _prefers_a_job(request):
             place = f"/v1/jobs/{job.id}"
             headers = {"location": place, "preference-applied": "respond-async"}
             return JSONResponse(service.jobs.describe(job), 202, headers=headers)
@@ -158,6 +158,13 @@ def _add_edits(app: FastAPI, service: Service) -> None:
             return _result(job)
         finally:
             service.jobs.drop(job)
+
+
+def _prefers_a_job(request: Request) -> bool:
+    """Whether `respond-async` is among the preferences (RFC 7240): a list, over several headers too, each with
+    parameters."""
+    given = ",".join(request.headers.getlist("prefer")).split(",")
+    return "respond-async" in {one.split(";")[0].strip().lower() for one in given}
 
 
 def _add_jobs(app: FastAPI, service: Service) -> None:

@@ -1,14 +1,18 @@
-"""`python -m clora.serve.child FD`: the engine's own process, the far end of `process`. It ends with the server,
-however that ends."""
+"""`python -m clora.serve.child FD FOLDER`: the engine's own process, the far end of `process`. It ends with the server,
+however that ends, and so does FOLDER, which its temporary files are in (empty: they have none of their own)."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
+import shutil
 import signal
 import socket
 import sys
+import threading
+import time
 from typing import Any
 
 from clora.errors import InputError
@@ -20,6 +24,7 @@ from clora.serve.settings import Settings
 log = logging.getLogger("clora.serve")
 
 BEAT = 0.5  # seconds between signs of life
+ENDING = 10.0  # seconds after the server's end in which this one may end by itself
 KNOWN = (InputError, Full, Late, FloatingPointError, EngineGone)  # errors that mean something to the other end
 
 
@@ -30,10 +35,32 @@ def main() -> None:
         signal.signal(signum, signal.SIG_IGN)
     log_json()
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pipe = Pipe(socket.socket(fileno=int(sys.argv[1])), inbox.put, lambda: inbox.put(None))
+
+    def on_end() -> None:
+        inbox.put(None)
+        threading.Thread(target=_end_late, name="end", daemon=True).start()
+
+    pipe = Pipe(socket.socket(fileno=int(sys.argv[1])), inbox.put, on_end)
     settings = inbox.get()
-    if settings is not None:
-        asyncio.run(_serve(pipe, inbox, settings))
+    try:
+        if settings is not None:
+            asyncio.run(_serve(pipe, inbox, settings))
+    finally:
+        _remove_files()
+
+
+def _end_late() -> None:
+    """End the process where a step, or a model that is being opened, hangs: nobody is left who would kill it."""
+    time.sleep(ENDING)
+    try:
+        _remove_files()
+    finally:
+        os._exit(1)
+
+
+def _remove_files() -> None:
+    if sys.argv[2]:
+        shutil.rmtree(sys.argv[2], ignore_errors=True)
 
 
 async def _serve(pipe: Pipe, inbox: queue.SimpleQueue[Any], settings: Settings) -> None:
@@ -42,8 +69,8 @@ async def _serve(pipe: Pipe, inbox: queue.SimpleQueue[Any], settings: Settings) 
 
     try:
         engine = ThreadEngine(open_models(settings), settings)
-    except InputError as error:
-        pipe.post(("refused", error.faults))
+    except Exception as error:
+        pipe.post(("refused", _faults(error)))
         await asyncio.to_thread(inbox.get)  # the other end closes when it has read that
         return
     engine.on_phase = lambda *phase: pipe.post(("phase", *phase))
@@ -60,6 +87,15 @@ async def _serve(pipe: Pipe, inbox: queue.SimpleQueue[Any], settings: Settings) 
         tasks[number].add_done_callback(lambda _, number=number: tasks.pop(number))  # type: ignore[misc]
     beating.cancel()
     engine.close()
+
+
+def _faults(error: Exception) -> list[str]:
+    """What kept the models from being opened, a sentence each, for whoever starts the server."""
+    if isinstance(error, InputError):
+        return error.faults
+    log.error("the models could not be opened", exc_info=error)
+    first = next(iter(str(error).strip().splitlines()), "")
+    return [f"the models could not be opened ({type(error).__name__}: {first}); clora verify checks an artefact"]
 
 
 async def _beat(pipe: Pipe, engine: Any) -> None:

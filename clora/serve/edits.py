@@ -20,7 +20,7 @@ from clora.serve.pictures import encode_picture
 from clora.serve.problems import Problem, bad
 from clora.serve.requests import IMAGE_FIELDS, Edit, parse_edit
 from clora.serve.service import Service
-from clora.serve.uploads import Form, decode_picture, read_form
+from clora.serve.uploads import Form, decode_picture, decoded_bytes, read_form
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 async def start_edit(service: Service, request: Request, owner: str) -> Job:
     """Read and check a request, and start the job that it asks for; raises `Problem` for all that is wrong with it.
 
-    Quotas come before the body is read, budgets before a picture is decoded.
+    Quotas come before the body is read, budgets and room in memory before a picture is decoded.
     """
     service.check_open()
     service.reserve(1)  # where not even one fits, without the work of reading what is sent
@@ -51,16 +51,22 @@ async def start_form(
     limits = service.settings.limits
     edit = parse_edit(form.fields, service.offers, limits, effects_at)
     contents = _contents(form)
-    service.reserve(len(edit.seeds))
-    num_steps = service.offers[edit.model].collection.num_steps
-    job = service.jobs.add(owner, len(edit.seeds), len(edit.seeds) * num_steps)
-    try:
-        with _timed(service, "read_picture"):
-            images = await _in_pool(service, _decode_all, contents, limits)
-        service.check_open()
-    except BaseException:
-        service.jobs.drop(job)
-        raise
+    needed = await _in_pool(service, _bytes_needed, contents, limits)
+    with ExitStack() as room:
+        # No pause between what is looked at and what is taken, or two requests would take the same place.
+        waiting = service.jobs.samples_in_flight()
+        service.reserve(len(edit.seeds))
+        room.enter_context(service.pictures.hold(needed, lambda: service.seconds_for(max(1, waiting))))
+        num_steps = service.offers[edit.model].collection.num_steps
+        job = service.jobs.add(owner, len(edit.seeds), len(edit.seeds) * num_steps)
+        try:
+            with _timed(service, "read_picture"):
+                images = await _in_pool(service, _decode_all, contents, limits)
+            service.check_open()
+        except BaseException:
+            service.jobs.drop(job)
+            raise
+        held.enter_context(room.pop_all())
     job.task = asyncio.create_task(_run(service, job, edit, images, held.pop_all()))
     return job
 
@@ -74,6 +80,11 @@ def _contents(form: Form) -> list[bytes]:
     if not contents:
         raise bad("image: there is none; send the picture to edit as a file", "image", "missing_image")
     return contents
+
+
+def _bytes_needed(contents: list[bytes], limits: Any) -> int:
+    """Of the pictures decoded, before anything is."""
+    return sum(decoded_bytes(content, limits) for content in contents)
 
 
 def _decode_all(contents: list[bytes], limits: Any) -> list[Image.Image]:

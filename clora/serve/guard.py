@@ -33,6 +33,7 @@ HEADERS = {
 }
 DISCARD_BYTES, DISCARD_SECONDS = 8 << 20, 2.0  # of a refused request's body
 UNSEEN = 499  # the client had gone
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))  # any text may stand in their place
 
 
 class Guard:
@@ -88,11 +89,12 @@ class Guard:
         """The owner of a request that may come in; `Problem` for the others."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self._hosts is not None and (urlsplit(f"//{host}").hostname or "") not in self._hosts:
+        name = _hostname(host)
+        if (host and not name) or (self._hosts is not None and name not in self._hosts):
             raise Problem(421, "this server does not answer to that host name", "wrong_host")
         origin = headers.get("origin")
         if origin is not None and scope["method"] not in ("GET", "HEAD") and origin not in self._origins:
-            if urlsplit(origin).netloc != host:
+            if not host or _netloc(origin) != host.lower():
                 raise Problem(403, "requests from other sites' pages are not taken", "wrong_origin")
         client = scope.get("client")
         if self._service.keys is None or scope["path"] in PUBLIC:
@@ -105,8 +107,10 @@ class Guard:
 
     def _note(self, scope: Scope, request: str, status: int, code: str | None, started: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
+        # Each new label is kept for good, and this runs before anybody is known to have a key.
+        method = scope["method"] if route != "other" and scope["method"] in METHODS else "*"
         metrics = self._service.metrics
-        metrics.requests.labels(scope["method"] if route != "other" else "*", route, str(status)).inc()
+        metrics.requests.labels(method, route, str(status)).inc()
         if code is not None:
             metrics.rejects.labels(code).inc()
         found = {"request": request, "key": scope.get("clora.owner"), "method": scope["method"][:16], "route": route}
@@ -114,6 +118,22 @@ class Guard:
         found |= {name: value for name, value in (("code", code), ("job", scope.get("clora.job"))) if value}
         if route not in ("/livez", "/readyz", "/metrics"):
             log.info("request", extra=found)
+
+
+def _hostname(host: str) -> str:
+    """The name in a `Host` header, without its port; "" for what is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # a bracket without its fellow, and the like
+        return ""
+
+
+def _netloc(origin: str) -> str:
+    """Host and port of an `Origin` header; "" for what is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 class _Body:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -79,7 +79,8 @@ class Job:
 
 
 class Jobs:
-    """The jobs of a server. Finished ones are kept for `seconds`, `most` of them at most."""
+    """The jobs of a server. Finished ones are kept for `seconds`, `most` of them at most. Beyond that those of the
+    owner who has most go first, so that nobody loses a result to another, and those without a result before others."""
 
     def __init__(self, seconds: float, most: int) -> None:
         self._seconds, self._most = seconds, most
@@ -149,7 +150,13 @@ class Jobs:
                 await asyncio.wait_for(changed.wait(), HEARTBEAT)
 
     def _forget(self) -> None:
+        now = time.monotonic()
+        for job in [job for job in self._jobs.values() if job.ended is not None and now - job.ended > self._seconds]:
+            del self._jobs[job.id]
         over = [job for job in self._jobs.values() if job.ended is not None]
-        for number, job in enumerate(over):
-            if time.monotonic() - (job.ended or 0) > self._seconds or len(over) - number > self._most:
-                del self._jobs[job.id]
+        kept = Counter(job.owner for job in over)
+        while kept.total() > self._most:
+            [(owner, _)] = kept.most_common(1)
+            theirs = [job for job in over if job.owner == owner and job.id in self._jobs]
+            del self._jobs[next((job for job in theirs if job.state != "succeeded"), theirs[0]).id]
+            kept[owner] -= 1

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from clora.errors import InputError, raise_faults
@@ -45,7 +46,8 @@ def read_keys(path: Path) -> dict[str, str]:
 
 
 def new_key(path: Path, name: str) -> str:
-    """Add a key to a file, which is made where it is not there (readable by its owner alone); returns the key.
+    """Add a key to a file, which is made where it is not there (readable by its owner alone); returns the key. A file
+    that is there keeps its mode, and its owner where that may be: whoever serves must be able to go on reading it.
 
     Raises `InputError` for a name that is taken or is none.
     """
@@ -55,11 +57,15 @@ def new_key(path: Path, name: str) -> str:
     if name in known:
         raise InputError(f"{path}: has a key named {name}; choose another name with --key-name, or remove its line")
     key = f"clora-{secrets.token_urlsafe(32)}"
-    old = path.read_bytes() if path.exists() else b""
+    before = path.stat() if path.exists() else None
+    old = b"" if before is None else path.read_bytes()
     text = old + (b"" if not old or old.endswith(b"\n") else b"\n") + f"{name} {digest(key)}\n".encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        os.fchmod(file.fileno(), 0o600)
+        if before is not None:
+            with suppress(PermissionError):  # only root may give a file to another
+                os.fchown(file.fileno(), before.st_uid, before.st_gid)
+        os.fchmod(file.fileno(), 0o600 if before is None else before.st_mode & 0o777)
         file.write(text)
     return key
 

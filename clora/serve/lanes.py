@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
@@ -37,6 +38,7 @@ class Lane(Generic[Item, Made]):
         self._waiting: deque[tuple[Item, Future[Made]]] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._began: float | None = None  # when the work at hand did
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -55,6 +57,12 @@ class Lane(Generic[Item, Made]):
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def busy_seconds(self) -> float:
+        """How long the batch at hand has been worked on; 0 where there is none."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
     def close(self) -> None:
         """Let the thread end after the batch at hand; what waits is cancelled."""
         with self._changed:
@@ -70,7 +78,7 @@ class Lane(Generic[Item, Made]):
         while batch := self._next():
             items = [item for item, _ in batch]
             try:
-                for (_, future), made in zip(batch, self._work(items), strict=True):
+                for (_, future), made in zip(batch, self._timed(items), strict=True):
                     future.set_result(made)
             except Exception as error:
                 if len(batch) == 1:
@@ -81,9 +89,16 @@ class Lane(Generic[Item, Made]):
                     if not future.done():
                         self._alone(item, future)
 
+    def _timed(self, items: Sequence[Item]) -> Sequence[Made]:
+        self._began = time.monotonic()
+        try:
+            return self._work(items)
+        finally:
+            self._began = None
+
     def _alone(self, item: Item, future: Future[Made]) -> None:
         try:
-            future.set_result(self._work([item])[0])
+            future.set_result(self._timed([item])[0])
         except Exception as error:
             future.set_exception(error)
 

@@ -1,5 +1,5 @@
 """How much may be asked for: of one key a rate and a number of requests at a time, of all together the bodies that are
-being read."""
+being read and the memory of the pictures that were."""
 
 from __future__ import annotations
 
@@ -116,3 +116,23 @@ class Uploads:
         self._held.remove(upload)
         upload.had_to_go = True
         upload.timeout.reschedule(asyncio.get_running_loop().time())
+
+
+class Room:
+    """`most` bytes for what all requests together keep in memory. It belongs to the event loop."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self.held = most, 0
+
+    @contextmanager
+    def hold(self, num_bytes: int, retry_after: Callable[[], float]) -> Iterator[None]:
+        """So many bytes while the block runs; `Problem` 503 where others hold too much. One that is alone is let in
+        whatever it needs: the budgets of a request bound that, and it could never be."""
+        if self.held and self.held + num_bytes > self._most:
+            message = "the pictures that are waiting fill the memory for them; try again"
+            raise Problem(503, message, "queue_full", retry_after=retry_after())
+        self.held += num_bytes
+        try:
+            yield
+        finally:
+            self.held -= num_bytes

@@ -72,10 +72,8 @@ class Model:
         self.parts, self.stall_seconds, self._on_phase = parts, stall_seconds, on_phase
         self._backbone = parts.encoders.backbone
         self._batches = batches
-        self._engine_failures = 0
-        self._progress = (-1.0, time.monotonic())
         self._lanes()
-        self.batcher = parts.start()
+        self._start()
         self.restarts = 0
 
     def _lanes(self) -> None:
@@ -83,6 +81,11 @@ class Model:
         self.decoder: Lane[tuple[Tensor, Grid], Image.Image] = Lane(
             "decoder", self._decode, lambda item: item[1], self._batches.decode
         )
+
+    def _start(self) -> None:
+        self.batcher = self.parts.start()
+        self._engine_failures, self._failed_step = 0, -1.0
+        self._progress = (-1.0, time.monotonic())
 
     async def edit(self, work: Work, on_step: Callable[[], None]) -> list[Image.Image]:
         """The pictures of `work`, as `Engine.edit`; of the batcher it raises `QueueFull` and `Expired`."""
@@ -120,8 +123,9 @@ class Model:
 
     def denoise(self, cond: Cond, seed: int, effect: str, timeout: float, on_step: OnStep | None) -> Future[Tensor]:
         """Latents x0 (T, C), as `StepBatcher.submit`, whose errors it raises."""
-        future = self.batcher.submit(cond, seed=seed, effect=effect, timeout=timeout, on_step=on_step)
-        future.add_done_callback(self._note_engine)
+        batcher = self.batcher
+        future = batcher.submit(cond, seed=seed, effect=effect, timeout=timeout, on_step=on_step)
+        future.add_done_callback(lambda done: self._note_engine(batcher, done))
         return future
 
     def decode(self, x0_TC: Tensor, grid: Grid) -> Future[Image.Image]:
@@ -132,8 +136,10 @@ class Model:
 
     @property
     def is_alive(self) -> bool:
-        """Whether every thread runs and the batcher makes progress with what it has."""
-        if not (self.encoder.is_alive and self.decoder.is_alive) or self._engine_failures >= MOST_FAILURES:
+        """Whether every thread runs, and lanes and batcher make progress with what they have."""
+        if self._engine_failures >= MOST_FAILURES:
+            return False
+        if not all(lane.is_alive and lane.busy_seconds < self.stall_seconds for lane in (self.encoder, self.decoder)):
             return False
         stats = self.batcher.stats()
         if not stats["queued"] + stats["running"] or stats["steps"] != self._progress[0]:
@@ -144,8 +150,7 @@ class Model:
         """New lanes and a new batcher; what was in the old ones is cancelled."""
         old = self.batcher, self.encoder, self.decoder
         self._lanes()
-        self.batcher = self.parts.start()
-        self._engine_failures, self._progress = 0, (-1.0, time.monotonic())
+        self._start()
         self.restarts += 1
         log.warning("batcher and lanes are started anew")
         # An engine that hangs would hold whoever closes it.
@@ -192,13 +197,15 @@ class Model:
         self._on_phase("decode", time.perf_counter() - started, len(wanted))
         return made
 
-    def _note_engine(self, future: Future[Tensor]) -> None:
-        if future.cancelled():
+    def _note_engine(self, batcher: StepBatcher, future: Future[Tensor]) -> None:
+        if future.cancelled() or batcher is not self.batcher:
             return
         error = future.exception()
         if error is None:
             self._engine_failures = 0
-        elif isinstance(error, RuntimeError):
+        elif isinstance(error, RuntimeError) and (step := batcher.stats()["steps"]) != self._failed_step:
+            # All samples of a step fail with it, one after the other and before the next step.
+            self._failed_step = step
             self._engine_failures += 1
             log.warning("the engine failed: %s", type(error).__name__)
 

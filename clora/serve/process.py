@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -36,13 +39,25 @@ class ProcessEngine:
     """`Engine` over a process that opens the models of `settings`."""
 
     def __init__(self, settings: Settings) -> None:
-        """Waits until they are open; raises `InputErrors` where they cannot be, and `EngineGone` where the process dies
-        over it."""
+        """Waits until they are open; raises `InputErrors` where they cannot be, where that takes longer than
+        `start_seconds` and where the process dies over it."""
         self.on_phase: OnPhase = lambda phase, seconds, number: None
         self._settings = settings
         self._child = Child(settings, self._note)
         try:
-            self.offers: Offers = self._child.started.result()
+            self.offers: Offers = self._child.started.result(settings.start_seconds)
+        except TimeoutError as error:
+            self._child.end(0.0)
+            raise InputError(
+                f"the engine has not opened its models in {settings.start_seconds:g} s; raise start_seconds in the"
+                " settings, or see whether their disk answers"
+            ) from error
+        except EngineGone as error:
+            self._child.end()
+            raise InputError(
+                f"the engine's process did not survive opening its models ({self._child.how_it_is()}); see whether the"
+                " machine has memory for them, and the lines above"
+            ) from error
         except BaseException:
             self._child.end()
             raise
@@ -70,10 +85,11 @@ class ProcessEngine:
 
     def restart(self) -> bool:
         child = self._child
-        if not child.started.done() or self.is_alive:
+        starting = not child.started.done()
+        if self.is_alive or (starting and time.monotonic() < self._began + self._settings.start_seconds):
             return False
         opened = self._is_open()
-        if not opened and time.monotonic() < self._began + min(MOST_PAUSE, 2.0**self._failures):
+        if not (opened or starting) and time.monotonic() < self._began + min(MOST_PAUSE, 2.0**self._failures):
             return False
         self._failures = 0 if opened else self._failures + 1
         log.warning("the engine's process is started anew (the last one: %s)", child.how_it_is())
@@ -108,10 +124,15 @@ class Child:
         self._work: dict[int, tuple[Future[list[Image.Image]], Callable[[], None]]] = {}
         self._changing, self._is_over = threading.Lock(), False
         self._beat = (True, time.monotonic())
-        command = [sys.executable, "-m", "clora.serve.child", str(theirs.fileno())]
+        self._folder = _own_folder()
+        command = [sys.executable, "-m", "clora.serve.child", str(theirs.fileno()), self._folder]
         # A session of its own: Ctrl-C is for the server, which lets requests end before the engine does.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={**os.environ, **({"TMPDIR": self._folder} if self._folder else {})},
         )
         theirs.close()
         self._pipe = Pipe(ours, self._take, self._lose_all)
@@ -149,13 +170,15 @@ class Child:
         return "it hangs, or its models have changed" if code is None else f"it ended with {code}"
 
     def end(self, patience: float = ENDING) -> None:
-        """Let the process end, and kill it where it has not within `patience` seconds."""
+        """Let the process end, and kill it where it has not within `patience` seconds; its temporary files go too."""
         self._pipe.close()
         with suppress(subprocess.TimeoutExpired):
             if patience:
                 self._process.wait(patience)
         self._process.kill()
         self._process.wait()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     # In the pipe's thread
 
@@ -201,3 +224,13 @@ class Child:
         for future in lost:
             with suppress(InvalidStateError):
                 future.set_exception(gone)
+
+
+def _own_folder() -> str:
+    """A folder for one process's temporary files: an AOTInductor package is unpacked there, and a process that is
+    killed leaves it. "" on a disk that takes none, which most models do without."""
+    try:
+        return tempfile.mkdtemp(prefix="clora-engine-")
+    except OSError as error:
+        log.warning("the engine has no folder of its own for temporary files: %s", error.strerror)
+        return ""

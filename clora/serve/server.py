@@ -25,6 +25,7 @@ log = logging.getLogger("clora.serve")
 
 LINGER = 2.0  # seconds in which results of finished jobs can be fetched
 CLOSING = 3  # seconds for connections to close
+BACKLOG = 2048  # connections that wait to be taken: uvicorn's own number
 
 
 def check_binding(settings: Settings) -> None:
@@ -36,10 +37,13 @@ def check_binding(settings: Settings) -> None:
         )
 
 
-def run_server(app: FastAPI, service: Service, on_listening: Callable[[int], None] = lambda port: None) -> None:
-    """Serve until a signal ends it. `on_listening` is told the port once requests are taken.
+def run_server(
+    app: FastAPI, service: Service, socket: sockets.socket, on_listening: Callable[[int], None] = lambda port: None
+) -> None:
+    """Serve on a socket of `bind` until a signal ends it; socket and service are closed then, however it ends.
+    `on_listening` is told the port once requests are taken.
 
-    Raises `InputError` where the address cannot be bound.
+    Raises `InputError` where another program has begun to listen there.
     """
     settings = service.settings
     config = uvicorn.Config(
@@ -56,15 +60,17 @@ def run_server(app: FastAPI, service: Service, on_listening: Callable[[int], Non
         h11_max_incomplete_event_size=64 * 1024,
         ws="none",
     )
-    socket = _bind(settings)
     try:
+        _listen(socket, settings)
         asyncio.run(_serve(_Server(config), service, socket, on_listening))
     finally:
         socket.close()
         service.close()
 
 
-def _bind(settings: Settings) -> sockets.socket:
+def bind(settings: Settings) -> sockets.socket:
+    """A socket at the settings' address, which takes no connections yet: models take minutes to load, and a port that
+    is taken is known before. Raises `InputError` where the address cannot be bound."""
     family = sockets.AF_INET6 if ":" in settings.host else sockets.AF_INET
     found = sockets.socket(family, sockets.SOCK_STREAM)
     found.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
@@ -72,9 +78,21 @@ def _bind(settings: Settings) -> sockets.socket:
         found.bind((settings.host, settings.port))
     except OSError as error:
         found.close()
-        where = f"{settings.host}:{settings.port}"
-        raise InputError(f"{where} cannot be bound ({error.strerror}); choose another --host or --port") from error
+        raise _cannot_bind(settings, error) from error
     return found
+
+
+def _listen(socket: sockets.socket, settings: Settings) -> None:
+    """Take connections; two programs may have bound an address, and the first to listen has it."""
+    try:
+        socket.listen(BACKLOG)
+    except OSError as error:
+        raise _cannot_bind(settings, error) from error
+
+
+def _cannot_bind(settings: Settings, error: OSError) -> InputError:
+    where = f"{settings.host}:{settings.port}"
+    return InputError(f"{where} cannot be bound ({error.strerror}); choose another --host or --port")
 
 
 class _Server(uvicorn.Server):

@@ -10,7 +10,7 @@ from typing import Any
 
 from clora.serve.engine import Engine
 from clora.serve.jobs import Jobs
-from clora.serve.limits import Quotas, Uploads
+from clora.serve.limits import Quotas, Room, Uploads
 from clora.serve.metrics import Metrics
 from clora.serve.offer import Offer
 from clora.serve.problems import Problem
@@ -30,6 +30,7 @@ class Service:
         self.jobs = Jobs(limits.result_seconds, limits.results_kept)
         self.quotas = Quotas(limits.requests_per_minute, limits.burst, limits.concurrent)
         self.uploads = Uploads(limits.uploads)
+        self.pictures = Room(limits.waiting_bytes)
         self.pool = ThreadPoolExecutor(settings.decode_threads, "pictures")
         self.metrics = Metrics(engine.stats, lambda: self.is_ready)
         engine.on_phase = self.metrics.on_phase

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from clora.errors import InputErrors, did_you_mean, nearest
+from clora.config import resolve_base
+from clora.errors import InputError, InputErrors, did_you_mean, nearest
 from clora.io.text import read_yaml
 
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 MiB = 1 << 20
+MODELS = ("artefact", "collection", "groups")  # of which a server has one
+PATHS = (*MODELS, "signed_by", "keys", "thumbnail_image")
 
 
 class _Section(BaseModel):
@@ -33,7 +36,8 @@ class Batches(_Section):
 
 class Limits(_Section):
     """What one request, and one key, may ask for. Rates are per minute. `result_pixels` None: those of the base.
-    `queue_seconds` is what a sample may wait and be sampled for, `upload_seconds` what a body may take to arrive."""
+    `queue_seconds` is what a sample may wait and be sampled for, `upload_seconds` what a body may take to arrive,
+    `waiting_bytes` what the decoded pictures of all edits together may take in memory."""
 
     body_bytes: Annotated[int, Field(ge=1024)] = 32 * MiB
     image_bytes: Annotated[int, Field(ge=1024)] = 16 * MiB
@@ -47,6 +51,7 @@ class Limits(_Section):
     concurrent: Count = 16
     uploads: Count = 16
     connections: Count = 512
+    waiting_bytes: Annotated[int, Field(ge=1 << 20)] = 1024 * MiB
     upload_seconds: Seconds = 30
     queue_seconds: Seconds = 120
     result_seconds: Seconds = 600
@@ -76,6 +81,7 @@ class Settings(_Section):
     cors_origins: tuple[str, ...] = ()
     grace_seconds: Seconds = 30
     stall_seconds: Seconds = 120
+    start_seconds: Seconds = 900
     decode_threads: Annotated[int, Field(ge=1, le=64)] = 2
     thumbnails: bool = True
     thumbnail_image: Path | None = None
@@ -83,22 +89,35 @@ class Settings(_Section):
     batches: Batches = Batches()
     limits: Limits = Limits()
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if values is None else tuple(map(_host_name, values))
+
+
+def _host_name(value: str) -> str:
+    """As it stands in a `Host` header once case, port and brackets are taken off; ValueError for what is none."""
+    name = value.strip().lower()
+    if name.startswith("[") and name.endswith("]"):
+        name = name[1:-1]
+    if not name or name.count(":") == 1 or any(mark in name for mark in "/[]@* "):
+        raise ValueError(f"{value!r} is no name of a host; leave scheme, port and wildcards out")
+    return name
+
 
 def load_settings(path: Path | None, given: Mapping[str, Any]) -> Settings:
-    """The settings of a YAML file with those `given` over them (None is not given); paths in the file start from its
-    folder. Raises `InputErrors` with every fault under its dotted key."""
+    """The settings of a YAML file with those `given` over them (None is not given): a model that is given replaces the
+    file's, of whatever kind. Paths in the file start from its folder. Raises `InputErrors` with every fault under its
+    dotted key."""
     values: dict[str, Any] = {}
     where = "settings"
     if path is not None:
         where = str(path)
-        loaded = yaml.safe_load(read_yaml(path)) or {}
-        if not isinstance(loaded, dict):
-            raise InputErrors([f"{path}: must hold 'key: value' lines, such as 'port: 8000'"])
-        values = {str(key): value for key, value in loaded.items()}
-        for key in ("artefact", "signed_by", "collection", "groups", "keys", "thumbnail_image"):
-            if isinstance(values.get(key), str):
-                values[key] = path.absolute().parent / Path(values[key]).expanduser()
-    values |= {key: value for key, value in given.items() if value is not None}
+        values = _read(path)
+    given = {key: value for key, value in given.items() if value is not None}
+    if any(key in given for key in MODELS):
+        values = {key: value for key, value in values.items() if key not in MODELS}
+    values |= given
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -106,11 +125,54 @@ def load_settings(path: Path | None, given: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What a settings file says, its paths made absolute."""
+    text = read_yaml(path)
+    try:
+        loaded = yaml.safe_load(text) or {}
+    except (
+        Exception
+    ) as error:  # of a date of month 99, a tag of Python's, a list as a key: the loader raises what it likes
+        what = getattr(error, "problem", None) or error
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" line {mark.line + 1}"
+        raise InputError(f"{path}{line}: holds a value that is none ({what}); quote it, or correct it") from error
+    if not isinstance(loaded, dict):
+        raise InputErrors([f"{path}: must hold 'key: value' lines, such as 'port: 8000'"])
+    values = {str(key): value for key, value in loaded.items()}
+    folder = path.absolute().parent
+    for key in PATHS:
+        if isinstance(values.get(key), str):
+            values[key] = folder / Path(values[key]).expanduser()
+    if isinstance(values.get("base"), str):
+        values["base"] = _base_beside(folder, values["base"])
+    return values
+
+
+def _base_beside(folder: Path, base: str) -> str:
+    """A base that a file in `folder` names: a folder beside it, unless the name is of a bundled base; else as it is,
+    a hub id."""
+    place = folder / Path(base).expanduser()
+    if _is_bundled(base) or not (place.is_dir() or base.startswith((".", "/", "~"))):
+        return base
+    return str(place)
+
+
+def _is_bundled(base: str) -> bool:
+    if not base.isidentifier():
+        return False
+    try:
+        found = resolve_base(base)
+    except InputError:
+        return False
+    return isinstance(found, Path) and Path(__file__).parents[1] in found.parents
+
+
 def _fault(item: Any) -> str:
     """One of pydantic's errors as a sentence, with the nearest key for an unknown one."""
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{place}: {item['msg']}"
+        return f"{place}: {item['msg'].removeprefix('Value error, ')}"
     sections: dict[str, type[BaseModel]] = {"limits": Limits, "batches": Batches}
     section = sections.get(str(item["loc"][0]), Settings)
     name = str(item["loc"][-1])

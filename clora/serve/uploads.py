@@ -6,6 +6,7 @@ Nothing is fetched or opened by a name: a file's name is not even kept. Sizes ar
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -103,12 +104,22 @@ async def _counted(request: Request, limits: Limits, tail: bytearray, upload: Up
 async def _sorted(items: list[tuple[str, UploadFile | str]], limits: Limits) -> Form:
     form = Form({}, {})
     for name, value in items:
+        _check_text(name)
         if isinstance(value, str):
+            _check_text(value)
             form.fields.setdefault(name, []).append(value)
             continue
         _check_file(value.size or 0, limits)
         form.files.setdefault(name, []).append(await value.read())
     return form
+
+
+def _check_text(text: str) -> None:
+    """Refuse halves of surrogate pairs, which a body's own charset can bring in: nothing after this takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise bad("a field holds text that is no Unicode; send it as UTF-8", code="malformed_request") from error
 
 
 def check_form(form: Form, limits: Limits) -> None:
@@ -150,3 +161,14 @@ def decode_picture(content: bytes, number: int, limits: Limits) -> Image.Image:
         return decode_image(content, f"image {number}", FORMATS, limits.image_pixels)
     except InputError as error:
         raise bad(str(error), "image", "invalid_image") from error
+
+
+def decoded_bytes(content: bytes, limits: Limits) -> int:
+    """Bytes of an uploaded picture in memory, four a pixel as Pillow keeps RGB, by what it declares; 0 for one that
+    `decode_picture` refuses."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            pixels = image.width * image.height
+    except Exception:  # whatever a decoder raises on damaged bytes
+        return 0
+    return 4 * pixels if pixels <= limits.image_pixels else 0

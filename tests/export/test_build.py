@@ -43,6 +43,8 @@ def test_export_tells_bad_requests_before_weights_are_read(
     told("carries no catalogue", lora=shipped.parent / "acceleration.safetensors")  # type: ignore[union-attr]
     told("is there already", output=tmp_path)
     told("an onnx graph in bfloat16 cannot be verified", format="onnx", precision="bfloat16")
+    told("calibration: float32 is not calibrated, fp8 and int8 are; leave it out", calibration=tmp_path)
+    told("no-vae: is for aoti and onnx, the VAE is always a part of a merged folder; leave it out", with_vae=False)
     (tmp_path / "file").write_text("")
     told("is no folder", output=tmp_path / "file" / "artefact")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]

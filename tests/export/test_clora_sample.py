@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,10 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={}, capture_output=True, text=True, timeout=120)
 
 
-def refused(path: Path) -> str:
-    """What the program says of a file of conditions; the package is never reached."""
-    found = run(
-        "--package", "none.pt2", "--sigmas", "1,0.5", "--conditions", path, "--output", path.with_suffix(".out")
-    )
+def refused(path: Path, package: object = "none.pt2") -> str:
+    """What the program says of a file of conditions; no package is loaded."""
+    output = path.with_suffix(".out")
+    found = run("--package", package, "--sigmas", "1,0.5", "--conditions", path, "--output", output)
     assert found.returncode == 2 and found.stdout == "" and not path.with_suffix(".out").exists()
     assert found.stderr.count("\n") == 1 and found.stderr.startswith(f"clora-sample: {path}: ")
     return found.stderr
@@ -48,6 +49,17 @@ def some_conditions() -> dict[str, Tensor]:
         "seed": torch.tensor([1, 2]),
         "grid": torch.tensor([2, 3]),
     }
+
+
+def write_package(path: Path, **changed: str) -> Path:
+    """A package without code, which says what it takes as `export.aoti` does: the sizes of `some_conditions`."""
+    says = {"batch": "2", "tokens": "6", "text": "4", "channels": "8", "text_width": "5", "angles": "2"}
+    says |= {"dtype": "float32"} | changed
+    place = "model/data/aotinductor/model/x.wrapper_metadata.json"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        file.writestr("model/archive_format", "pt2")
+        file.writestr(place, json.dumps({f"clora_{name}": value for name, value in says.items() if value}))
+    return path
 
 
 def assemble(header: bytes | dict[str, Any], data: bytes, length: int | None = None) -> bytes:
@@ -149,6 +161,47 @@ def test_clora_sample_names_what_does_not_fit(changed: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ({"channels": "64"}, "its 'refs' is of width 8, the package takes 64"),
+        ({"text_width": "32"}, "its 'text' is of width 5, the package takes 32"),
+        ({"angles": "8"}, "its 'cos' is of width 2, the package takes 8"),
+        ({"batch": "1"}, "its batch of 2 is beyond the package's 1"),
+        ({"tokens": "5"}, "its result of 6 tokens, the package takes 2 to 5"),
+        ({"text": "3"}, "its text of 4 tokens, the package takes 2 to 3"),
+        ({"dtype": "bfloat16"}, "its network is asked for in Float, the package is in BFloat16"),
+    ],
+)
+def test_clora_sample_refuses_sizes_that_the_package_does_not_take(
+    package: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    """The compiled code would read beyond the ends of such tensors."""
+    path = tmp_path / "in.safetensors"
+    save_file(some_conditions(), path)
+    assert message in refused(path, write_package(tmp_path / "model.pt2", **package))
+
+
+def test_clora_sample_refuses_a_package_that_does_not_say_its_sizes(tmp_path: Path) -> None:
+    path, package = tmp_path / "in.safetensors", write_package(tmp_path / "model.pt2", batch="")
+    save_file(some_conditions(), path)
+    found = run("--package", package, "--sigmas", "1", "--conditions", path, "--output", tmp_path / "out")
+    assert found.returncode == 2
+    assert found.stderr == f"clora-sample: {package}: does not say what sizes it takes; export again\n"
+
+
+def test_clora_sample_draws_no_noise_for_a_grid_that_does_not_fit(tmp_path: Path) -> None:
+    """A file of a kilobyte asks for the noise of 16 million tokens: half a gigabyte, and as much again to order it."""
+    path = tmp_path / "in.safetensors"
+    save_file(some_conditions() | {"grid": torch.tensor([4096, 4096])}, path)
+    command = [str(program()), "--package", "none.pt2", "--sigmas", "1", "--conditions", str(path), "--output", "out"]
+    process = subprocess.Popen(command, env={}, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None and "not the positions of its tokens" in process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 2 and used.ru_maxrss < 1_000_000  # kilobytes, half of them torch's libraries
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give --artefact or --package"),
@@ -159,6 +212,11 @@ def test_clora_sample_names_what_does_not_fit(changed: dict[str, Any], message: 
         (["--artefact"], "--artefact needs one value"),
         (["--what", "a"], "unknown option '--what'"),
         (["--package", "a", "--sigmas", "1,x", "--conditions", "a", "--output", "b"], "is no list like 1,0.9,0.75"),
+        (
+            ["--package", "a", "--sigmas", "1", "--conditions", "a", "--output", "b", "--threads", "abc"],
+            "--threads: 'abc' is no whole number from 1 to 1024",
+        ),
+        (["--package", "a", "--sigmas", "1", "--conditions", "a", "--output", "b", "--threads", "0"], "--threads: '0'"),
         (["--artefact", "/none", "--conditions", "a", "--output", "b"], "/none/manifest.json: is no regular file"),
     ],
 )

@@ -146,6 +146,32 @@ def test_clora_sample_makes_what_python_makes(artefact: Artefact, tmp_path: Path
     assert torch.equal(run(*network, "--sampler", "euler", noise=noise), euler)
 
 
+def test_aoti_engine_refuses_inputs_that_it_was_not_compiled_for(artefact: Artefact) -> None:
+    if artefact.manifest.format != "aoti":
+        pytest.skip("other runtimes check inputs themselves")
+    served = artefact.served()
+    given = served.conditions(case_cond(0, 9))
+    x, step, length = torch.zeros(1, 24, 64), torch.zeros(1, dtype=torch.int64), torch.tensor([9])
+    inputs = {"x": x, "refs": given.refs[None], "text": given.text[None], "cos": given.cos, "sin": given.sin}
+    inputs |= {"step": step, "text_len": length}
+    wanted = served.engine(**inputs)
+    for changed, message in (
+        ({"text": given.text[None, :, :1]}, "'text' is of width 1, the package takes 32"),
+        ({"x": x[..., :4], "refs": given.refs[None, :, :4]}, "'refs' is of width 4, the package takes 64"),
+        ({"cos": given.cos[:, :1], "sin": given.sin[:, :1]}, "'cos' is of width 1, the package takes 8"),
+        ({"x": x.repeat(2, 1, 1)}, "are not of one batch"),
+        ({"text": given.text[None].bfloat16()}, "must be of one type"),
+        ({"cos": given.cos[1:], "sin": given.sin[1:]}, "are not the positions of 71 tokens"),
+        (dict(zip(inputs, (one.repeat(33, *[1] * (one.dim() - 1)) for one in inputs.values()), strict=True))
+         | {"cos": given.cos, "sin": given.sin}, "batch of 33 is beyond the package's 32"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            served.engine(**(inputs | changed))
+    # Strides of its own, as of a transposed view, do not change what is read.
+    turned = inputs | {"refs": given.refs.T.contiguous().T[None]}
+    assert torch.equal(served.engine(**turned), wanted)
+
+
 def case_cond(seed: int, length: int) -> Cond:
     """A request of a result of 24 tokens, with one reference of 15."""
     rng = torch.Generator().manual_seed(seed)

@@ -54,6 +54,23 @@ def test_the_unit_and_the_image_start_the_command_and_give_it_time() -> None:
         assert (ROOT / path).is_file()
 
 
+def test_the_recipes_let_an_engine_load_native_code_and_read_its_keys() -> None:
+    """A package is unpacked in /tmp and loaded from there, after torch has looked at /proc/cpuinfo."""
+    image = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
+    assert "--tmpfs /tmp:exec" in image and "--target build" in image and "chown 10001" in image
+    assert "g++" in image.split("FROM ")[1]  # the stage that compiles an artefact for the image
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(FOLDER / "clora.service", encoding="utf-8")
+    service = unit["Service"]
+    assert "ProcSubset" not in service and "MemoryDenyWriteExecute" not in service
+    name, place = service["LoadCredential"].split(":")
+    assert service["ExecStart"].endswith(f"--keys ${{CREDENTIALS_DIRECTORY}}/{name}") and place == "/etc/clora/keys.txt"
+    deployment, _ = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text(encoding="utf-8"))
+    volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["tmp"]["emptyDir"] == {"sizeLimit": "50Gi"}  # no medium: memory would count against the pod's
+
+
 # The fields of Kubernetes' own types that the example uses: one that is misspelt is ignored by a server, silently.
 FIELDS = {
     "pod": {"automountServiceAccountToken", "terminationGracePeriodSeconds", "securityContext", "containers",

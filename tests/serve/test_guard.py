@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,18 @@ def test_new_key_is_in_the_file_as_a_hash_alone(tmp_path: Path) -> None:
         new_key(path, "alice")
 
 
+def test_new_key_leaves_the_file_to_those_who_could_read_it(tmp_path: Path) -> None:
+    """The server may run as another user than who makes keys."""
+    path = tmp_path / "keys"
+    new_key(path, "alice")
+    path.chmod(0o640)
+    owner = (10001, 10002) if os.geteuid() == 0 else (os.getuid(), os.getgid())
+    os.chown(path, *owner)
+    new_key(path, "bob")
+    found = path.stat()
+    assert (found.st_mode & 0o777, found.st_uid, found.st_gid) == (0o640, *owner) and len(read_keys(path)) == 2
+
+
 def test_find_owner_compares_every_entry_whichever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key shows neither in which entries are compared nor, by `compare_digest`, in how long one of them takes."""
     keys = {f"key{number}": digest(f"secret{number}") for number in range(5)}
@@ -153,9 +166,59 @@ def test_other_host_names_are_refused_on_this_machine(service: Service, host: st
     assert request(service, "GET", "/v1/effects", host).status_code == 421
 
 
+def with_header(service: Service, method: str, path: str, name: str, value: str) -> int:
+    """The status of a request with a header that the client does not make itself."""
+
+    async def talk(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.request(method, path, headers=[(name.encode(), value.encode())])
+
+    found: httpx.Response = call(service, talk)
+    return found.status_code
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [("host", "[", 421), ("host", "[::1", 421), ("host", "a]b", 421), ("origin", "http://[", 403),
+     ("origin", "http://[::1", 403)],
+)  # fmt: skip
+def test_malformed_hosts_and_origins_are_refused(service: Service, name: str, value: str, status: int) -> None:
+    assert with_header(service, "POST", "/v1/images/edits", name, value) == status
+
+
+def test_a_malformed_host_is_refused_where_any_is_answered(make_service: Callable[..., Service]) -> None:
+    """The router builds an address of it where it redirects."""
+    service = make_service(host="0.0.0.0", open_to_all=True)
+    assert with_header(service, "GET", "/livez/", "host", "any.example") == 307
+    assert with_header(service, "GET", "/livez/", "host", "[") == 421
+
+
+def test_methods_that_clients_invent_share_one_label(make_service: Callable[..., Service]) -> None:
+    """A label is kept for good, and a probe needs no key."""
+    service = make_service(KEYS)
+    for number in range(20):
+        assert request(service, f"M{number}", "/livez").status_code == 405
+    lines = service.metrics.text().decode().splitlines()
+    counted = [line for line in lines if line.startswith("clora_http_requests_total")]
+    assert counted == ['clora_http_requests_total{method="*",route="/livez",status="405"} 20.0']
+
+
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:9", "[::1]:8000"])
 def test_own_host_names_are_answered(service: Service, host: str) -> None:
     assert request(service, "GET", "/v1/models", host).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["GPU-Box.local", "gpu-box.local:8000", "[FE80::1]:8000"])
+def test_allowed_hosts_are_names_in_any_case(make_service: Callable[..., Service], host: str) -> None:
+    allowed = Settings(allowed_hosts=("GPU-Box.local", "[FE80::1]")).allowed_hosts
+    service = make_service(allowed_hosts=allowed)
+    assert request(service, "GET", "/v1/models", host).status_code == 200
+    assert request(service, "GET", "/v1/models", "other.local").status_code == 421
+
+
+@pytest.mark.parametrize("host", ["example.com:8000", "https://example.com", "*.example.com", "", "a b"])
+def test_allowed_hosts_that_could_never_match_are_refused(host: str) -> None:
+    with pytest.raises(ValueError, match="is no name of a host; leave scheme, port and wildcards out"):
+        Settings(allowed_hosts=(host,))
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://evil.localhost"])

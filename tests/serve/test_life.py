@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,10 @@ import numpy as np
 import pytest
 
 from clora.inference.batching import StepBatcher
+from clora.serve.jobs import Jobs, State
+from clora.serve.lanes import Lane
 from clora.serve.models import Model, Parts
+from clora.serve.problems import Problem
 from clora.serve.service import Service
 from tests.serve.conftest import call, listening, model_of, png, post
 from tests.serve.test_edits import pixels
@@ -194,6 +198,56 @@ def test_an_engine_that_fails_again_and_again_is_started_anew(
     assert post(service, {"effect": "a"}).status_code == 200
 
 
+def failing_once(parts: Parts, least: int) -> Parts:
+    """The model, whose first forward of so many samples fails."""
+    failed: list[int] = []
+
+    def start() -> StepBatcher:
+        batcher = parts.start()
+        served = batcher._served
+        batcher.close(False)
+
+        def engine(*given: Any) -> Any:
+            if len(given[0]) >= least and not failed:
+                failed.append(1)
+                raise RuntimeError("one bad step")
+            return served.engine(*given)
+
+        return StepBatcher(replace(served, engine=engine), max_batch=8, max_queue=64)
+
+    return replace(parts, start=start)
+
+
+def test_a_step_that_fails_counts_once_whatever_is_in_it(make_service: Callable[..., Service], parts: Parts) -> None:
+    service = make_service(opened=failing_once(parts, 3))
+    assert post(service, {"effect": "a", "n": "4"}).json()["error"]["code"] == "engine_failed"
+    assert service.is_ready and not service.revive()
+    assert post(service, {"effect": "a", "n": "4"}).status_code == 200
+
+
+@pytest.mark.parametrize("lane", ["encoder", "decoder"])
+def test_a_lane_that_hangs_is_noticed(parts: Parts, settings: Any, lane: str) -> None:
+    model = Model(parts, settings.batches, 0.2, lambda *_: None)
+    held = threading.Event()
+    hung: Lane[int, None] = Lane(lane, lambda items: [None for _ in items if held.wait(10)], lambda item: 0, 4)
+    getattr(model, lane).close()
+    setattr(model, lane, hung)
+    try:
+        assert model.is_alive
+        waiting = hung.submit(1)
+        time.sleep(0.4)
+        assert not model.is_alive
+        held.set()
+        waiting.result(10)
+        deadline = time.monotonic() + 10
+        while not model.is_alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert model.is_alive  # it was slow, and idles now
+    finally:
+        held.set()
+        model.close()
+
+
 def test_a_stalled_engine_is_noticed(parts: Parts, settings: Any) -> None:
     class Hanging:
         def stats(self) -> dict[str, float]:
@@ -253,6 +307,41 @@ def test_metrics_count_what_happened(service: Service) -> None:
         assert line in text
     for phase in ("read_picture", "encode", "denoise", "decode", "write_picture", "edit"):
         assert f'clora_phase_seconds_count{{phase="{phase}"}} 1.0' in text
+
+
+def finished(jobs: Jobs, owner: str, state: State) -> str:
+    """The name of a new job that is over."""
+    job = jobs.add(owner, 1, 4)
+    job.change(state)
+    return job.id
+
+
+def test_jobs_of_one_key_do_not_push_out_anothers() -> None:
+    jobs = Jobs(600, 4)
+    alice = [finished(jobs, "alice", "succeeded")]
+    bob = [finished(jobs, "bob", state) for state in ("succeeded", "cancelled", "succeeded", "failed", "succeeded")]
+
+    def kept(owner: str, names: list[str]) -> list[bool]:
+        def there(name: str) -> bool:
+            try:
+                return jobs.find(owner, name).id == name
+            except Problem:
+                return False
+
+        return [there(name) for name in names]
+
+    assert kept("bob", bob) == [True, False, True, False, True] and kept("alice", alice) == [True]
+    bob += [finished(jobs, "bob", "succeeded") for _ in range(2)]
+    assert kept("bob", bob) == [False, False, False, False, True, True, True] and kept("alice", alice) == [True]
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [("respond-async", 202), ("Respond-Async; foo=1, wait=10", 202), ("wait=10,respond-async", 202), ("wait=10", 200),
+     ("x=respond-async", 200), ("", 200)],
+)  # fmt: skip
+def test_a_job_is_made_where_it_is_among_the_preferences(service: Service, given: str, status: int) -> None:
+    assert post(service, {"effect": "a"}, prefer=given).status_code == status
 
 
 @pytest.mark.parametrize("path", ["/v1/effects", "/v1/models", "/openapi.json"])

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,8 +24,11 @@ import torch
 from PIL import Image
 
 from clora.cli.commands import app
+from clora.errors import InputError
 from clora.inference.editor import load_editor
-from clora.serve.settings import load_settings
+from clora.jobs import serve as job
+from clora.serve.engine import Engine
+from clora.serve.settings import Settings, load_settings
 from tests.serve.conftest import picture, png
 
 
@@ -136,3 +140,104 @@ def test_load_settings_takes_paths_from_the_files_folder_and_options_over_it(tmp
     settings = load_settings(path, {"port": 10, "host": None})
     assert (settings.keys, settings.port, settings.host) == (tmp_path / "keys.txt", 10, "127.0.0.1")
     assert settings.batches.denoise == 4 and settings.batches.encode == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "key"), [("artefact", "artefact"), ("collection", "collection"), ("groups", "groups")]
+)
+def test_load_settings_puts_a_model_given_in_place_of_the_files(tmp_path: Path, option: str, key: str) -> None:
+    for model in ("artefact", "collection", "groups"):
+        path = tmp_path / "serve.yaml"
+        path.write_text(f"{model}: of-the-file\nname: kept\n")
+        settings = load_settings(path, {option: Path("given")})
+        found = {name: value for name in ("artefact", "collection", "groups") if (value := getattr(settings, name))}
+        assert found == {key: Path("given")} and settings.name == "kept"
+
+
+def test_load_settings_finds_a_base_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine", "tiny"):
+        (tmp_path / "bases" / name).mkdir(parents=True)
+    (tmp_path / "tiny").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for base, wanted in (
+        ("bases/mine", str(tmp_path / "bases/mine")),
+        ("./bases/none", str(tmp_path / "bases/none")),
+        ("Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2509"),
+        ("tiny", "tiny"),  # the bundled one, whatever lies beside the file
+    ):
+        path = tmp_path / "serve.yaml"
+        path.write_text(f"base: {base}\n")
+        assert load_settings(path, {}).base == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["port: 2024-99-99", "port: !!python/name:os.system", "? [a, b]\n: 3", "port: !!timestamp x"]
+)
+def test_load_settings_names_the_file_of_a_value_that_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"serve\.yaml.*holds a value that is none") as error:
+        load_settings(path, {})
+    assert len(error.value.faults) == 1 and "\n" not in str(error.value)
+
+
+def test_serve_knows_that_its_port_is_taken_before_it_loads_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: Settings) -> Engine:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(job, "start_engine", load)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match="cannot be bound"):
+            job.serve(Settings(port=taken.getsockname()[1]))
+
+
+class Idle:
+    """An engine that does nothing, and knows whether it was closed."""
+
+    def __init__(self) -> None:
+        self.offers: dict[str, Any] = {}
+        self.on_phase: Any = None
+        self.is_alive, self.is_closed = True, False
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def restart(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_serve_closes_the_engine_when_anything_after_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Idle()
+
+    def fail(_: object) -> None:
+        raise RuntimeError("no application")
+
+    monkeypatch.setattr(job, "start_engine", lambda _: engine)
+    monkeypatch.setattr(job, "create_app", fail)
+    with pytest.raises(RuntimeError, match="no application"):
+        job.serve(Settings(port=0))
+    assert engine.is_closed
+
+
+def test_serve_refuses_an_address_that_another_took_while_it_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs may have bound an address while neither listens."""
+    engine, other = Idle(), socket.socket()
+
+    def start(_: Settings) -> Idle:
+        other.listen()
+        return engine
+
+    monkeypatch.setattr(job, "start_engine", start)
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with other:
+        other.bind(("127.0.0.1", 0))
+        with pytest.raises(InputError, match="cannot be bound"):
+            job.serve(Settings(port=other.getsockname()[1], thumbnails=False))
+    assert engine.is_closed

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import pytest
 
 from clora.errors import InputError
 from clora.serve.engine import EngineGone, Work
+from clora.serve.pipe import Pipe
 from clora.serve.process import ProcessEngine
 from clora.serve.service import Service
 from clora.serve.settings import Settings
@@ -160,6 +162,120 @@ def test_process_engine_says_what_is_wrong_with_its_models(tmp_path: Path) -> No
     (tmp_path / "not.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(InputError, match=r"not\.safetensors"):
         ProcessEngine(Settings(collection=tmp_path / "not.safetensors"))
+
+
+# A far end whose models take for ever to open, or cannot be.
+FAR_END = """
+import sys, tempfile, time, pathlib
+import clora.serve.child as child
+import clora.serve.load as load
+
+def hang(settings):
+    pathlib.Path(tempfile.gettempdir(), "unpacked").write_bytes(b"x")
+    time.sleep(1000)
+
+def fail(settings):
+    raise RuntimeError("failed to map segment\\nand a backtrace")
+
+load.open_models = {how}
+child.ENDING = 0.5
+sys.argv = ["child", *sys.argv[-2:]]
+child.main()
+"""
+
+
+def far_end(monkeypatch: pytest.MonkeyPatch, how: str) -> list[subprocess.Popen[bytes]]:
+    """Let every new engine's process be one of `FAR_END`; the processes as they are started."""
+    made: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def start(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
+        made.append(real([command[0], "-c", FAR_END.replace("{how}", how), *command[-2:]], **more))
+        return made[-1]
+
+    monkeypatch.setattr("clora.serve.process.subprocess.Popen", start)
+    return made
+
+
+def test_an_engine_whose_models_cannot_be_opened_says_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = far_end(monkeypatch, "fail")
+    with pytest.raises(InputError) as error:
+        ProcessEngine(Settings())
+    assert error.value.faults == [
+        "the models could not be opened (RuntimeError: failed to map segment); clora verify checks an artefact"
+    ]
+    assert made[0].poll() is not None
+
+
+def test_an_engine_starts_where_no_temporary_file_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as its models, at least: only some of them are unpacked."""
+
+    def refuse(**_: str) -> str:
+        raise FileNotFoundError(2, "No usable temporary directory")
+
+    far_end(monkeypatch, "fail")
+    monkeypatch.setattr("clora.serve.process.tempfile.mkdtemp", refuse)
+    with pytest.raises(InputError, match="the models could not be opened"):
+        ProcessEngine(Settings())
+
+
+def test_a_start_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = far_end(monkeypatch, "hang")
+    with pytest.raises(InputError, match="has not opened its models in 0.5 s; raise start_seconds"):
+        ProcessEngine(Settings(start_seconds=0.5))
+    assert made[0].poll() is not None
+
+
+def test_a_start_that_hangs_later_is_tried_again(
+    engine: ProcessEngine, monkeypatch: pytest.MonkeyPatch, small_base: tuple[Path, Path]
+) -> None:
+    own = settings_of(*small_base).model_copy(update={"start_seconds": 1.0})
+    monkeypatch.setattr(engine, "_settings", own)
+    with monkeypatch.context() as patched:
+        made = far_end(patched, "hang")
+        psutil.Process(engine.pid).kill()
+        wait_for(engine.restart)
+        hanging = engine.pid
+        assert not engine.restart()  # it is still starting
+        wait_for(engine.restart)
+        assert len(made) == 2 and engine.pid != hanging
+        wait_for(lambda: made[0].poll() is not None)
+    monkeypatch.setattr(engine, "_settings", own.model_copy(update={"start_seconds": 60.0}))
+    psutil.Process(engine.pid).kill()
+    wait_for(lambda: revived(engine))
+
+
+def test_a_far_end_that_hangs_ends_with_the_server_and_takes_its_files(tmp_path: Path) -> None:
+    """The server is killed, so that nobody ends the process it leaves."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-c", FAR_END.replace("{how}", "hang"), str(theirs.fileno()), str(folder)]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "TMPDIR": str(folder)})
+    theirs.close()
+    pipe = Pipe(ours, lambda _: None, lambda: None)
+    try:
+        pipe.post(Settings())
+        wait_for((folder / "unpacked").exists)
+        pipe.close()
+        assert process.wait(20) == 1
+        assert not folder.exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_engines_temporary_files_are_removed(engine: ProcessEngine) -> None:
+    [folder] = [
+        Path(entry.split("=", 1)[1])
+        for entry in Path(f"/proc/{engine.pid}/environ").read_text().split("\0")
+        if entry.startswith("TMPDIR=")
+    ]
+    (folder / "unpacked").write_bytes(b"x")
+    psutil.Process(engine.pid).kill()
+    wait_for(lambda: not engine.is_alive)
+    wait_for(lambda: revived(engine))
+    wait_for(lambda: not folder.exists())
 
 
 @pytest.mark.slow

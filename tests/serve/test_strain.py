@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -18,16 +19,76 @@ import psutil
 import pytest
 from PIL import Image
 
-from clora.serve.limits import Uploads
+from clora.serve import edits
+from clora.serve.limits import Room, Uploads
 from clora.serve.problems import Problem
 from clora.serve.service import Service
-from tests.serve.conftest import encoded, listening, png, post
+from clora.serve.uploads import Form
+from tests.serve.conftest import call, encoded, listening, png, post
 from tests.serve.test_edits import pixels
 
 HEAD = (
     b"POST /v1/images/edits HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n"
     b"Content-Type: multipart/form-data; boundary=xyz\r\n\r\n--xyz\r\n"
 )
+
+
+def test_pictures_that_wait_have_a_bound_in_memory(
+    make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload is decoded to many times its size and waits: the next is refused by its header alone."""
+    service = make_service(limits={"waiting_bytes": 1 << 20})
+    big = png(size=(512, 400))  # 800 KiB decoded
+    decoded: list[int] = []
+    real = edits.decode_picture
+    monkeypatch.setattr(edits, "decode_picture", lambda *given: decoded.append(1) or real(*given))
+    go = asyncio.Event()
+
+    async def wait(*_: object) -> list[Image.Image]:
+        await go.wait()
+        return [Image.new("RGB", (64, 64))]
+
+    monkeypatch.setattr(service.engine, "edit", wait)
+
+    async def talk(client: httpx.AsyncClient) -> list[httpx.Response]:
+        async def ask(content: bytes) -> httpx.Response:
+            headers = {"prefer": "respond-async"}
+            return await client.post(
+                "/v1/images/edits", data={"effect": "a"}, files={"image": content}, headers=headers
+            )
+
+        first, second, small = await ask(big), await ask(big), await ask(png())
+        assert len(decoded) == 2 and service.pictures.held == 4 * (512 * 400 + 64 * 64)
+        go.set()
+        await asyncio.wait([job.task for job in service.jobs.running() if job.task])
+        return [first, second, small, await ask(big)]
+
+    first, second, small, last = call(service, talk)
+    assert [one.status_code for one in (first, second, small, last)] == [202, 503, 202, 202]
+    assert second.json()["error"]["code"] == "queue_full" and int(second.headers["retry-after"]) >= 1
+
+
+def test_start_form_keeps_no_room_for_a_picture_that_it_refuses(service: Service) -> None:
+    form = Form({"effect": ["a"]}, {"image": [png()[:-40]]})  # cut off: its size is known, its pixels are not all there
+
+    async def run() -> None:
+        with pytest.raises(Problem, match="damaged or cut off"):
+            await edits.start_form(service, form, "alice", held)
+
+    held = ExitStack()  # as of a caller who does not close it
+    asyncio.run(run())
+    assert service.pictures.held == 0 and service.jobs.samples_in_flight() == 0
+
+
+def test_room_lets_in_what_is_alone_and_counts_down() -> None:
+    room = Room(10)
+    with room.hold(50, lambda: 1.0):
+        with pytest.raises(Problem) as error, room.hold(1, lambda: 7.0):
+            raise AssertionError
+        assert (error.value.status, error.value.code, error.value.retry_after) == (503, "queue_full", 7.0)
+    with room.hold(4, lambda: 1.0), room.hold(6, lambda: 1.0):
+        assert room.held == 10
+    assert room.held == 0
 
 
 def test_fifty_slow_uploads_keep_nobody_out(make_service: Callable[..., Service]) -> None:

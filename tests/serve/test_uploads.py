@@ -131,6 +131,13 @@ def test_too_many_parts_and_wrong_fields_are_refused(service: Service) -> None:
     assert send(service, body(file(png()), field("prompt", "x" * 100_000))).status_code == 400
 
 
+@pytest.mark.parametrize("extra", [field("+2AA-", "a"), field("prompt", "hello +2AA- x"), field("effect", "+2AA-")])
+def test_text_that_is_no_unicode_is_refused(service: Service, extra: tuple[str, bytes]) -> None:
+    """Half a surrogate pair, which UTF-7 can say: neither an answer nor a text encoder could take it."""
+    answer = send(service, body(file(png()), extra), f"{TYPE}; charset=utf-7")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "malformed_request")
+
+
 @pytest.mark.parametrize(
     ("kind", "status"),
     [("application/json", 415), ("text/plain", 415), ("", 415), ("application/x-www-form-urlencoded", 415),
