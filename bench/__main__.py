@@ -19,6 +19,7 @@ BENCHES = (
     "lab.eight_bits",
     "lab.groups",
     "lab.quantized_base",
+    "lab.tables",
     "lab.tiny_base",
     "lab.verdicts",
     "serving.deployment",

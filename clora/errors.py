@@ -73,6 +73,11 @@ def shown_path(path: Path, beside: Path) -> str:
     return str(path.relative_to(beside)) if path.is_relative_to(beside) else str(path)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; a library's may go on with a backtrace, or say nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; the state is saved. `code` is the exit code to use (128 + signal)."""
 

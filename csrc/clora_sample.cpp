@@ -229,6 +229,15 @@ at::Tensor pipeline_order(const at::Tensor& noise_BTC, int64_t h, int64_t w) {
 }
 
 // Batch, tokens and widths of the conditions, which must be of one batch; T is that of noise or grid.
+// What the package says it takes. It is opened as an archive for that, before any of it is loaded.
+std::optional<clora::Shapes> shapes_taken(const std::string& package) {
+  try {
+    return clora::package_shapes(package);
+  } catch (const std::exception&) {
+    throw BadFile(package + ": is no package that can be read; export again");
+  }
+}
+
 clora::Shapes shapes_of(Conditions& given, const clora::Inputs& in, at::ScalarType dtype) {
   const int64_t B = in.refs.size(0), C = in.refs.size(2);
   if (const int64_t seeds = given.get("seed", 1, true).size(0); seeds != B)
@@ -299,7 +308,7 @@ void run(const std::map<std::string, std::string>& flags) {
   in.cos = given.get("cos", 2).to(at::kFloat), in.sin = given.get("sin", 2).to(at::kFloat);
   const clora::Shapes shapes = shapes_of(given, in, dtype);
   // Before noise is drawn or the package loaded: both take what the file asks for.
-  const std::optional<clora::Shapes> taken = clora::package_shapes(network.package);
+  const std::optional<clora::Shapes> taken = shapes_taken(network.package);
   if (!taken) throw BadFile(network.package + ": does not say what sizes it takes; export again");
   if (const std::string fault = clora::misfit(shapes, *taken); !fault.empty()) given.fail("its " + fault);
 

@@ -106,7 +106,7 @@ class Study:
         """The arm's file; trained unless it is there."""
         config = self.arm_config(arm)
         path = config.output_dir / "collection.safetensors"
-        self._same(f"arms/{arm.name}", {"fingerprint": config.fingerprint()})
+        self._same(f"arms/{arm.name}", {"fingerprint": config.fingerprint(), "steps": config.train.max_train_steps})
         if not path.exists():
             self.console.rule(arm.name)
             config.output_dir.mkdir(parents=True, exist_ok=True)

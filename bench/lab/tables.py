@@ -53,10 +53,8 @@ def read_rows(name: str) -> dict[str, Any]:
         return found | {"rows": {row["row"]: row for row in found["rows"]}}
     rows = {}
     for one in found["methods"]:
-        name, _, steps = one["name"].partition(", ")
-        control = one["differences"]
-        row = {"bcr": one["bcr"], "psnr": one["psnr"], "to_control": control}
-        rows[f"{name}, {steps.partition(' ')[0] or 8}"] = row
+        method, _, steps = one["name"].partition(", ")
+        rows[f"{method}, {steps.partition(' ')[0] or 8}"] = {"bcr": one["bcr"], "to_control": one["differences"]}
     return {"rows": rows}
 
 
@@ -77,10 +75,8 @@ def matrix(
     of steps. `more`: of a row, further cells."""
     lines = []
     for label, template in names.items():
-        of = {n: rows.get(template.format(n) if "{}" in template else f"{template}, {n}") for n in steps}
-        if any(row is None for row in of.values()):
-            continue  # a result without this arm
-        cells = [cell(row) for row in of.values() if row is not None]
+        of = [rows[template.format(n) if "{}" in template else f"{template}, {n}"] for n in steps]
+        cells = [cell(row) for row in of]
         lines.append(" | ".join([f"| {label}", *cells, *([more[label]] if more else [])]) + " |")
     return lines
 
@@ -100,18 +96,17 @@ def by_steps(rows: Rows, steps: Sequence[int]) -> list[str]:
 def recipes(found: Mapping[str, Any]) -> list[str]:
     rows, more = found["rows"], {}
     for label, template in RECIPES.items():
-        if (row := rows.get(template.format(8))) is not None:
-            more[label] = f"{row['reasons'].get('too far', 0)} | {row['psnr']:.1f}"
+        row = rows[template.format(8)]
+        more[label] = f"{row['reasons'].get('too far', 0)} | {row['psnr']:.1f}"
     return matrix(rows, RECIPES, (8, 4, 2), more)
 
 
 def ablation(found: Mapping[str, Any]) -> list[str]:
     rows, general, more = found["rows"], found["general edits, 8 steps"], {}
     for label, template in ABLATION.items():
-        name = template.partition(", {}")[0].removesuffix("+accel")
-        if name in general:
-            detail = rows[template.format(4)]["detail_error_db"]
-            more[label] = f"{detail:.2f} dB | {general[name]['psnr']:.1f} dB"
+        detail = rows[template.format(4)]["detail_error_db"]
+        edits = general[template.partition(", {}")[0].removesuffix("+accel")]
+        more[label] = f"{detail:.2f} dB | {edits['psnr']:.1f} dB"
     return matrix(rows, ABLATION, (8, 4, 2), more)
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from clora.config.base_folder import acceleration_lora, default_preset
 from clora.config.schema import PRESETS, Config
 from clora.config.sections import BaseConfig
-from clora.errors import InputError, InputErrors, did_you_mean, nearest
+from clora.errors import InputError, InputErrors, did_you_mean, first_line, nearest
 from clora.io.text import check_yaml, read_rows, read_yaml
 
 # Keys that other trainers use, and what they are called here.
@@ -84,7 +84,7 @@ def _assemble(values: DictConfig, folder: Path, overrides: Sequence[str], source
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         where = f" at '{error.full_key}'" if error.full_key else ""
-        raise InputError(f"{source}{where}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{source}{where}: {first_line(error)}") from error
     assert isinstance(plain, dict)
     plain["preset"] = preset
     try:
@@ -142,10 +142,10 @@ def _yaml_values(text: str, source: str) -> Any:
     try:
         return OmegaConf.create(text)
     except yaml.YAMLError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{source}: holds YAML that is not plain data ({reason}); remove it") from error
     except OmegaConfBaseException as error:
-        raise InputError(f"{source}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{source}: {first_line(error)}") from error
 
 
 def _override(values: DictConfig, override: str, faults: list[str]) -> DictConfig:
@@ -159,7 +159,7 @@ def _override(values: DictConfig, override: str, faults: list[str]) -> DictConfi
     except InputError as error:
         faults += error.faults
     except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
-        faults.append(f"override '{override}': cannot be applied ({str(error).splitlines()[0]})")
+        faults.append(f"override '{override}': cannot be applied ({first_line(error)})")
     return values
 
 

@@ -47,7 +47,7 @@ def check_training(config: Config, job: Job = "train") -> CheckedRun:
     `targets.source` is "pairs". Raises `InputErrors` with every fault."""
     found = Findings()
     backbone, shapes = _check_base(config, found)
-    _check_folders(config, found)
+    _check_places(config, found)
     _check_recipe(config, job, found)
     found.warnings += extend_warnings(config) if job == "extend" else training_warnings(config)
     _check_loras(config, shapes, backbone is not None, found)
@@ -67,7 +67,7 @@ def check_teaching(config: Config, effects: Sequence[EffectConfig]) -> CheckedRu
     """
     found = Findings()
     backbone, _ = _check_base(config, found)
-    _check_folders(config, found)
+    _check_places(config, found)
     found.warnings += teaching_warnings(config)
     pairs = read_effects(config, effects, _names(effects), found.faults, found.warnings)
     _check_files(config, pairs, [], found)
@@ -82,7 +82,7 @@ def check_whole(config: Config, found: Findings) -> CheckedRun:
     """The check of `validate`, for a configuration that may still be taught and is then trained: faults and warnings
     go to `found`. Images are not looked at, which `validate` does in full."""
     backbone, shapes = _check_base(config, found)
-    _check_folders(config, found)
+    _check_places(config, found)
     _check_recipe(config, "train", found)
     found.warnings += training_warnings(config)
     if any(effect.lora is None for effect in config.effects):
@@ -174,7 +174,11 @@ def _snapshot(config: Config, found: Findings) -> Path | None:
     return None
 
 
-def _check_folders(config: Config, found: Findings) -> None:
+def _check_places(config: Config, found: Findings) -> None:
+    """Where data lie and results go, and the board that figures are sent to."""
+    board = config.train.report_to
+    if board != "none" and find_spec(board) is None:
+        found.faults.append(f"train.report_to: {board} is not installed; `pip install {board}`, or set it to none")
     for index, root in enumerate(config.data_roots):
         if not os.path.isdir(root):
             found.faults.append(f"data_roots.{index}: {root} is not a folder; correct it")
@@ -194,7 +198,7 @@ def _check_folders(config: Config, found: Findings) -> None:
 
 def _check_recipe(config: Config, job: Job, found: Findings) -> None:
     """What a run would otherwise find out about its settings after hours: streams without a loss, too few slots for
-    the teachers of a batch, a board that is not installed."""
+    the teachers of a batch."""
     train, objective = config.train, config.objective
     found.faults += idle_streams(config)
     follows = job == "extend" or objective.imitation_weight > 0  # TA-FM's samples have a teacher there
@@ -206,9 +210,6 @@ def _check_recipe(config: Config, job: Job, found: Findings) -> None:
     if objective.imitation_weight and objective.imitation == "same_step" and not config.effects:
         what = "same_step imitates the effects' teachers, and there are no effects"
         found.faults.append(f"objective.imitation: {what}; give effects, or set it to segment_mean")
-    if train.report_to != "none" and find_spec(train.report_to) is None:
-        what = f"{train.report_to} is not installed"
-        found.faults.append(f"train.report_to: {what}; `pip install {train.report_to}`, or set it to none")
 
 
 def _check_loras(config: Config, shapes: Shapes | None, base_is_here: bool, found: Findings) -> None:

@@ -61,6 +61,7 @@ class Answer(BaseModel):
     endpoint: str = ""
     prompt_sha256: str = ""
     raw: list[str] = []  # every reply in order, those of no use too
+    unfinished: bool = False  # it is asked again once a limit allows it
     prompt_tokens: int = 0  # of all of them, as far as the server counts
     answer_tokens: int = 0
 
@@ -161,11 +162,14 @@ class Judge:
         asked = [self.endpoint.shown, self.endpoint.model, prompt, self.seed, repeat]
         asked += [hashlib.sha256(png).hexdigest() for png in shown]
         kept = self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
-        if (answer := _read_kept(kept)) is not None:
-            return answer
+        before = _read_kept(kept)
+        if before is not None and not before.unfinished:
+            return before
         body = self._body(text, names, shown, self.seed + repeat)
         answer = self._climb_down(body, kind, value)
         answer = answer.model_copy(update={"endpoint": self.endpoint.shown, "prompt_sha256": prompt})
+        if before is not None:
+            answer = _with_spent(answer, before)
         if answer.value is not None or answer.raw:  # a reply was paid for
             write_text(kept, answer.model_dump_json(indent=1) + "\n")
         return answer
@@ -189,8 +193,6 @@ class Judge:
             rung = RUNGS[place]
             try:
                 answer = self._one_rung(body | response_format(rung, value), kind, rung)
-            except LimitReached as error:
-                return Answer(value=None, why=str(error))
             except Refused as error:
                 if error.status not in NOT_SPOKEN:
                     raise
@@ -229,12 +231,13 @@ class Judge:
                 backoff_seconds=self.backoff_seconds,
                 before_try=self.limits.take_call,
             )
-        except NoAnswer as error:
+        except (NoAnswer, LimitReached) as error:
             return Answer(
                 value=None,
                 why=str(error),
                 rung=rung,
-                raw=error.replies,
+                raw=[one.text for one in replies],
+                unfinished=isinstance(error, LimitReached),
                 prompt_tokens=sum(one.prompt_tokens for one in replies),
                 answer_tokens=sum(one.answer_tokens for one in replies),
             )
@@ -274,6 +277,17 @@ def picture_png(path: Path) -> bytes:
     buffer = io.BytesIO()
     small.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _with_spent(answer: Answer, before: Answer) -> Answer:
+    """An answer with the replies that the question was paid for before a limit ended it."""
+    return answer.model_copy(
+        update={
+            "raw": [*before.raw, *answer.raw],
+            "prompt_tokens": before.prompt_tokens + answer.prompt_tokens,
+            "answer_tokens": before.answer_tokens + answer.answer_tokens,
+        }
+    )
 
 
 def _read_kept(path: Path) -> Answer | None:

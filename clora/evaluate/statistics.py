@@ -17,9 +17,9 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean over all values, the levels of every factor drawn with replacement.
 
     An effect drawn twice counts twice with all its sources, and a source with all its effects: outputs of one effect,
-    or of one source, are not independent (the crossed bootstrap of Owen, Annals of Applied Statistics 1, 2007, which is
-    never too narrow). A factor of one level is not drawn. Values of a group are drawn together, for they differ by seed
-    alone; a group of many counts for as many.
+    or of one source, are not independent (the crossed bootstrap of Owen, Annals of Applied Statistics 1, 2007). It is
+    not too narrow where there are many levels, still too narrow of a handful. A factor of one level is not drawn.
+    Values of a group are drawn together, for they differ by seed alone; a group of many counts for as many.
     """
     rng = np.random.default_rng(seed)
     sums = np.array([np.sum(group) for group in groups.values()], dtype=np.float64)

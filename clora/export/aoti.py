@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clora import _C
-from clora.errors import InputError
+from clora.errors import InputError, first_line
 from clora.export.graph import NETWORK, Part, Run, trace
 from clora.export.manifest import Limits
 
@@ -64,10 +64,9 @@ def open_aoti(folder: Path) -> Run:
     try:
         return _C.AotiEngine(str(package))
     except RuntimeError as error:  # such as "failed to map segment from shared object", with a backtrace
-        what = next(iter(str(error).strip().splitlines()), "")
         raise InputError(
-            f"{package}: cannot be loaded from {tempfile.gettempdir()}, where it is unpacked ({what}); let TMPDIR have"
-            " room for it and allow programs (no noexec), or export again"
+            f"{package}: cannot be loaded from {tempfile.gettempdir()}, where it is unpacked ({first_line(error)});"
+            " let TMPDIR have room for it and allow programs (no noexec), or export again"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from clora.errors import InputError
+from clora.errors import InputError, first_line
 
 Library = Literal["tensorrt", "tensorrt_rtx"]
 CLASSIC: Library = "tensorrt"
@@ -33,7 +33,7 @@ def import_library(name: Library) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"format tensorrt: needs {name}, which does not load here ({reason}); {INSTALL[name]}"
         ) from error

@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Any
 
-from clora.errors import InputError
+from clora.errors import InputError, first_line
 from clora.serve.engine import EngineGone, Full, Late, Work
 from clora.serve.logs import log_json
 from clora.serve.pipe import Pipe
@@ -94,8 +94,9 @@ def _faults(error: Exception) -> list[str]:
     if isinstance(error, InputError):
         return error.faults
     log.error("the models could not be opened", exc_info=error)
-    first = next(iter(str(error).strip().splitlines()), "")
-    return [f"the models could not be opened ({type(error).__name__}: {first}); clora verify checks an artefact"]
+    return [
+        f"the models could not be opened ({type(error).__name__}: {first_line(error)}); clora verify checks an artefact"
+    ]
 
 
 async def _beat(pipe: Pipe, engine: Any) -> None:

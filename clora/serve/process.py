@@ -95,7 +95,8 @@ class ProcessEngine:
         log.warning("the engine's process is started anew (the last one: %s)", child.how_it_is())
         # A process that hangs would hold whoever ends it.
         threading.Thread(target=child.end, args=(0.0,), name="ending", daemon=True).start()
-        self._child, self._began = Child(self._settings, self._note), time.monotonic()
+        self._began = time.monotonic()  # also where it cannot be started: then it is tried again after the pause
+        self._child = Child(self._settings, self._note)
         return True
 
     def close(self) -> None:
@@ -127,14 +128,21 @@ class Child:
         self._folder = _own_folder()
         command = [sys.executable, "-m", "clora.serve.child", str(theirs.fileno()), self._folder]
         # A session of its own: Ctrl-C is for the server, which lets requests end before the engine does.
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-            env={**os.environ, **({"TMPDIR": self._folder} if self._folder else {})},
-        )
-        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env={**os.environ, **({"TMPDIR": self._folder} if self._folder else {})},
+            )
+        except BaseException:
+            ours.close()
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        finally:
+            theirs.close()
         self._pipe = Pipe(ours, self._take, self._lose_all)
         self._pipe.post(settings)
 

@@ -116,7 +116,7 @@ def load_settings(path: Path | None, given: Mapping[str, Any]) -> Settings:
         values = _read(path)
     given = {key: value for key, value in given.items() if value is not None}
     if any(key in given for key in MODELS):
-        values = {key: value for key, value in values.items() if key not in MODELS}
+        values = {key: value for key, value in values.items() if key not in (*MODELS, "signed_by")}
     values |= given
     try:
         settings = Settings.model_validate(values)
@@ -130,9 +130,8 @@ def _read(path: Path) -> dict[str, Any]:
     text = read_yaml(path)
     try:
         loaded = yaml.safe_load(text) or {}
-    except (
-        Exception
-    ) as error:  # of a date of month 99, a tag of Python's, a list as a key: the loader raises what it likes
+    # Of a date of month 99, a tag of Python's, a list as a key the loader raises what it likes.
+    except Exception as error:
         what = getattr(error, "problem", None) or error
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"

@@ -177,9 +177,7 @@ class CheckpointWriter:
         return "; ".join(errors) or None
 
     def _remove_old(self, step: int) -> None:
-        """Keep the newest; those of later steps are damaged and about to be replaced. An earlier run's go."""
-        for old in self._folder.glob(f"{_ASIDE}{_PREFIX}*"):
-            shutil.rmtree(old, ignore_errors=True)
+        """Keep the newest; those of later steps are damaged, and about to be replaced."""
         if self._keep is not None:
             for old in [path for path in list_checkpoints(self._folder) if _step_of(path) <= step][: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -211,8 +209,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def set_aside(folder: Path) -> list[Path]:
-    """Rename an earlier run's checkpoints, so that `open_latest` does not find them; the first checkpoint that is
-    written below `folder` removes them. Returns where they are."""
+    """Rename an earlier run's checkpoints, so that `open_latest` does not find them. Returns where they are, the newest
+    first."""
     found = []
     for path in list_checkpoints(folder)[::-1]:
         aside = path.with_name(f"{_ASIDE}{path.name}")
@@ -220,6 +218,12 @@ def set_aside(folder: Path) -> list[Path]:
         found.append(path.rename(aside))
     (folder / _POINTER).unlink(missing_ok=True)
     return found
+
+
+def remove_set_aside(folder: Path) -> None:
+    """Remove what `set_aside` renamed: the run in its place is whole."""
+    for old in folder.glob(f"{_ASIDE}{_PREFIX}*"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from clora.errors import InputError, ProcessLost
+from clora.errors import InputError, ProcessLost, first_line
 
 _POLL_SECONDS = 0.05
 _store: Store | None = None
@@ -91,7 +91,7 @@ def guard(where: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise ProcessLost(

@@ -38,6 +38,7 @@ from clora.training.checkpoint import (
     open_checkpoint,
     open_latest,
     other_settings,
+    remove_set_aside,
     set_aside,
 )
 from clora.training.optimizer import AdamW
@@ -210,6 +211,8 @@ class _Saver:
         """End the run; a last checkpoint that failed costs the run only where there is no other."""
         if (failure := self.wait()) and self._saved is None:
             raise OSError(f"no checkpoint could be written, that of step {step} neither: {failure}")
+        if distributed.is_main() and self._saved == step:
+            remove_set_aside(self._config.folder)
 
 
 def run_loop(
@@ -232,13 +235,13 @@ def run_loop(
     console = console or Console(stderr=True, quiet=not distributed.is_main())
     with distributed.guard("the start"):
         step, seconds, sums = _resume(config, optimizers, console)
-        if step == 0 and distributed.is_main() and (aside := set_aside(config.folder)):
-            console.print(f"{config.title}: starts anew; until it has a checkpoint, the earlier run's is {aside[0]}")
         if on_start is not None:
             on_start()
         saver = _Saver(config, optimizers, step or None, console.print)
     device = next(iter(optimizers.values())).flat.device
     with _signals() as received, _tracker(config, step, sums) as tracker, _progress(console) as progress:
+        if config.resume is None:
+            _set_aside(config, console)
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
         try:
             while step < config.max_steps and (config.max_seconds is None or seconds < config.max_seconds):
@@ -288,6 +291,15 @@ def _resume(
     restore_job(optimizers, checkpoint)
     console.print(f"{config.title}: goes on after step {checkpoint.step} from {checkpoint.path}")
     return checkpoint.step, float(checkpoint.state["seconds"]), checkpoint.state["sums"]
+
+
+def _set_aside(config: LoopConfig, console: Console) -> None:
+    """A run that starts anew keeps an earlier one's checkpoints until it is done, where `--resume latest` does not look
+    for them: it would go on from the later of the two."""
+    with distributed.guard("the start"):
+        if distributed.is_main() and (aside := set_aside(config.folder)):
+            kept = f"the earlier run's checkpoints are kept until then, the newest as {aside[0]} (--resume takes it)"
+            console.print(f"{config.title}: starts anew; {kept}", soft_wrap=True)
 
 
 def _check_belongs(config: LoopConfig, checkpoint: Checkpoint) -> None:

@@ -245,6 +245,20 @@ def test_add_kept_counts_what_earlier_runs_were_answered(tmp_path, pictures):
     assert "judge.max_cost: 20.00 is spent of 17.00" in found[3].why
 
 
+def test_limits_end_a_question_in_the_middle_and_count_it(tmp_path, pictures):
+    """Two useless replies, and no more are allowed: later runs know of both, and go on with the question where the
+    limit is raised."""
+    server = Server("no", "never", "no", GOOD)
+    for allowed, made in ((2, 2), (2, 2), (4, 4)):
+        limits = Limits(max_calls=allowed)
+        judge = judge_of(server, tmp_path, attempts=3, limits=limits)
+        limits.add_kept(judge.folder)
+        answer = gate(judge, pictures)
+        assert len(server.bodies) == limits.calls == made
+        assert answer.unfinished is (allowed == 2) and len(answer.raw) == made
+    assert answer.value is False and answer.raw[:3] == ["no", "never", "no"]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_share_gives_all_processes_together_what_is_left(world_size):
     limits = Limits(max_calls=12, max_cost=5.0, prompt_price=2.0, answer_price=4.0, calls=3, cost=1.0)

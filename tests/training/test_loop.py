@@ -65,7 +65,7 @@ def test_run_loop_resumes_bitwise_equal(tmp_path: Path) -> None:
 
 def test_run_loop_that_starts_anew_is_not_resumed_from_the_run_before(tmp_path: Path) -> None:
     """A run of 12 steps, then one of 20 that is stopped after 5: `latest` is of the second, not step 12. Until the
-    second has a checkpoint the first one's are there under another name."""
+    second is done the first one's are there under another name."""
 
     def broken(step: int) -> dict[str, Tensor]:
         raise ZeroDivisionError
@@ -73,15 +73,18 @@ def test_run_loop_that_starts_anew_is_not_resumed_from_the_run_before(tmp_path: 
     run(tmp_path, 12)
     with pytest.raises(ZeroDivisionError):
         run_loop(config(tmp_path, 20), {"g": make_optimizer()}, broken)
-    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {
-        f"replaced-checkpoint-{step:08d}" for step in (9, 12)
-    }
+    aside = {f"replaced-checkpoint-{step:08d}" for step in (9, 12)}
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == aside
     assert checkpoint.open_latest(tmp_path) == (None, [])
     with pytest.raises(Interrupted):
         run(tmp_path, 20, stop_at=4)
     found, _ = checkpoint.open_latest(tmp_path)
-    assert found is not None and found.step == 5 and not list(tmp_path.glob("replaced-*"))
+    assert found is not None and found.step == 5
+    assert {path.name for path in tmp_path.glob("replaced-*")} == aside
+    old = run(tmp_path / "other", 12, resume=str(tmp_path / "replaced-checkpoint-00000012"))
+    assert torch.equal(old.parameters["w"], run(tmp_path / "old", 12).parameters["w"])
     resumed = run(tmp_path, 20, resume="latest")
+    assert not list(tmp_path.glob("replaced-*"))
     assert torch.equal(resumed.parameters["w"], run(tmp_path / "whole", 20).parameters["w"])
 
 

@@ -29,7 +29,7 @@ from clora.backbones.qwen_image.images import decode_latents, encode_pixels, gri
 from clora.backbones.qwen_image.pipeline import load_pipeline
 from clora.backbones.qwen_image.sizes import ImageSizes, image_size
 from clora.backbones.qwen_image.text import count_tokens, encode_prompt, longest_prompt
-from clora.errors import InputError
+from clora.errors import InputError, first_line
 from clora.kernels.qk_norm_rope import rotary_tables
 from clora.lora.adapters import Adapters, inject_adapters
 from clora.lora.frozen_linear import check_torchao, quantize_linears
@@ -64,7 +64,7 @@ def load_qwen_image(
     except InputError:
         raise
     except (OSError, ValueError) as error:  # diffusers and transformers raise these for bad files
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"base {base}: cannot be loaded ({reason}); check the folder or hub id") from error
     if quantize == "int8" and "transformer" in components:
         quantize_linears(pipeline.transformer.transformer_blocks, device)
