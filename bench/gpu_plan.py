@@ -26,15 +26,23 @@ class Part:
     dry: tuple[str, ...]  # the command on a CPU; none where another part's is the same
     result: bool = True
     beside: bool = False  # runs while the next ones do: it needs no GPU
-    needs: str | None = None  # a program without which the part is left out
+    needs: tuple[str, ...] = ()  # programs and packages without any of which the part is left out
+    after: str | None = None  # the part that must have ended before, here the one that makes clora._C
 
 
 def bench(
-    name: str, module: str, *arguments: str, seconds: int, limit: int, dry: tuple[str, ...] = ("--rounds", "2")
+    name: str,
+    module: str,
+    *arguments: str,
+    seconds: int,
+    limit: int,
+    dry: tuple[str, ...] = ("--rounds", "2"),
+    needs: tuple[str, ...] = (),
+    after: str | None = None,
 ) -> Part:
     """A module of bench/: its dry run is the same at `--size small` with the arguments `dry`, where there are any."""
     rehearsed = (f"bench.{module}", "--size", "small", *dry) if dry else ()
-    return Part(name, (f"bench.{module}", *arguments), seconds, limit, rehearsed)
+    return Part(name, (f"bench.{module}", *arguments), seconds, limit, rehearsed, needs=needs, after=after)
 
 
 # One shape and dtype of every op, by file: on a GPU the size of the real model, on a CPU in Triton's interpreter.
@@ -85,6 +93,7 @@ PARTS = {
         Part(
             "tests_all", (*_PYTEST, "-m", "gpu", "--continue-on-collection-errors", *_HOLDING), 150, 240,
             (*_PYTEST, "--collect-only", "-m", "gpu", "--continue-on-collection-errors", *_HOLDING), result=False,
+            after="build",
         ),
         bench(
             "train_cycle_20", "training.train_cycle", "--size", "full-width-20", "--rounds", "3",
@@ -94,8 +103,11 @@ PARTS = {
             "train_cycle_lean", "training.train_cycle", "--size", "full-width-20", "--rounds", "3", "--runs", "lean",
             seconds=130, limit=220, dry=("--rounds", "2", "--runs", "lean"),
         ),
-        bench("sampler", "serving.sampler", "--rounds", "50", seconds=20, limit=40),
-        bench("tensorrt", "serving.tensorrt", "--size", "full", "--rounds", "20", seconds=100, limit=240),
+        bench("sampler", "serving.sampler", "--rounds", "50", seconds=20, limit=40, after="build"),
+        bench(
+            "tensorrt", "serving.tensorrt", "--size", "full", "--rounds", "20", seconds=100, limit=240,
+            needs=("tensorrt", "onnx", "onnxscript"), after="build",
+        ),
         bench("dmd_score", "kernels.dmd_score", "--rounds", "30", seconds=20, limit=40),
         bench("tiny_step", "training.tiny_step", seconds=25, limit=50),
         bench(
@@ -104,7 +116,7 @@ PARTS = {
         ),
         Part(
             "sanitizer", ("bench.gpu_session", "--sanitizer", *_SANITIZED, "tests/kernels"), 300, 500, (),
-            result=False, needs="compute-sanitizer",
+            result=False, needs=("compute-sanitizer",),
         ),
     )
 }  # fmt: skip

@@ -3,13 +3,16 @@
 `python -m bench.gpu_session [first | second | PART ...] [--dry] [--plan] [--results DIR] [--seconds N]`.
 
 A part that fails or takes longer than its limit is ended and told, and the next one runs. Where a list's time is nearly
-up, parts that no longer fit are left out. Each result lies in DIR/NAME.json as soon as there is some of it;
-DIR/summary.json has what ran, how long, and the bars met and missed.
+up, parts that no longer fit are left out. A part that needs the build waits for it, and brings it along where it is not
+named. Each result lies in DIR/NAME.json as soon as there is some of it; DIR/summary.json has what ran, how long, and
+the bars met and missed. DIR/results.json has all of it in one file, for a machine that gives back few: the summary, and
+under `parts` the result of each part that ran. DIR is $OUT where that is set, else bench/results/gpu.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,13 +34,14 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu"
 FITS = 0.8  # of its planned seconds that must be left for a part to begin
 DRY_LIMIT = 900  # seconds of a part on a CPU that others use too
+DID_NOT_RUN = ("no time left", "not installed", "another's")
 TAIL = 60  # lines of its output that a part which failed shows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: "ok", "failed", "over its limit"; or why it did not run: "no time left", "not installed", in
-    a rehearsal "another's", which is the same at a small size."""
+    """How a part ended: "ok", "failed", "over its limit"; or why it did not run, in `DID_NOT_RUN`: in a rehearsal
+    "another's" is the same at a small size."""
 
     part: str
     outcome: str
@@ -83,10 +87,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def installed(name: str) -> bool:
+    """Whether there is such a program, or such a package for this interpreter."""
+    return shutil.which(name) is not None or importlib.util.find_spec(name) is not None
+
+
 def run_part(part: Part, limit: float, results: Path, dry: bool) -> Outcome:
     """One part in a process group of its own; its output is shown when it has ended."""
-    if part.needs is not None and shutil.which(part.needs) is None and not dry:
-        return Outcome(part.name, "not installed", 0.0, part.seconds)
     out = results / f"{part.name}.json"
     if part.result:
         out.unlink(missing_ok=True)  # what lies there from before is not of this run
@@ -113,15 +120,27 @@ def show(part: Part, outcome: str, took: float, output: IO[bytes]) -> None:
     print("\n".join(lines[-TAIL:] if outcome != "ok" else lines[-8:]), flush=True)
 
 
+def with_needed(names: Sequence[str]) -> list[str]:
+    """The parts once each, in order, but first those that others come after."""
+    needed = [PARTS[name].after for name in names]
+    return list(dict.fromkeys([*filter(None, needed), *names]))
+
+
 def run_parts(names: Sequence[str], budget: float, results: Path, dry: bool) -> list[Outcome]:
-    """All parts in order within `budget` seconds; on a CPU two at a time, for nothing is measured there."""
+    """All parts in order within `budget` seconds, with those that they need; on a CPU two at a time, for nothing is
+    measured there."""
     results.mkdir(parents=True, exist_ok=True)
     deadline = time.perf_counter() + budget
     outcomes: list[Outcome] = []
+    waiting: dict[str, Future[Outcome]] = {}
 
     def run(part: Part) -> Outcome:
         if dry and not part.dry:
             return Outcome(part.name, "another's", 0.0, part.seconds)
+        if not dry and not all(map(installed, part.needs)):
+            return Outcome(part.name, "not installed", 0.0, part.seconds)
+        if part.after is not None:
+            wait([waiting[part.after]])  # a build that failed may have left the one of before
         if dry:
             return run_part(part, DRY_LIMIT, results, dry)
         left = deadline - time.perf_counter()
@@ -130,23 +149,35 @@ def run_parts(names: Sequence[str], budget: float, results: Path, dry: bool) -> 
         return run_part(part, min(part.limit, left), results, dry)
 
     with ThreadPoolExecutor(2 if dry else 1) as ahead, ThreadPoolExecutor(1) as beside:
-        waiting: list[Future[Outcome]] = []
-        for part in (PARTS[name] for name in names):
-            waiting.append((beside if part.beside else ahead).submit(run, part))
-        for future in waiting:
-            outcomes.append(future.result())
-            write_text(results / "summary.json", json.dumps(summary(outcomes, results), indent=1) + "\n")
+        for part in (PARTS[name] for name in with_needed(names)):
+            waiting[part.name] = (beside if part.beside else ahead).submit(run, part)
+        for _ in as_completed(waiting.values()):
+            outcomes = [future.result() for future in waiting.values() if future.done()]
+            write_summary(outcomes, results)
     return outcomes
+
+
+def documents(outcomes: Sequence[Outcome], results: Path) -> dict[str, Any]:
+    """What the parts that ran have written, by name."""
+    paths = {one.part: results / f"{one.part}.json" for one in outcomes if one.outcome not in DID_NOT_RUN}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+
+
+def write_summary(outcomes: Sequence[Outcome], results: Path) -> None:
+    """The summary so far, alone and with every result."""
+    told = summary(outcomes, results)
+    together = {"summary": told, "parts": documents(outcomes, results)}
+    for name, document in (("summary", told), ("results", together)):
+        write_text(results / f"{name}.json", json.dumps(document, indent=1) + "\n")
 
 
 def summary(outcomes: Sequence[Outcome], results: Path) -> dict[str, Any]:
     """What ran, and every bar whose part was to run, with its figure where there is one."""
-    bars = []
+    bars, found = [], documents(outcomes, results)
     for bar in BARS:
         if bar.part not in {outcome.part for outcome in outcomes}:
             continue
-        path = results / f"{bar.part}.json"
-        document = json.loads(path.read_text()) if path.is_file() else {}
+        document = found.get(bar.part, {})
         on_gpu = "copy_gb_per_s" in document  # a CPU's figures are no figures of the ops
         value, met = (bar.value(document), bar.met(document)) if on_gpu else (None, None)
         limit = f"at {'most' if bar.at_most else 'least'} {bar.limit:.4g}"
@@ -167,8 +198,8 @@ def report(document: dict[str, Any]) -> None:
 def print_plan(names: Sequence[str]) -> None:
     for name in names:
         part = PARTS[name]
-        beside = ", beside the next ones" if part.beside else ""
-        print(f"{name:18s} {part.seconds:4d} s, at most {part.limit:4d} s{beside}: {' '.join(part.command)[:90]}")
+        when = ", beside the next ones" if part.beside else f", after {part.after}" if part.after else ""
+        print(f"{name:18s} {part.seconds:4d} s, at most {part.limit:4d} s{when}: {' '.join(part.command)[:90]}")
     print(f"{'in all':18s} {planned_seconds(tuple(names)):4d} s planned, one after the other")
 
 
@@ -183,15 +214,16 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=[*LISTS, *PARTS], metavar="PART", help=", ".join([*LISTS, *PARTS]))
     parser.add_argument("--dry", action="store_true", help="rehearse at small sizes; needs no GPU")
     parser.add_argument("--plan", action="store_true", help="print the plan of seconds and stop")
-    parser.add_argument("--results", type=Path, help="folder (bench/results/gpu, and build/gpu/dry with --dry)")
+    parser.add_argument("--results", type=Path, help="folder ($OUT or bench/results/gpu, and build/gpu/dry with --dry)")
     parser.add_argument("--seconds", type=float, help="in all; left out: the list's own, none for named parts")
     options = parser.parse_args()
-    names = list(dict.fromkeys(name for one in options.parts for name in LISTS.get(one, (one,))))
+    names = with_needed([name for one in options.parts for name in LISTS.get(one, (one,))])
     print_plan(names)
     if options.plan:
         return
     budget = options.seconds or sum(BUDGETS.get(one, 100_000) for one in options.parts)
-    results = options.results or (BUILD / "dry" if options.dry else ROOT / "bench" / "results" / "gpu")
+    usual = BUILD / "dry" if options.dry else ROOT / (os.environ.get("OUT") or "bench/results/gpu")
+    results = options.results or usual
     outcomes = run_parts(names, budget, results, options.dry)
     report(summary(outcomes, results))
     if failed := [outcome.part for outcome in outcomes if outcome.outcome in ("failed", "over its limit")]:

@@ -58,14 +58,14 @@ ARMS = (
     *(Arm(name, (*FULL, *settings), NONE) for name, settings in PARTS.items()),
     Arm("no AOP", (*FULL, NO_AOP), f"{PRESET_VAGUE}:coarse"),
 )
-PAPER = "paper: all"
+PAPER = "paper, all"
 PAPER_RATE = 1e-3  # the best of three (bench.lab.recipes)
 # Table 3, in its order.
 PAPER_PARTS: Mapping[str, tuple[str, ...]] = {
-    "paper: PDSR": (NO_AOP, NO_TS, NO_TA_FM),
-    "paper: PDSR, AOP": (NO_TS, NO_TA_FM),
-    "paper: PDSR, AOP, TS": (NO_TA_FM,),
-    "paper: AOP, TS, TA-FM": ("objective.p_switch=1",),
+    "paper, PDSR": (NO_AOP, NO_TS, NO_TA_FM),
+    "paper, PDSR, AOP": (NO_TS, NO_TA_FM),
+    "paper, PDSR, AOP, TS": (NO_TA_FM,),
+    "paper, AOP, TS, TA-FM": ("objective.p_switch=1",),
     PAPER: (),
 }
 NFE = (8, 4, 2)

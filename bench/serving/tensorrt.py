@@ -2,8 +2,9 @@
 
 At `--size full` two layers of the real width with random weights. Without a GPU the engine is built ahead of time
 (`--target`, TensorRT for RTX) and not run; on one it is built by TensorRT, compared with the network in PyTorch, and
-timed in turns with it. Where the libraries are not installed, the result says so. FP8 and INT8 are simulated in
+timed in turns with it. Where the libraries are not installed, the result says so. Last, FP8 and INT8 are simulated in
 torch: the relative error of a velocity with every linear of the blocks rounded, and with the costliest tenth kept.
+`--out` is written whenever there is more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def eight_bits_cost(size: str, precision: EightBits) -> dict[str, Any]:
     return {"layers": len(found.costs), "kept": found.kept, "cost_of_all": found.cost_of_all, "cost": found.cost}
 
 
-def engine_result(size: str, target: str | None, rounds: int) -> dict[str, Any]:
-    """Seconds to build, bytes, and where it runs: error and milliseconds beside the network in PyTorch."""
+def engine_results(size: str, target: str | None, rounds: int) -> Iterator[dict[str, Any]]:
+    """As they come: seconds to build and bytes, or why there is none; then, where it runs, error and milliseconds
+    beside the network in PyTorch, or why it does not."""
     if target is None and not torch.cuda.is_available():
         target = "SM89"
     options = EngineOptions(target)
@@ -58,7 +60,8 @@ def engine_result(size: str, target: str | None, rounds: int) -> dict[str, Any]:
         onnx_graph.check_onnx()
         check_engine(options)
     except InputError as error:
-        return {"why_none": str(error)}
+        yield {"why_none": str(error)}
+        return
     tokens = TOKENS[size]
     config = CONFIGS[size]
     widths = (64, config.get("joint_attention_dim", 3584), config.get("attention_head_dim", 128))
@@ -71,10 +74,11 @@ def engine_result(size: str, target: str | None, rounds: int) -> dict[str, Any]:
         started = time.perf_counter()
         engine = build_engine(folder / onnx_graph.GRAPH, engine_profiles(limits, tokens[0]), options, folder)
         built = {"seconds": time.perf_counter() - started, "bytes": (folder / ENGINE).stat().st_size}
-        result = {"engine": engine.model_dump(), "build": built}
+        yield {"engine": engine.model_dump(), "build": built}
         if why := why_not_here(engine):
-            return result | {"why_not_run": why}
-        return result | run_beside(open_engine(folder, engine), random_network(size), inputs_of(size, tokens), rounds)
+            yield {"why_not_run": why}
+        else:
+            yield run_beside(open_engine(folder, engine), random_network(size), inputs_of(size, tokens), rounds)
 
 
 @torch.no_grad()
@@ -98,6 +102,15 @@ def run_beside(
     return {"errors": errors, "median_ms": {name: statistics.median(taken) for name, taken in times.items()}}
 
 
+def phases(size: str, target: str | None, rounds: int) -> Iterator[dict[str, Any]]:
+    """What the result gains, in order of value: a machine's time may end before the simulations do."""
+    yield from engine_results(size, target, rounds)
+    simulated: dict[str, Any] = {}
+    for precision in NUMBERS:
+        simulated[precision] = eight_bits_cost(size, precision)
+        yield {"simulated": simulated}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=[*CONFIGS], default="small")
@@ -107,12 +120,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     document: dict[str, Any] = {"size": options.size}
-    document["simulated"] = {precision: eight_bits_cost(options.size, precision) for precision in NUMBERS}
-    document |= engine_result(options.size, options.target, options.rounds)
-    text = json.dumps(document, indent=1)
-    if options.out:
-        write_text(options.out, text + "\n")
-    print(text)
+    for found in phases(options.size, options.target, options.rounds):
+        document |= found
+        if options.out:
+            write_text(options.out, json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
     errors = document.get("errors")
     if errors and not errors["engine"] <= 2 * errors["torch"]:
         raise SystemExit("the engine is more than twice as far from fp32 as PyTorch in bf16")

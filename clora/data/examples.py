@@ -91,7 +91,7 @@ class ExampleEncoder:
         )
 
     def _key(self, paths: Sequence[Path], prompt: str | None, what: str) -> str:
-        return cache_key(list(paths), prompt, self._identity, f"{ENCODING_VERSION}/{what}")
+        return cache_key(list(paths), prompt, self._identity, f"{ENCODING_VERSION}/{self._backbone.dtype}/{what}")
 
     def _latents(
         self, path: Path, image: Callable[[Path], Image.Image], crop: tuple[int, int] | None

@@ -11,7 +11,7 @@ from typing import Any
 
 from clora.data.images import resolve_inside
 from clora.errors import InputError, raise_faults
-from clora.io.text import parse_json, read_rows
+from clora.io.text import is_unicode, parse_json, read_rows
 
 
 @dataclass(frozen=True)
@@ -125,5 +125,8 @@ def _text(row: Mapping[str, Any], key: str, place: str, faults: list[str]) -> st
     value = row.get(key)
     if value is not None and not isinstance(value, str):
         faults.append(f"{place}: {key} must be text")
+        return None
+    if value is not None and not is_unicode(value):
+        faults.append(f"{place}: {key} holds half of a character (a surrogate without its pair); write it anew")
         return None
     return value.strip() or None if value is not None else None

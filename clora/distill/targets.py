@@ -104,9 +104,9 @@ def _keys(workspace: Workspace, example: Example, sampling: Sampling, teacher_ha
 
 
 def base_suffix(workspace: Workspace) -> str:
-    """What a quantized base adds to a key."""
+    """What a key says of the base's arithmetic."""
     quantize = workspace.config.base.quantize
-    return "" if quantize == "none" else f"/{quantize}"
+    return f"/{workspace.backbone.dtype}{'' if quantize == 'none' else f'/{quantize}'}"
 
 
 def noise_seed(key: str) -> int:

@@ -26,6 +26,15 @@ MAX_YAML_NODES = 1_000_000
 Rows = list[tuple[str, dict[str, Any]]]
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written down: a half of a surrogate pair, which JSON can spell, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
     """The file's text (UTF-8, a byte order mark is dropped); `InputError` names the file and the mend."""
     if not os.path.isfile(path):  # False, not an error, for names no file can have

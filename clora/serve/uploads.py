@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from clora.data.images import decode_image
 from clora.errors import InputError
+from clora.io.text import is_unicode
 from clora.serve.limits import Upload
 from clora.serve.problems import Problem, bad
 from clora.serve.settings import Limits
@@ -116,10 +117,8 @@ async def _sorted(items: list[tuple[str, UploadFile | str]], limits: Limits) -> 
 
 def _check_text(text: str) -> None:
     """Refuse halves of surrogate pairs, which a body's own charset can bring in: nothing after this takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise bad("a field holds text that is no Unicode; send it as UTF-8", code="malformed_request") from error
+    if not is_unicode(text):
+        raise bad("a field holds text that is no Unicode; send it as UTF-8", code="malformed_request")
 
 
 def check_form(form: Form, limits: Limits) -> None:

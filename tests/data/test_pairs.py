@@ -120,6 +120,14 @@ def test_general_rows_need_no_target(root: Path) -> None:
     assert pair == Pair((root / "s0.png",), None, "make the sky red", None, f"{path} line 1")
 
 
+def test_a_half_of_a_character_in_a_caption_is_a_fault_by_its_line(root: Path) -> None:
+    """JSON can spell a surrogate without its pair, as of an emoji that was cut in two; no encoder takes it."""
+    path = root / "a.jsonl"
+    path.write_text('{"image": "t0.png", "edit_image": "s0.png", "prompt": "make it clay \\ud83d"}\n')
+    (fault,) = faults_of(path)
+    assert fault.startswith(f"{path} line 1: prompt holds half of a character")
+
+
 def test_every_fault_of_a_file_is_listed_with_its_line(root: Path) -> None:
     (root / "sub").mkdir()
     path = root / "a.jsonl"

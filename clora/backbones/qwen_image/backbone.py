@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
@@ -151,9 +152,11 @@ class QwenImageBackbone:
         self._use_attention("_native_math")
 
     def _use_attention(self, backend: str) -> None:
-        verbosity = diffusers_logging.get_verbosity()
+        verbosity, of_others = diffusers_logging.get_verbosity(), _AttentionBackendRegistry.get_active_backend()[0]
         diffusers_logging.set_verbosity_error()  # it announces that choosing a backend is experimental
         self.transformer.set_attention_backend(backend)
+        # diffusers makes it the choice of every other model in the process as well.
+        _AttentionBackendRegistry.set_active_backend(of_others)
         diffusers_logging.set_verbosity(verbosity)
 
     def free_encoders(self, vae: bool = False) -> None:

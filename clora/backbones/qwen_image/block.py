@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from clora.kernels.adaln import EPS, adaln, gated_residual_adaln
 from clora.kernels.lora_linear import Epilogue, lora_linear
+from clora.kernels.lora_low_rank import MAX_RANK
 from clora.kernels.lora_qkv import lora_qkv
 from clora.kernels.qk_norm_rope import qk_norm_rope, rotary_tables
 from clora.lora.frozen_linear import is_quantized
@@ -143,10 +144,12 @@ def three_linears(layers: tuple[nn.Linear, nn.Linear, nn.Linear], x_BLK: Tensor)
 
 
 def _lanes(layer: nn.Linear, x_BLK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """What an op takes of a layer's adapters; None where none is in use, and for an int8 weight, which no op takes."""
+    """What an op takes of a layer's adapters; None where none is in use, and for what no op takes: an int8 weight, and
+    slots whose ranks add up to more than the kernels hold."""
     if not isinstance(layer, SlotLinear) or is_quantized(layer.weight):
         return None
-    return layer.lanes(x_BLK.shape[0])
+    lanes = layer.lanes(x_BLK.shape[0])
+    return None if lanes is None or lanes[0].shape[1] > MAX_RANK else lanes
 
 
 def joint_attention(

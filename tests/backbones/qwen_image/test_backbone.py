@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
 from torch import Tensor, nn
@@ -270,6 +271,13 @@ def test_use_plain_attention_computes_the_same(base: Path) -> None:
         (gradient,) = torch.autograd.grad(velocity.square().sum(), x)
         found.append((velocity.detach(), gradient))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_use_plain_attention_leaves_other_models_theirs(base: Path) -> None:
+    """diffusers makes the attention last chosen that of every model that chose none."""
+    before = _AttentionBackendRegistry.get_active_backend()
+    load_backbone(base, dtype=torch.float32, components=["transformer"]).use_plain_attention()
+    assert _AttentionBackendRegistry.get_active_backend() == before and before[0].value != "_native_math"
 
 
 def test_set_gradient_checkpointing_same_gradients(base: Path) -> None:

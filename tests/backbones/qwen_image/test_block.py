@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -223,6 +224,34 @@ def test_fused_block_refuses_a_mask() -> None:
         transformer(
             torch.zeros(1, 4, 64), torch.zeros(1, 3, 32), torch.ones(1, 3), torch.ones(1), img_shapes=[[(1, 2, 2)]]
         )
+
+
+def test_fused_blocks_run_adapters_beyond_the_kernels_rank_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of slots that are summed add up, and the kernels take 256: a rank of 260 is the stock blocks', by no op."""
+
+    def refused(*args: Any) -> Any:
+        raise AssertionError("asked of a kernel")
+
+    results = []
+    for kernels in KERNELS:
+        transformer = random_transformer()
+        backbone = as_backbone(transformer)
+        adapters = backbone.add_adapters()
+        for name, rank in (("wide", 200), ("more", 60)):
+            rng = torch.Generator().manual_seed(rank)
+            adapters.add_stack(name, [name], rank, rank, trainable=True, init="lora", generator=rng)
+            with torch.no_grad():
+                for path, parameter in adapters.named_parameters(name).items():
+                    if path.endswith(".B"):
+                        parameter.copy_(0.01 * torch.randn(parameter.shape, generator=rng))
+        backbone.use_kernels(kernels)
+        monkeypatch.setattr(qwen_block, "lora_linear", refused)
+        monkeypatch.setattr(qwen_block, "lora_qkv", refused)
+        with torch.no_grad():
+            results.append(backbone.velocity(*batch([5, 2], 32), [("wide", "more")] * 2))
+            with pytest.raises(AssertionError) if kernels == "fused" else nullcontext():
+                backbone.velocity(*batch([5, 2], 32), ["wide"] * 2)
+    assert relative_error(results[1], results[0]) < 1e-5
 
 
 def test_fused_blocks_with_a_merged_slot() -> None:
