@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from bench.gpu_plan import BARS, BUDGETS, LISTS, PARTS, Part, command_line, plan
 from bench.gpu_session import run_part, run_parts, summary
 from bench.kernels import forward, lora_linear
 from bench.kernels.timing import Case, chosen
+from bench.serving import tensorrt
 from bench.training.cycle_models import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +47,48 @@ def test_parts_name_modules_and_sizes_that_there_are(part: Part) -> None:
             assert arguments[arguments.index("--size") + 1] in sizes.get(module, ("small", "full"))
         assert not [a for a in arguments if a.startswith("tests/") and not (ROOT / a.partition("::")[0]).exists()]
     assert part.dry or part.name in ("forward_60", "train_cycle_20", "train_cycle_60", "sanitizer")
+
+
+@cache
+def imported_at_once(name: str) -> frozenset[str]:
+    """The names that a module of ours imports as it is imported, itself or by what it imports, and the module's own."""
+    seen: set[str] = set()
+    ahead = [name]
+    while ahead:
+        one = ahead.pop()
+        parts = one.split(".")
+        for whole in {".".join(parts[: n + 1]) for n in range(len(parts))} - seen:
+            seen.add(whole)
+            path = ROOT / whole.replace(".", "/")
+            source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+            if source.is_file():
+                ahead += names_imported(ast.parse(source.read_text(encoding="utf-8")))
+    return frozenset(seen)
+
+
+def names_imported(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules_of(part: Part) -> set[str]:
+    """The module that a part runs, and the test modules that it collects."""
+    module, *arguments = part.command
+    places = {ROOT / one.partition("::")[0] for one in arguments if one.startswith("tests/")}
+    files = {file for place in places for file in ([place] if place.is_file() else place.rglob("test_*.py"))}
+    return {module} | {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
+
+
+def test_what_imports_the_extension_waits_for_its_build() -> None:
+    needing = {
+        name for name, part in PARTS.items() if any("clora._C" in imported_at_once(one) for one in modules_of(part))
+    }
+    assert {"sampler", "tensorrt", "tests_all"} <= needing and "forward" not in needing
+    assert needing == {name for name, part in PARTS.items() if part.after == "build"}
+    assert {part.after for part in PARTS.values()} == {None, "build"}
 
 
 def full_size_names() -> list[str]:
@@ -128,6 +177,149 @@ def test_run_parts_goes_on_after_a_failure_and_keeps_what_was_written(
     written = json.loads((tmp_path / "results" / "summary.json").read_text())
     assert [part["part"] for part in written["parts"]] == list(fakes) and written["bars"] == []
     assert "fine" in capsys.readouterr().out
+
+
+def code(name: str, text: str, **fields: Any) -> Part:
+    """A part of its own code, whose argument is the folder of results."""
+    return Part(name, (text,), 1, 60, (text,), **fields)
+
+
+@pytest.fixture
+def fake_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Part]]:
+    """The session's parts, to be filled; their commands are code."""
+    parts: dict[str, Part] = {}
+
+    def line(part: Part, out: str, dry: bool) -> list[str]:
+        return [sys.executable, "-c", part.command[0], str(Path(out).parent)]
+
+    monkeypatch.setattr(gpu_session, "PARTS", parts)
+    monkeypatch.setattr(gpu_session, "command_line", line)
+    yield parts
+
+
+MAKES = "import pathlib, sys, time; time.sleep(1); pathlib.Path(sys.argv[1], 'made').touch()"
+USES = "import pathlib, sys; assert pathlib.Path(sys.argv[1], 'made').exists()"
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("names", [["uses"], ["other", "uses", "makes"], ["makes", "uses"]])
+def test_run_parts_waits_for_what_a_part_comes_after(
+    tmp_path: Path, fake_parts: dict[str, Part], names: list[str], dry: bool
+) -> None:
+    makes = code("makes", MAKES, result=False, beside=True)
+    others = (code("uses", USES, after="makes"), code("other", "pass"))
+    fake_parts |= {part.name: part for part in (makes, *others)}
+    outcomes = run_parts(names, 100, tmp_path, dry)
+    assert [one.part for one in outcomes] == ["makes", *(name for name in names if name != "makes")]
+    assert {one.outcome for one in outcomes} == {"ok"}
+
+
+def test_a_part_runs_after_a_build_that_failed_and_not_where_the_wait_took_its_time(
+    tmp_path: Path, fake_parts: dict[str, Part]
+) -> None:
+    makes = code("makes", MAKES + "; raise SystemExit(1)", result=False, beside=True)
+    fake_parts |= {"makes": makes, "uses": code("uses", USES, after="makes")}
+    assert [one.outcome for one in run_parts(["uses"], 100, tmp_path, False)] == ["failed", "ok"]
+    assert [one.outcome for one in run_parts(["uses"], 1.5, tmp_path, False)][1] == "no time left"
+
+
+def test_a_part_is_left_out_where_a_package_is_missing_and_waits_for_nothing(
+    tmp_path: Path, fake_parts: dict[str, Part]
+) -> None:
+    fake_parts |= {
+        "there": code("there", "pass", needs=("json", "sh")),
+        "gone": code("gone", "pass", needs=("json", "no_such_package_or_program")),
+    }
+    outcomes = run_parts(list(fake_parts), 100, tmp_path, False)
+    assert [one.outcome for one in outcomes] == ["ok", "not installed"]
+    assert {one.outcome for one in run_parts(["gone"], 100, tmp_path, True)} == {"ok"}  # a rehearsal is not measured
+    assert PARTS["tensorrt"].needs == ("tensorrt", "onnx", "onnxscript")
+
+
+def test_one_file_holds_every_result_of_this_run(tmp_path: Path, fake_parts: dict[str, Part]) -> None:
+    writes = "import pathlib, sys; pathlib.Path(sys.argv[1], '{}.json').write_text('[{}]')"
+    fake_parts |= {
+        "first": code("first", writes.format("first", 1)),
+        "failed": code("failed", writes.format("failed", 2) + "; raise SystemExit(1)"),
+        "silent": code("silent", "pass"),
+        "gone": code("gone", "pass", needs=("no_such_package_or_program",)),
+    }
+    for stale in ("silent", "gone"):  # what lies there from before
+        (tmp_path / f"{stale}.json").write_text("[0]")
+    run_parts(list(fake_parts), 100, tmp_path, False)
+    together = json.loads((tmp_path / "results.json").read_text())
+    assert together["parts"] == {"first": [1], "failed": [2]}
+    assert together["summary"] == json.loads((tmp_path / "summary.json").read_text())
+    assert [part["part"] for part in together["summary"]["parts"]] == list(fake_parts)
+
+
+@pytest.mark.parametrize(
+    ("out", "arguments", "folder"),
+    [
+        (None, [], ROOT / "bench/results/gpu"),
+        ("", [], ROOT / "bench/results/gpu"),
+        ("/else/where", [], Path("/else/where")),
+        ("/else/where", ["--results", "/here"], Path("/here")),
+        ("/else/where", ["--dry"], ROOT / "build/gpu/dry"),
+    ],
+)
+def test_results_lie_in_out_where_it_is_set(
+    monkeypatch: pytest.MonkeyPatch, out: str | None, arguments: list[str], folder: Path
+) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    if out is not None:
+        monkeypatch.setenv("OUT", out)
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(gpu_session, "run_parts", lambda *given: asked.append(given) or [])
+    monkeypatch.setattr("sys.argv", ["gpu_session", "sampler", *arguments])
+    gpu_session.main()
+    assert [(names, results) for names, _, results, _ in asked] == [(["build", "sampler"], folder)]
+
+
+def test_the_engine_is_looked_for_before_eight_bits_are_simulated_and_each_phase_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "tensorrt.json"
+    before: list[Any] = []
+
+    def cost(size: str, precision: str) -> dict[str, Any]:
+        before.append(json.loads(out.read_text()))
+        return {"kept": precision}
+
+    def nothing(options: Any) -> None:
+        raise tensorrt.InputError("no such library")
+
+    monkeypatch.setattr(tensorrt, "eight_bits_cost", cost)
+    monkeypatch.setattr(tensorrt, "check_engine", nothing)
+    monkeypatch.setattr(tensorrt.onnx_graph, "check_onnx", lambda: None)
+    monkeypatch.setattr("sys.argv", ["tensorrt", "--out", str(out)])
+    tensorrt.main()
+    why = {"size": "small", "why_none": "no such library"}
+    assert before == [why, why | {"simulated": {"fp8": {"kept": "fp8"}}}]
+    assert json.loads(out.read_text())["simulated"] == {name: {"kept": name} for name in ("fp8", "int8")}
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_wheels_must_fit_beside_what_git_tracks(tmp_path: Path, spare: int, fits: bool) -> None:
+    """With stand-ins for git, which lists one file and one that is gone, and for pip, which fetches zeros."""
+    for name in ("bench/gpu_wheels.sh", "requirements/cpu.lock"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    tracked, wheels = 30 << 20, (34 << 20) - spare
+    with open(tmp_path / "a file", "wb") as file:
+        file.truncate(tracked)
+    fake_git, fake_python = tmp_path / "bin" / "git", tmp_path / "bin" / "python"
+    fake_git.parent.mkdir()
+    fake_git.write_text("#!/bin/sh\nprintf 'a file\\0gone\\0'\n")
+    fetch = f"mkdir .wheels && truncate -s {wheels} .wheels/one.whl"
+    fake_python.write_text(f'#!/bin/sh\nif [ "$1" = -m ]; then {fetch}; else exec {sys.executable} "$@"; fi\n')
+    for program in (fake_git, fake_python):
+        program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{fake_git.parent}:{os.environ['PATH']}", "PYTHON": str(fake_python)}
+    script = [shutil.which("bash") or "bash", str(tmp_path / "bench" / "gpu_wheels.sh")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) is fits, done.stdout + done.stderr
+    assert fits or "1 bytes too many" in done.stderr
 
 
 def test_summary_judges_no_figure_of_a_cpu(tmp_path: Path) -> None:
