@@ -50,28 +50,29 @@ def test_parts_name_modules_and_sizes_that_there_are(part: Part) -> None:
 
 
 @cache
-def imported_at_once(name: str) -> frozenset[str]:
-    """The names that a module of ours imports as it is imported, itself or by what it imports, and the module's own."""
+def own_imports(name: str) -> tuple[str, ...]:
+    """What a module of ours imports as it is imported; nothing for one of others."""
+    path = ROOT / name.replace(".", "/")
+    source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+    found: list[str] = []
+    for node in ast.parse(source.read_text(encoding="utf-8")).body if source.is_file() else ():
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(found)
+
+
+def imported_at_once(name: str) -> set[str]:
+    """The names that a module imports as it is imported, itself or by what it imports, and the module's own."""
     seen: set[str] = set()
     ahead = [name]
     while ahead:
-        one = ahead.pop()
-        parts = one.split(".")
+        parts = ahead.pop().split(".")
         for whole in {".".join(parts[: n + 1]) for n in range(len(parts))} - seen:
             seen.add(whole)
-            path = ROOT / whole.replace(".", "/")
-            source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-            if source.is_file():
-                ahead += names_imported(ast.parse(source.read_text(encoding="utf-8")))
-    return frozenset(seen)
-
-
-def names_imported(tree: ast.Module) -> Iterator[str]:
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            ahead += own_imports(whole)
+    return seen
 
 
 def modules_of(part: Part) -> set[str]:

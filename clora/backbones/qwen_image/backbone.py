@@ -143,21 +143,13 @@ class QwenImageBackbone:
             # The fast kernels are of half precision; fp32 keeps diffusers' choice.
             on_gpu = self.device.type == "cuda" and self.dtype != torch.float32
             if on_gpu and (backend := fastest_attention()) is not None:
-                self._use_attention(backend)
+                use_attention(self.transformer, backend)
         elif kernels == "reference" and self.fused:
             raise RuntimeError("the blocks are fused already; load the base anew to run diffusers' own")
 
     def use_plain_attention(self) -> None:
         """On a CPU in bf16 the fused attention's backward pass is slow."""
-        self._use_attention("_native_math")
-
-    def _use_attention(self, backend: str) -> None:
-        verbosity, of_others = diffusers_logging.get_verbosity(), _AttentionBackendRegistry.get_active_backend()[0]
-        diffusers_logging.set_verbosity_error()  # it announces that choosing a backend is experimental
-        self.transformer.set_attention_backend(backend)
-        # diffusers makes it the choice of every other model in the process as well.
-        _AttentionBackendRegistry.set_active_backend(of_others)
-        diffusers_logging.set_verbosity(verbosity)
+        use_attention(self.transformer, "_native_math")
 
     def free_encoders(self, vae: bool = False) -> None:
         self.pipeline.text_encoder = None
@@ -276,3 +268,12 @@ class QwenImageBackbone:
         if self.adapters is None:
             raise RuntimeError(f"slots {list(slots)} were asked of a base without adapters; call add_adapters first")
         return self.adapters.use(slots)
+
+
+def use_attention(transformer: Any, backend: str) -> None:
+    """Give a transformer this attention (`backend`, as diffusers names them), and leave other models theirs."""
+    verbosity, of_others = diffusers_logging.get_verbosity(), _AttentionBackendRegistry.get_active_backend()[0]
+    diffusers_logging.set_verbosity_error()  # it announces that choosing a backend is experimental
+    transformer.set_attention_backend(backend)
+    _AttentionBackendRegistry.set_active_backend(of_others)
+    diffusers_logging.set_verbosity(verbosity)
