@@ -110,9 +110,24 @@ def ablation(found: Mapping[str, Any]) -> list[str]:
     return matrix(rows, ABLATION, (8, 4, 2), more)
 
 
+def baselines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each method of `bench.lab.baselines`, with what it costs."""
+    lines = []
+    for row in rows:
+        change = ""
+        if found := row["to_reference"].get("bcr"):
+            change = f"{found[0]:+.3f} ({found[1][0]:+.3f} to {found[1][1]:+.3f})"
+        low, high = row["bcr_interval"]
+        cost = f"{row['num_loras']} | {row['storage_mb']:.1f} | {row['nfe']}"
+        figures = f"{row['vsa']:.2f} | {row['detail_db']:.2f} dB | {row['psnr_truth']:.1f}"
+        lines.append(f"| {row['name']} | {cost} | {row['bcr']:.3f} ({low:.2f} to {high:.2f}) | {figures} | {change} |")
+    return lines
+
+
 def tables() -> dict[tuple[str, str], list[str]]:
     """The lines of every table, by document and result."""
     twelve, fifty = (read_rows(f"lab/table1_{n}.json")["rows"] for n in (12, 50))
+    methods = json.loads((RESULTS / "lab" / "baselines.json").read_text())
     return {
         ("README.md", "lab/table1_12.json"): matrix(twelve, TABLE1, (8, 4, 2, 1)),
         ("README.md", "demo_12.json"): matrix(read_rows("demo_12.json")["rows"], DEMO, (8, 4, 2)),
@@ -120,6 +135,7 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("docs/TINY_WORLD.md", "lab/table1_50.json"): by_steps(fifty, (8, 4, 2, 1)),
         ("docs/METHOD.md", "lab/recipes.json"): recipes(read_rows("lab/recipes.json")),
         ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
+        ("docs/EVALUATION.md", "lab/baselines.json"): baselines([*methods["one effect"], *methods["two effects"]]),
     }
 
 

@@ -18,7 +18,8 @@ from clora.tiny.world.scenes import render, sample_scene
 # Scenes by use; the ranges never meet, nor those of the base's training (clora.tiny.images).
 TRAIN_SCENES, EVAL_SCENES, GENERAL_SCENES = 10_000_000_000, 20_000_000_000, 30_000_000_000
 
-# What a demo of a few minutes shows: effects that its teachers can do, five of them random. Most of those that draw one
+# What a demo of a few minutes shows: effects of every kind, five of them random, of which its teachers can do
+# all but pencil_sketch's fine lines. Most of those that draw one
 # colour or place for the whole picture are still beyond teachers of twice the steps (docs/TINY_WORLD.md).
 FIRST_EFFECTS = ("sepia", "pencil_sketch", "stained_glass", "polaroid", "beach", "gold_statue", "mirror_half", "rain",
                  "grayscale", "oil_paint", "flower_wreath", "snow")  # fmt: skip
