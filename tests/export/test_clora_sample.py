@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -190,15 +190,17 @@ def test_clora_sample_refuses_a_package_that_does_not_say_its_sizes(tmp_path: Pa
 
 
 def test_clora_sample_draws_no_noise_for_a_grid_that_does_not_fit(tmp_path: Path) -> None:
-    """A file of a kilobyte asks for the noise of 16 million tokens: half a gigabyte, and as much again to order it."""
+    """A file of a kilobyte asks for the noise of 16 million tokens: half a gigabyte, and as much again to order it. It
+    is refused where no more than 300 MB may be taken."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (300 << 20, 300 << 20))
+
     path = tmp_path / "in.safetensors"
     save_file(some_conditions() | {"grid": torch.tensor([4096, 4096])}, path)
     command = [str(program()), "--package", "none.pt2", "--sigmas", "1", "--conditions", str(path), "--output", "out"]
-    process = subprocess.Popen(command, env={}, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None and "not the positions of its tokens" in process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 2 and used.ru_maxrss < 1_000_000  # kilobytes, half of them torch's libraries
+    found = subprocess.run(command, env={}, capture_output=True, text=True, preexec_fn=limit)
+    assert found.returncode == 2 and "not the positions of its tokens" in found.stderr
 
 
 @pytest.mark.parametrize(
