@@ -228,7 +228,6 @@ at::Tensor pipeline_order(const at::Tensor& noise_BTC, int64_t h, int64_t w) {
       .contiguous();
 }
 
-// Batch, tokens and widths of the conditions, which must be of one batch; T is that of noise or grid.
 // What the package says it takes. It is opened as an archive for that, before any of it is loaded.
 std::optional<clora::Shapes> shapes_taken(const std::string& package) {
   try {
@@ -238,6 +237,7 @@ std::optional<clora::Shapes> shapes_taken(const std::string& package) {
   }
 }
 
+// Batch, tokens and widths of the conditions, which must be of one batch; T is that of noise or grid.
 clora::Shapes shapes_of(Conditions& given, const clora::Inputs& in, at::ScalarType dtype) {
   const int64_t B = in.refs.size(0), C = in.refs.size(2);
   if (const int64_t seeds = given.get("seed", 1, true).size(0); seeds != B)

@@ -217,13 +217,10 @@ class Judge:
                 rung=rung,
                 model=reply.model,
                 fingerprint=reply.fingerprint,
-                raw=[one.text for one in replies],
-                prompt_tokens=sum(one.prompt_tokens for one in replies),
-                answer_tokens=sum(one.answer_tokens for one in replies),
             )
 
         try:
-            return complete(
+            answer = complete(
                 self.endpoint,
                 body,
                 read,
@@ -232,15 +229,14 @@ class Judge:
                 before_try=self.limits.take_call,
             )
         except (NoAnswer, LimitReached) as error:
-            return Answer(
-                value=None,
-                why=str(error),
-                rung=rung,
-                raw=[one.text for one in replies],
-                unfinished=isinstance(error, LimitReached),
-                prompt_tokens=sum(one.prompt_tokens for one in replies),
-                answer_tokens=sum(one.answer_tokens for one in replies),
-            )
+            answer = Answer(value=None, why=str(error), rung=rung, unfinished=isinstance(error, LimitReached))
+        spent = Answer(
+            value=None,
+            raw=[one.text for one in replies],
+            prompt_tokens=sum(one.prompt_tokens for one in replies),
+            answer_tokens=sum(one.answer_tokens for one in replies),
+        )
+        return _with_spent(answer, spent)
 
 
 def response_format(rung: Rung, value: str) -> dict[str, Any]:
@@ -280,7 +276,7 @@ def picture_png(path: Path) -> bytes:
 
 
 def _with_spent(answer: Answer, before: Answer) -> Answer:
-    """An answer with the replies that the question was paid for before a limit ended it."""
+    """An answer with the replies that its question was paid for before."""
     return answer.model_copy(
         update={
             "raw": [*before.raw, *answer.raw],

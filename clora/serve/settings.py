@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from clora.config import resolve_base
+from clora.config import BaseConfig
 from clora.errors import InputError, InputErrors, did_you_mean, nearest
 from clora.io.text import read_yaml
 
@@ -143,28 +143,10 @@ def _read(path: Path) -> dict[str, Any]:
     for key in PATHS:
         if isinstance(values.get(key), str):
             values[key] = folder / Path(values[key]).expanduser()
-    if isinstance(values.get("base"), str):
-        values["base"] = _base_beside(folder, values["base"])
+    if isinstance(values.get("base"), str) and values["base"]:
+        # As a training configuration names one: a folder beside the file, a bundled base or a hub id.
+        values["base"] = BaseConfig.model_validate({"model": values["base"]}, context={"folder": folder}).model
     return values
-
-
-def _base_beside(folder: Path, base: str) -> str:
-    """A base that a file in `folder` names: a folder beside it, unless the name is of a bundled base; else as it is,
-    a hub id."""
-    place = folder / Path(base).expanduser()
-    if _is_bundled(base) or not (place.is_dir() or base.startswith((".", "/", "~"))):
-        return base
-    return str(place)
-
-
-def _is_bundled(base: str) -> bool:
-    if not base.isidentifier():
-        return False
-    try:
-        found = resolve_base(base)
-    except InputError:
-        return False
-    return isinstance(found, Path) and Path(__file__).parents[1] in found.parents
 
 
 def _fault(item: Any) -> str:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clora.config import ObjectiveConfig, ScheduleConfig
-from clora.errors import InputError
 from clora.method.flow import few_step_sigmas, shift_sigma
 from clora.method.noise import (
     Draws,
@@ -80,11 +79,6 @@ def test_draw_ts_gen_sigma_of_the_schedule(tau_max: float, steps: list[float]) -
     values, number = sigma.unique(return_counts=True)
     torch.testing.assert_close(values, torch.tensor(steps), rtol=0, atol=1e-4)
     torch.testing.assert_close(number / N, torch.full((len(steps),), 1 / len(steps)), rtol=0, atol=0.02)
-
-
-def test_draw_ts_gen_sigma_refuses_a_bound_below_every_step() -> None:
-    with pytest.raises(InputError, match="tau_max is 0.2, below every step.*raise it"):
-        draw_ts_gen_sigma(config(ts_sigma="schedule", tau_max=0.2), draws())
 
 
 def several_counts(*others: int) -> Any:
