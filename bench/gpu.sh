@@ -4,9 +4,9 @@
 #     bench/gpu.sh second            # the rest in order of value, as far as 5 1/2 minutes go
 #     bench/gpu.sh forward_60 tests  # parts by name, however long they take, and the build where one of them needs it
 # Options go to bench.gpu_session: --plan prints the seconds, --dry rehearses on a CPU, --results DIR (else $OUT, else
-# bench/results/gpu), --seconds N. DIR/results.json holds all results in one file. PYTHON chooses the interpreter (default python3); it needs torch, triton,
-# transformers, pytest, pybind11, cmake and a C++ compiler. Other packages come from the wheels that
-# bench/gpu_wheels.sh fetches into .wheels beforehand, and are installed into build/gpu/site.
+# bench/results/gpu), --seconds N. DIR/results.json holds all results in one file. PYTHON chooses the interpreter
+# (default python3); it needs torch, triton, transformers, pytest, pybind11, cmake and a C++ compiler. Other packages
+# come from the wheels that bench/gpu_wheels.sh fetches into .wheels beforehand, and are installed into build/gpu/site.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
