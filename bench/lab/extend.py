@@ -36,6 +36,7 @@ from clora.evaluate.baselines import (
 from clora.evaluate.exact import MethodScores, Outputs, evaluate_methods
 from clora.evaluate.statistics import bootstrap_interval
 from clora.inference.sampling import teacher_sampling
+from clora.jobs.demo import SCALES
 from clora.jobs.extend import extend
 from clora.jobs.teach import teach
 from clora.lora.catalogue import Catalogue, read_catalogue
@@ -45,7 +46,7 @@ from clora.training.tracker import read_log
 
 PAIRS = 40
 NEW_NOISES = 4  # images of a new effect on each scene: there are few new effects
-TEACHER_STEPS = 400  # twice the preset's, as for the collection of 50
+TEACH = tuple(one for one in SCALES["long"].overrides if one.startswith("teach."))  # as for the collection of 50
 # The first held-out scene of each use: those that settings are chosen on, and those that they are judged on.
 SCENES = {"tune": EVAL_SCENES, "judge": EVAL_SCENES + 60_000}
 Images = dict[tuple[str, int], list[Pixels]]
@@ -61,7 +62,6 @@ def write_dataset(run: Path, names: Sequence[str]) -> Path:
         "effects": [
             row | {"lora": f"teachers/{row['name']}.safetensors"} for row in effect_config(names, Path("data"))
         ],
-        "teach": {"max_train_steps": TEACHER_STEPS},
     }
     path = run / "new.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -194,7 +194,7 @@ def main() -> None:
     names = arguments.new.split(",") if arguments.new else following
     file = write_dataset(arguments.run, names)
     if not all((arguments.run / "teachers" / f"{name}.safetensors").exists() for name in names):
-        teach_new(load_config(file), arguments.run, console)
+        teach_new(load_config(file, TEACH), arguments.run, console)
     config = load_config(file, arguments.overrides)
     extended = extend(collection, config, "latest", console)  # for other scenes nothing is trained again
     (*_, last) = read_log(config.output_dir / "extend")

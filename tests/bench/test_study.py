@@ -11,11 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench.lab import table1
+from bench.lab import scaling, table1
 from bench.lab.study import Arm, Row, Study, judge
 from clora.config import acceleration_lora
 from clora.errors import InputError
 from clora.io.safetensors import read_header
+from clora.jobs.demo import SCALES, Scale
 from clora.lora.files import read_lora, write_lora
 from clora.lora.module import LoraModule
 from clora.tiny.effects import EFFECTS, apply_effect
@@ -188,3 +189,29 @@ def test_judge_pairs_differences_by_effect_and_scene() -> None:
     assert rows["better"]["to_control"]["bcr"]["mean"] == -0.25
     assert rows["better"]["bcr_by_effect"] == {"sepia": 0, "mirror_half": 0}
     assert rows["same"]["bcr_by_effect"] == {"sepia": 0.5, "mirror_half": 0}
+
+
+def test_scaling_trains_each_size_from_the_same_teachers_for_as_many_updates_an_effect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCALES, "long", Scale(4, 2, SETTINGS))
+    judged: list[Captured] = []
+    monkeypatch.setattr(scaling, "judge", lambda images, controls: judged.append(Captured(images, controls)) or [])
+    made = lambda study, rows: {  # noqa: E731
+        row.name: {(effect, scene): [row.who] for effect in study.effects for scene in range(2)} for row in rows
+    }
+    monkeypatch.setattr(Study, "sample", made)
+
+    figures = scaling.measure(tmp_path, [2, 1], 2)
+
+    small, large = scaling.studies(tmp_path, [2, 1], 2)
+    assert small.teacher(small.effects[0]).samefile(large.teacher(small.effects[0]))
+    trained = [scaling.collection(study.config(), len(study.effects) / 2).overrides for study in (small, large)]
+    assert trained[0] == ("train.max_train_steps=2", "train.coarse_steps=1", "train.ema_start=1")
+    assert trained[1] == ("train.max_train_steps=4", "train.coarse_steps=2", "train.ema_start=2")
+    assert figures["forwards"]["2"] == pytest.approx(2 * figures["forwards"]["1"], abs=1)
+    shared, *own = judged
+    assert {effect for images in shared.images.values() for effect, _ in images} == set(small.effects)
+    assert shared.controls["2 effects: collection, 2"] == "1 effects: collection, 2"
+    assert {len(images) for one in own for images in one.images.values()} == {2, 4}  # two scenes of each effect
+    assert own[-1].images["2 effects: coarse+accel, 2"][large.effects[1], 1] == ["collection 0:coarse"]
