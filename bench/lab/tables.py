@@ -36,6 +36,13 @@ RECIPES = {
     "preset `paper`'s recipe, three times the cost": "paper 0.001, {} consistency",
     "teachers + acceleration": "teacher+accel, {} consistency",
 }
+DYNAMICS = {
+    "none (`coarse+accel`)": "0 updates, {}",
+    "150 updates, the preset's": "150 updates, {}",
+    "600 updates": "600 updates, {}",
+    "1,200 updates": "1200 updates, {}",
+    "teachers + acceleration": "teachers+accel, {}",
+}
 ABLATION = {
     "**whole**: the preset's full stage": "whole, {} consistency",
     "no PDSR": "no PDSR, {} consistency",
@@ -93,12 +100,13 @@ def by_steps(rows: Rows, steps: Sequence[int]) -> list[str]:
     return lines
 
 
-def recipes(found: Mapping[str, Any]) -> list[str]:
-    rows, more = found["rows"], {}
-    for label, template in RECIPES.items():
+def with_drift(rows: Rows, names: Mapping[str, str]) -> list[str]:
+    """`matrix` with how many outputs went too far in eight steps, and their PSNR."""
+    more = {}
+    for label, template in names.items():
         row = rows[template.format(8)]
         more[label] = f"{row['reasons'].get('too far', 0)} | {row['psnr']:.1f}"
-    return matrix(rows, RECIPES, (8, 4, 2), more)
+    return matrix(rows, names, (8, 4, 2), more)
 
 
 def ablation(found: Mapping[str, Any]) -> list[str]:
@@ -132,7 +140,8 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("README.md", "lab/table1_12.json"): matrix(twelve, TABLE1, (8, 4, 2, 1)),
         ("docs/TINY_WORLD.md", "demo_12.json"): matrix(read_rows("demo_12.json")["rows"], DEMO, (8, 4, 2)),
         ("docs/TINY_WORLD.md", "lab/table1_50.json"): by_steps(fifty, (8, 4, 2, 1)),
-        ("docs/METHOD.md", "lab/recipes.json"): recipes(read_rows("lab/recipes.json")),
+        ("docs/METHOD.md", "lab/recipes.json"): with_drift(read_rows("lab/recipes.json")["rows"], RECIPES),
+        ("docs/METHOD.md", "lab/dynamics.json"): with_drift(read_rows("lab/dynamics.json")["rows"], DYNAMICS),
         ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
         ("docs/EVALUATION.md", "lab/baselines.json"): baselines([*methods["one effect"], *methods["two effects"]]),
     }
