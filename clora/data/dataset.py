@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from clora.config import Config, EffectConfig, general_data
 from clora.data.pairs import Pair, read_dataset
-from clora.errors import InputError, missing_files, raise_faults
+from clora.errors import InputError, missing_files
 from clora.io.digest import file_digest
 
 
@@ -58,14 +58,6 @@ def read_effects(
         found[name] = dataset.pairs
         warnings += [f"{key}: {sentence}" for sentence in dataset.left_out]
     return found
-
-
-def effect_pairs(config: Config, effect: EffectConfig, *, require_target: bool = True) -> list[Pair]:
-    """The pairs of one effect of `config`. Raises `InputErrors` as `read_effects` lists them."""
-    faults: list[str] = []
-    found = read_effects(config, [effect], [effect.name] if require_target else [], faults, [])
-    raise_faults(faults)
-    return found[effect.name]
 
 
 def read_general(config: Config, faults: list[str], warnings: list[str]) -> list[Pair]:

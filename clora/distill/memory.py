@@ -131,54 +131,68 @@ def backward_workspace(footprint: Footprint, settings: TrainSettings, batch: int
 
 def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
     """Bytes on each GPU of a distillation (`clora.distill.step.full_step`), by phase."""
+    s, frozen = settings, _frozen(footprint, settings)
+    resident = frozen | _trained(footprint, s)
+    phases = {
+        # On the first GPU; a base that is to be cut waits in CPU memory meanwhile.
+        "encoding": {
+            "base": 0 if s.shard_base else base_weights(footprint, s),
+            "VAE": frozen["VAE"],
+            "text encoder": s.text_encoder_parameters * s.base_bytes,
+        },
+        "targets": frozen | {"workspace": forward_workspace(footprint, s, s.targets_batch)},
+    }
+    if s.coarse:
+        phases["coarse update"] = resident | _update(footprint, s, s.anchor_batch_size)
+    # Many tokens share a forward only where the base is in parts.
+    together = max(1, s.critic_batches) if s.shard_base else 1
+    phases["rollouts"] = resident | {"workspace": forward_workspace(footprint, s, together * s.batch_size)}
+    if s.critic_batches:
+        phases["critic update"] = resident | _update(footprint, s, s.batch_size, 1 + s.waiting_batches)
+    phases["student update"] = resident | _student_update(footprint, s)
+    # Each process sends a copy of its part, which comes back whole.
+    student, _ = trained_parameters(footprint, s)
+    sent = part_of(s.base_bytes * student, s.num_gpus) if s.num_gpus > 1 else 0
+    phases["optimizer step"] = resident | {"workspace": sent}
+    return MemoryPlan(phases)
+
+
+def _frozen(footprint: Footprint, settings: TrainSettings) -> dict[str, int]:
+    """What is read and never trained."""
     s, e = settings, settings.base_bytes
-    student, critic = trained_parameters(footprint, s)
-    base = base_weights(footprint, s)
     # Of an offloaded base what lies outside the blocks stays from a forward on.
     outside = (footprint.num_parameters - footprint.num_layers * footprint.block_parameters) * e
-    kept = outside if s.offload_base else part_of(base, s.num_gpus if s.shard_base else 1)
-    frozen = {"base": kept, "VAE": s.vae_parameters * e}
-    frozen["teacher slots"] = s.teacher_slots * footprint.adapter_parameters(s.teacher_rank, s.targets) * e
+    whole = base_weights(footprint, s)
+    frozen = {
+        "base": outside if s.offload_base else part_of(whole, s.num_gpus if s.shard_base else 1),
+        "VAE": s.vae_parameters * e,
+        "teacher slots": s.teacher_slots * footprint.adapter_parameters(s.teacher_rank, s.targets) * e,
+    }
     if s.collection_rank:  # and what makes its new effects' teachers few-step ones
         below = s.collection_rank + s.acceleration_rank
         frozen["collection"] = footprint.adapter_parameters(below, s.targets) * e
-    resident = frozen | {
+    return frozen
+
+
+def _trained(footprint: Footprint, settings: TrainSettings) -> dict[str, int]:
+    """Student and critic, and what their optimizers keep."""
+    s, e = settings, settings.base_bytes
+    student, critic = trained_parameters(footprint, s)
+    return {
         "student and critic": e * (student + critic) + part_of((4 - e) * (student + critic), s.num_gpus),
         "AdamW": part_of(2 * s.moments_bytes * (student + critic), s.num_gpus),
         "EMA": part_of(4 * student, s.num_gpus) if s.ema else 0,
         # One buffer that stays for both; of several processes each has its part of the sums besides.
         "gradients": 4 * student + (part_of(4 * (student + critic), s.num_gpus) if s.num_gpus > 1 else 0),
     }
-    kept_graphs = saved_by_forward(footprint, s, s.batch_size)
-    critic_update = {
-        "kept for backward": (1 + s.waiting_batches) * kept_graphs,
-        "workspace": backward_workspace(footprint, s, s.batch_size),
+
+
+def _update(footprint: Footprint, settings: TrainSettings, batch: int, graphs: int = 1) -> dict[str, int]:
+    """An update from one forward with grad, beside which `graphs - 1` others wait for theirs."""
+    return {
+        "kept for backward": graphs * saved_by_forward(footprint, settings, batch),
+        "workspace": backward_workspace(footprint, settings, batch),
     }
-    coarse_update = {
-        "kept for backward": saved_by_forward(footprint, s, s.anchor_batch_size),
-        "workspace": backward_workspace(footprint, s, s.anchor_batch_size),
-    }
-    together = (
-        max(1, s.critic_batches) if s.shard_base else 1
-    )  # many tokens share a forward only where the base is in parts
-    rollouts = {"workspace": forward_workspace(footprint, s, together * s.batch_size)}
-    # Each process sends a copy of its part, which comes back whole.
-    optimizer = {"workspace": part_of(e * student, s.num_gpus) if s.num_gpus > 1 else 0}
-    # On the first GPU; a base that is to be cut waits in CPU memory meanwhile.
-    encoding = {"base": 0 if s.shard_base else base, "VAE": frozen["VAE"]}
-    encoding["text encoder"] = s.text_encoder_parameters * e
-    targets = frozen | {"workspace": forward_workspace(footprint, s, s.targets_batch)}
-    return MemoryPlan(
-        {
-            "encoding": encoding,
-            "targets": targets,
-            **({"coarse update": resident | coarse_update} if s.coarse else {}),
-            "rollouts": resident | rollouts,
-            **({"critic update": resident | critic_update} if s.critic_batches else {}),
-            "student update": resident | _student_update(footprint, s),
-            "optimizer step": resident | optimizer,
-        }
-    )
 
 
 def _student_update(footprint: Footprint, settings: TrainSettings) -> dict[str, int]:

@@ -9,7 +9,7 @@ guidance in them. In TA-FM the student keeps to the velocity of teachers that sa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,13 +18,12 @@ from rich.progress import track
 from torch import Tensor
 
 from clora.data.cache import cache_key
-from clora.data.dataset import in_batches
 from clora.data.examples import Example, collate
 from clora.data.pairs import Pair
 from clora.distill.networks import Models
 from clora.distill.opened import Workspace
 from clora.distill.roles import COLLECTION
-from clora.distill.targets import base_suffix, noise_seed, own_batches, read_latents
+from clora.distill.targets import base_suffix, filled, noise_seed
 from clora.errors import InputError, raise_faults
 from clora.inference.sampling import few_step_sampling, sample
 from clora.lora.catalogue import Catalogue
@@ -88,7 +87,6 @@ def _sources(effects: Sequence[Sequence[Example]]) -> list[tuple[Path, ...]]:
     return list(dict.fromkeys(dealt))
 
 
-@torch.no_grad()
 def rehearsal_targets(
     workspace: Workspace,
     examples: Mapping[str, Sequence[Example]],
@@ -96,30 +94,23 @@ def rehearsal_targets(
     collection_hash: str,
     console: Console,
 ) -> dict[str, list[Example]]:
-    """The old effects' examples with their y: what the collection, in its slot, makes of each source in its few steps.
-
-    Cached as in `targets.make_targets`, under a hash of the collection. Several processes share the work.
-    """
+    """The old effects' examples with their y: what the collection, in its slot, makes of each source in its few steps;
+    cached under a hash of it."""
     backbone, schedule = workspace.backbone, catalogue.schedule
     sampling = few_step_sampling(schedule.num_steps, schedule.shift, catalogue.sampler)
     how = f"{REHEARSAL_VERSION}/{collection_hash}/{schedule.num_steps}/{schedule.shift}{base_suffix(workspace)}"
     prompts = {entry.name: entry.prompt for entry in catalogue.effects}
     keys = {
-        example: cache_key(list(example.sources), prompts[name], workspace.identity, f"{how}/{example.grid}")
+        e: [cache_key(list(e.sources), prompts[name], workspace.identity, f"{how}/{e.grid}")]
         for name, pool in examples.items()
-        for example in pool
+        for e in pool
     }
-    missing = [example for example, key in keys.items() if workspace.cache.read(key) is None]
-    distributed.barrier()  # before any process writes, so that all see the same missing
-    batches = list(in_batches(missing, workspace.config.eval.batch_size))
-    own = own_batches(batches, equally_many=workspace.config.train.shard_base)
-    for batch in track(own, "rehearsal", console=console, transient=True):
-        cond, seeds = collate(batch, "teacher", backbone.device), [noise_seed(keys[example]) for example in batch]
-        y = sample(backbone, cond, [COLLECTION], sampling, seeds)
-        for example, latents in zip(batch, y.cpu(), strict=True):
-            workspace.cache.write(keys[example], {"latents": latents.contiguous()})
-    distributed.barrier()
-    return {name: [replace(e, y=(read_latents(workspace, keys[e]),)) for e in pool] for name, pool in examples.items()}
+
+    def make(batch: list[Example], keys: Sequence[str]) -> Tensor:
+        cond = collate(batch, "teacher", backbone.device)
+        return sample(backbone, cond, [COLLECTION], sampling, [noise_seed(key) for key in keys])
+
+    return filled(workspace, examples, keys, make, workspace.config.eval.batch_size, "rehearsal", console)
 
 
 @dataclass(frozen=True)

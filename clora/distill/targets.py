@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,7 +35,6 @@ def targets_from_pairs(effects: dict[str, list[Example]]) -> dict[str, list[Exam
     return {name: [replace(e, y=(e.x0,)) for e in examples if e.x0 is not None] for name, examples in effects.items()}
 
 
-@torch.no_grad()
 def make_targets(
     workspace: Workspace,
     slots_for: SlotsFor,
@@ -45,32 +45,51 @@ def make_targets(
 ) -> dict[str, list[Example]]:
     """The effects' examples with `y` filled in: `targets.per_source` images each, one noise per image.
 
-    slots_for, sampling: the teachers, and how they are sampled. teacher_hashes: of each effect's files. Interrupted, it
-    goes on where it was: every image is an entry of the cache, under a hash of those, the prompt, the source and the
-    settings. Several processes share the work.
+    slots_for, sampling: the teachers, and how they are sampled. teacher_hashes: of each effect's files. Every image is
+    cached under a hash of those, the prompt, the source and the settings.
     """
-    config, settings, backbone = workspace.config, workspace.config.targets, workspace.backbone
-    todo = [e for examples in workspace.effects.values() for e in examples]
-    keys = {e.key: _keys(workspace, e, sampling, teacher_hashes) for e in todo}
-    missing = [e for e in todo if any(workspace.cache.read(key) is None for key in keys[e.key])]
+    backbone = workspace.backbone
+
+    def make(batch: list[Example], keys: Sequence[str]) -> Tensor:
+        cond = collate(batch, "teacher", backbone.device)
+        uncond = collate(batch, "negative", backbone.device) if sampling.is_guided else None
+        return sample(backbone, cond, slots_for(cond.effects), sampling, [noise_seed(key) for key in keys], uncond)
+
+    todo = (e for examples in workspace.effects.values() for e in examples)
+    keys = {e: _keys(workspace, e, sampling, teacher_hashes) for e in todo}
+    return filled(workspace, workspace.effects, keys, make, batch_size, "targets", console)
+
+
+@torch.no_grad()
+def filled(
+    workspace: Workspace,
+    effects: Mapping[str, Sequence[Example]],
+    keys: Mapping[Example, Sequence[str]],
+    make: Callable[[list[Example], Sequence[str]], Tensor],
+    batch_size: int,
+    title: str,
+    console: Console,
+) -> dict[str, list[Example]]:
+    """The effects' examples with `y`: what the cache holds under each one's `keys`, of which every example has equally
+    many. What is missing is sampled: `make(batch, keys)` gives an image of each example, for a key of each.
+
+    Interrupted, it goes on where it was. Several processes share the work.
+    """
+    missing = [e for e in keys if any(workspace.cache.read(key) is None for key in keys[e])]
     distributed.barrier()  # before any process writes, so that all see the same missing
+    batches = own_batches(list(in_batches(missing, batch_size)), equally_many=workspace.config.train.shard_base)
     with Progress(console=console, transient=True) as progress:
-        batches = own_batches(list(in_batches(missing, batch_size)), equally_many=config.train.shard_base)
-        task = progress.add_task("targets", total=sum(map(len, batches)) * settings.per_source)
+        task = progress.add_task(title, total=sum(len(keys[e]) for batch in batches for e in batch))
         for batch in batches:
-            cond = collate(batch, "teacher", backbone.device)
-            uncond = collate(batch, "negative", backbone.device) if sampling.is_guided else None
-            for draw in range(settings.per_source):
-                seeds = [noise_seed(keys[e.key][draw]) for e in batch]
-                y = sample(backbone, cond, slots_for(cond.effects), sampling, seeds, uncond)
-                for example, latents in zip(batch, y.cpu(), strict=True):
-                    workspace.cache.write(keys[example.key][draw], {"latents": latents.contiguous()})
+            for drawn in zip(*(keys[e] for e in batch), strict=True):
+                for key, latents in zip(drawn, make(batch, drawn).cpu(), strict=True):
+                    workspace.cache.write(key, {"latents": latents.contiguous()})
                 progress.advance(task, len(batch))
     distributed.barrier()
-    filled = {}
-    for name, examples in workspace.effects.items():
-        filled[name] = [replace(e, y=tuple(read_latents(workspace, key) for key in keys[e.key])) for e in examples]
-    return filled
+    return {
+        name: [replace(e, y=tuple(_read_latents(workspace, key) for key in keys[e])) for e in examples]
+        for name, examples in effects.items()
+    }
 
 
 def own_batches(batches: list[list[Example]], equally_many: bool) -> list[list[Example]]:
@@ -81,7 +100,7 @@ def own_batches(batches: list[list[Example]], equally_many: bool) -> list[list[E
     return [batches[index % len(batches)] for index in range(rank, end, world)]
 
 
-def read_latents(workspace: Workspace, key: str) -> Tensor:
+def _read_latents(workspace: Workspace, key: str) -> Tensor:
     """What the cache holds under a key that was written before; OSError where it is gone."""
     found = workspace.cache.read(key)
     if found is None:

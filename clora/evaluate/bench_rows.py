@@ -30,6 +30,8 @@ FIGURES = {
     "flip_source": "FLIP to source",
     "clip_source": "CLIP to source",
     "dino_source": "DINO to source",
+    "efficientnet_source": "EfficientNet to source",
+    "dreamsim_source": "DreamSim distance to source",
     "edit_reward": "EditReward",
     "seconds": "seconds",
 }
@@ -63,6 +65,8 @@ class Row(BaseModel):
     ssim_source: float | None = None
     clip_source: float | None = None  # cosines of embeddings of result and source
     dino_source: float | None = None
+    efficientnet_source: float | None = None
+    dreamsim_source: float | None = None  # a distance: 0 for equal pictures
     flip_source: float | None = None
     edit_reward: float | None = None  # the score, and the logarithm of its uncertainty
     edit_reward_log_uncertainty: float | None = None

@@ -6,10 +6,12 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from clora.data.images import cover_crop, load_image
 from clora.evaluate.bench_rows import ExactVerdict, Row
@@ -21,6 +23,7 @@ from clora.evaluate.metrics.flip import flip
 from clora.evaluate.metrics.image import l1, ssim
 
 Progress = Callable[[], None]
+Embedded = Callable[[Encoder, Path], Tensor]
 
 
 class Measures(NamedTuple):
@@ -84,9 +87,10 @@ def score(
     """A row for each cell, in order. Several results are judged at a time; `exact` holds verdicts that are known."""
     effects = {effect.name: effect for effect in bench.effects}
     settings = bench.judge
+    embedded = cache(_embedded)  # a source is compared with the results of every effect, method and seed
 
     def one(cell: Cell) -> Row:
-        row = _measured(cell, bench.output_dir, measures, seconds.get(cell.path))
+        row = _measured(cell, bench.output_dir, measures, embedded, seconds.get(cell.path))
         if measures.rewards is not None and cell.method not in CONTROLS:
             effect = effects[cell.effect]
             asked = effect.student_prompt or effect.instruction
@@ -136,11 +140,15 @@ def _asked_twice(cell: Cell, settings: JudgeSettings) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < settings.repeat_share * 2**32
 
 
-def _measured(cell: Cell, root: Path, measures: Measures, seconds: float | None) -> Row:
-    output, original = load_image(cell.path), load_image(cell.source)
-    source = cover_crop(original, output.size)
+def _embedded(encoder: Encoder, path: Path) -> Tensor:
+    return encoder.embed([load_image(path)])[0]
+
+
+def _measured(cell: Cell, root: Path, measures: Measures, embedded: Embedded, seconds: float | None) -> Row:
+    output = load_image(cell.path)
+    source = cover_crop(load_image(cell.source), output.size)
     a, b = (np.asarray(image, np.float32) / np.float32(255) for image in (output, source))
-    cosines = {encoder.name: encoder.similarity(output, original) for encoder in measures.encoders}
+    found = {one.name: one.compare(one.embed([output])[0], embedded(one, cell.source)) for one in measures.encoders}
     return Row(
         method=cell.method,
         category=cell.category,
@@ -152,7 +160,9 @@ def _measured(cell: Cell, root: Path, measures: Measures, seconds: float | None)
         l1_source=l1(a, b),
         ssim_source=ssim(a, b) if min(output.size) >= 11 else None,
         flip_source=flip(b, a) if measures.flip else None,
-        clip_source=cosines.get("clip"),
-        dino_source=cosines.get("dino"),
+        clip_source=found.get("clip"),
+        dino_source=found.get("dino"),
+        efficientnet_source=found.get("efficientnet"),
+        dreamsim_source=found.get("dreamsim"),
         seconds=seconds,
     )

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clora.data.images import SUFFIXES, load_image
 from clora.errors import InputError, InputErrors, raise_faults
-from clora.evaluate.metrics.encoders import EncoderName
+from clora.evaluate.metrics.encoders import EncoderName, encoder_fault
 from clora.io.chat import Endpoint
 from clora.io.text import read_yaml
 
@@ -141,7 +141,7 @@ class Benchmark(_Section):
     reference: str | None = Field(None, description="the method that others are compared with; the first")
     seeds: list[int] = Field([0], min_length=1)
     batch_size: int = Field(4, ge=1)
-    encoders: dict[EncoderName, str | None] = Field({}, description="clip, dino: a folder or hub name; null: the usual")
+    encoders: dict[EncoderName, str | None] = Field({}, description="a folder, or a name on the hub; null: the usual")
     flip: bool = Field(False, description="FLIP to the source (extra eval)")
     edit_reward: RewardSettings | None = None
     judge: JudgeSettings | None = None
@@ -186,7 +186,8 @@ def read_benchmark(path: Path) -> Benchmark:
     """The benchmark of a YAML file, its paths made absolute.
 
     Raises `InputErrors` with every fault that can be found without a model: unknown fields, pictures that are not
-    there or cannot be read, LoRA files that are missing, a judge without criteria or templates to judge by.
+    there or cannot be read, LoRA files that are missing, encoders that cannot be had, a judge without criteria or
+    templates to judge by.
     """
     try:
         bench = Benchmark.model_validate(yaml.safe_load(read_yaml(path)))
@@ -207,6 +208,7 @@ def read_benchmark(path: Path) -> Benchmark:
         for picture in effect.template or ():
             if why := _unreadable(picture):
                 faults.append(f"effect {effect.name}: {why}")
+    faults += [fault for name, model in bench.encoders.items() if (fault := encoder_fault(name, model))]
     for method in bench.methods:
         files = lora_files(bench, method)
         faults += [f"method {method.name}: {f} does not exist; correct the path" for f in files if not f.is_file()]
@@ -312,8 +314,12 @@ def _absolute(bench: Benchmark, root: Path) -> Benchmark:
         )
         for method in bench.methods
     ]
-    update = {"output_dir": root / bench.output_dir, "images": images, "effects": effects, "methods": methods}
-    return bench.model_copy(update=update)
+    encoders = {
+        name: str(root / model) if model is not None and (root / model).is_dir() else model  # else a name on the hub
+        for name, model in bench.encoders.items()
+    }
+    update = {"images": images, "effects": effects, "methods": methods, "encoders": encoders}
+    return bench.model_copy(update=update | {"output_dir": root / bench.output_dir})
 
 
 def _sentence(path: Path, where: tuple[int | str, ...], what: str) -> str:

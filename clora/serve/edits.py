@@ -40,16 +40,13 @@ async def start_edit(service: Service, request: Request, owner: str) -> Job:
             return await start_form(service, form, owner, held)
 
 
-async def start_form(
-    service: Service, form: Form, owner: str, held: ExitStack, effects_at: str = "GET /v1/effects"
-) -> Job:
+async def start_form(service: Service, form: Form, owner: str, held: ExitStack) -> Job:
     """Start the job that a form within its budgets asks for, however it came; `held` is closed when the job is over.
 
-    `effects_at` says where effects are listed. Raises `Problem` for all that is wrong with the form, and then leaves
-    `held` to its owner.
+    Raises `Problem` for all that is wrong with the form, and then leaves `held` to its owner.
     """
     limits = service.settings.limits
-    edit = parse_edit(form.fields, service.offers, limits, effects_at)
+    edit = parse_edit(form.fields, service.offers, limits, service.effects_at)
     contents = _contents(form)
     needed = await _in_pool(service, _bytes_needed, contents, limits)
     with ExitStack() as room:

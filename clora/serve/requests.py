@@ -48,10 +48,7 @@ class Edit:
 
 
 def parse_edit(
-    fields: Mapping[str, Sequence[str]],
-    offers: Mapping[str, Offer],
-    limits: Limits,
-    effects_at: str = "GET /v1/effects",
+    fields: Mapping[str, Sequence[str]], offers: Mapping[str, Offer], limits: Limits, effects_at: str
 ) -> Edit:
     """The edit that a form's fields ask for, of one of the models; raises `Problem` for the first that is wrong.
 
@@ -62,7 +59,9 @@ def parse_edit(
     single = {name: values[0] for name, values in fields.items() if values and name not in ("effect", "effect[]")}
     _check_fixed(single)
     given = [*fields.get("effect", ()), *fields.get("effect[]", ())]
-    offer, effects = find_model(single.get("model", "").strip(), given, offers, effects_at)
+    asked = find_models(single.get("model", "").strip(), offers)
+    effects = find_effects(given, {name for offer in asked for name in offer.collection.effects}, effects_at)
+    offer = choose_model(asked, effects)
     _check_steps(single, offer)
     if len(single.get("user", "")) > MOST_USER:
         raise bad(f"user: is longer than {MOST_USER} characters; shorten it", "user")
@@ -82,25 +81,14 @@ def parse_edit(
     )
 
 
-def find_model(
-    model: str, effects: Sequence[str], offers: Mapping[str, Offer], effects_at: str
-) -> tuple[Offer, tuple[str, ...]]:
-    """The model of that name, "" for the only one that has the effects, and the effects' names, as `find_effects`.
-
-    Raises `Problem`: 404 with the nearest names for a model that is unknown, 400 where a name is needed or none fits.
-    """
-    if model and model not in offers:
-        message = f"model {shown(model)} is not served here; {_hint(model, offers, 'GET /v1/models')}"
-        raise Problem(404, message, "model_not_found", param="model", extra={"nearest": _nearest(model, offers)})
-    asked = [offers[model]] if model else list(offers.values())
-    names = find_effects(effects, {name for offer in asked for name in offer.collection.effects}, effects_at)
-    fitting = [offer for offer in asked if set(names) <= set(offer.collection.effects)]
-    if not fitting:
-        raise bad("effect: the two are of different models; apply them one after the other", "effect")
-    if len(fitting) > 1:
-        shown_names = ", ".join(offer.name for offer in fitting)
-        raise bad(f"model: {shown_names} could do this; name one of them", "model")
-    return fitting[0], names
+def find_models(name: str, offers: Mapping[str, Offer]) -> list[Offer]:
+    """The model of that name, all for ""; `Problem` 404 with the nearest names for one that is unknown."""
+    if not name:
+        return list(offers.values())
+    if name not in offers:
+        message = f"model {shown(name)} is not served here; {_hint(name, offers, 'GET /v1/models')}"
+        raise Problem(404, message, "model_not_found", param="model", extra={"nearest": _nearest(name, offers)})
+    return [offers[name]]
 
 
 def find_effects(given: Sequence[str], known: Collection[str], effects_at: str) -> tuple[str, ...]:
@@ -122,6 +110,17 @@ def find_effects(given: Sequence[str], known: Collection[str], effects_at: str) 
     if len(set(names)) != len(names):
         raise bad("effect: the same one is given twice; name it once", "effect")
     return tuple(names)
+
+
+def choose_model(asked: Sequence[Offer], effects: Collection[str]) -> Offer:
+    """The one that has all the effects; `Problem` 400 where none has, or several."""
+    fitting = [offer for offer in asked if set(effects) <= set(offer.collection.effects)]
+    if not fitting:
+        raise bad("effect: the two are of different models; apply them one after the other", "effect")
+    if len(fitting) > 1:
+        names = ", ".join(offer.name for offer in fitting)
+        raise bad(f"model: {names} could do this; name one of them", "model")
+    return fitting[0]
 
 
 def parse_size(value: str, offer: Offer) -> tuple[int, int] | None:

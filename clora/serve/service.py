@@ -22,11 +22,18 @@ WATCH = 0.5  # seconds between looks at the engine
 
 
 class Service:
-    """What the routes share. `keys`: hashes by name, None where everybody may call."""
+    """What the routes share. `keys`: hashes by name, None where everybody may call. `effects_at`: where a client finds
+    the effects."""
 
-    def __init__(self, settings: Settings, engine: Engine, keys: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        keys: Mapping[str, str] | None = None,
+        effects_at: str = "GET /v1/effects",
+    ) -> None:
         limits = settings.limits
-        self.settings, self.engine, self.keys = settings, engine, keys
+        self.settings, self.engine, self.keys, self.effects_at = settings, engine, keys, effects_at
         self.jobs = Jobs(limits.result_seconds, limits.results_kept)
         self.quotas = Quotas(limits.requests_per_minute, limits.burst, limits.concurrent)
         self.uploads = Uploads(limits.uploads)

@@ -92,7 +92,7 @@ class TritonPythonModel:
             engine = ThreadEngine(open_models(settings), settings)
         except InputError as error:
             raise _backend().TritonModelException("; ".join(error.faults)) from None
-        self.service = Service(settings, engine)
+        self.service = Service(settings, engine, effects_at=EFFECTS_AT)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._watching = self._loop.create_task(self.service.watch())
@@ -152,7 +152,7 @@ class TritonPythonModel:
         service.reserve(1)  # where not even one fits, without the work of reading what was sent
         form = form_of(values)
         check_form(form, service.settings.limits)
-        job = await start_form(service, form, OWNER, ExitStack(), EFFECTS_AT)
+        job = await start_form(service, form, OWNER, ExitStack())
         assert job.task is not None
         try:
             await self._wait(job, job.task, seconds, sender)

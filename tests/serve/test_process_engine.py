@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -29,6 +31,7 @@ from clora.serve.settings import Settings
 from tests.serve.conftest import call, listening, picture, png, post
 from tests.serve.test_edits import pixels
 from tests.serve.test_process import running
+from tests.support.processes import Forked
 from tests.support.random_collection import write_random_collection
 
 STALL = 3.0
@@ -40,8 +43,24 @@ def settings_of(base: Path, collection: Path) -> Settings:
     return Settings(**given, thumbnails=False, stall_seconds=STALL, batches=batches)  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Iterator[list[Forked]]:
+    """The processes of this file's engines, in order. They are forked with the model libraries in them, whose import
+    would be most of the file's time; tests/serve/test_process.py starts them as a server does."""
+    made: list[Forked] = []
+
+    def start(command: list[str], **more: Any) -> Forked:
+        made.append(Forked(command, **more))
+        return made[-1]
+
+    ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clora.serve.process.subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": start}))
+        yield made
+
+
 @pytest.fixture(scope="module")
-def engine(small_base: tuple[Path, Path]) -> Iterator[ProcessEngine]:
+def engine(small_base: tuple[Path, Path], forked: list[Forked]) -> Iterator[ProcessEngine]:
     """One process for the tests of this file; it is ready again after each."""
     made = ProcessEngine(settings_of(*small_base))
     yield made
@@ -184,13 +203,12 @@ child.main()
 """
 
 
-def far_end(monkeypatch: pytest.MonkeyPatch, how: str) -> list[subprocess.Popen[bytes]]:
+def far_end(monkeypatch: pytest.MonkeyPatch, how: str) -> list[Forked]:
     """Let every new engine's process be one of `FAR_END`; the processes as they are started."""
-    made: list[subprocess.Popen[bytes]] = []
-    real = subprocess.Popen
+    made: list[Forked] = []
 
-    def start(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
-        made.append(real([command[0], "-c", FAR_END.replace("{how}", how), *command[-2:]], **more))
+    def start(command: list[str], **more: Any) -> Forked:
+        made.append(Forked([command[0], "-c", FAR_END.replace("{how}", how), *command[-2:]], **more))
         return made[-1]
 
     monkeypatch.setattr("clora.serve.process.subprocess.Popen", start)
@@ -265,12 +283,8 @@ def test_a_far_end_that_hangs_ends_with_the_server_and_takes_its_files(tmp_path:
         process.wait()
 
 
-def test_a_killed_engines_temporary_files_are_removed(engine: ProcessEngine) -> None:
-    [folder] = [
-        Path(entry.split("=", 1)[1])
-        for entry in Path(f"/proc/{engine.pid}/environ").read_text().split("\0")
-        if entry.startswith("TMPDIR=")
-    ]
+def test_a_killed_engines_temporary_files_are_removed(engine: ProcessEngine, forked: list[Forked]) -> None:
+    folder = Path(forked[-1].env["TMPDIR"])
     (folder / "unpacked").write_bytes(b"x")
     psutil.Process(engine.pid).kill()
     wait_for(lambda: not engine.is_alive)
@@ -309,9 +323,13 @@ def test_the_server_itself_has_no_torch() -> None:
 
 @pytest.mark.slow
 def test_the_engine_ends_with_a_server_that_is_killed(small_base: tuple[Path, Path]) -> None:
+    """A real one, as `clora serve` starts it, with a folder for its temporary files."""
     base, collection = small_base
     with running(str(collection), "--base", str(base), "--dtype", "float32") as (_, process, _):
         [child] = psutil.Process(process.pid).children()
         assert "clora.serve.child" in " ".join(child.cmdline())
+        folder = Path(child.environ()["TMPDIR"])
+        assert folder.is_dir()
         process.kill()
         assert child.wait(20) is None or not child.is_running()
+        assert not folder.exists()

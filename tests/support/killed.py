@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
 import os
 import signal
 import stat
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.support.processes import SERVER
 
 KINDS = ("half written", "not yet renamed", "just renamed")
 
@@ -22,21 +24,15 @@ class Moment(NamedTuple):
     kind: str
 
 
-def start(
-    job: Callable[..., Any], arguments: tuple[Any, ...], moment: Moment | None, modules: list[str]
-) -> BaseProcess:
-    """Start a process that runs `job(*arguments)` and dies at `moment`, if it comes there.
-
-    It is forked from a server that has imported `modules` once, which is what a new process spends its time on.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(modules)
-    process = context.Process(target=_run, args=(job, arguments, moment))
+def start(job: Callable[..., Any], arguments: tuple[Any, ...], moment: Moment | None) -> BaseProcess:
+    """Start a process that runs `job(*arguments)` and dies at `moment`, if it comes there."""
+    process: BaseProcess = SERVER.Process(target=_run, args=(job, arguments, moment))
     process.start()
     return process
 
 
 def _run(job: Callable[..., Any], arguments: tuple[Any, ...], moment: Moment | None) -> None:
+    gc.freeze()
     if moment is not None:
         _lay_in_wait(moment)
     job(*arguments)

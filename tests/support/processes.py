@@ -1,14 +1,18 @@
-"""Starting several processes that train together, as torchrun does, with a hand on each of them.
+"""Starting several processes that work together, as torchrun does, with a hand on each of them.
 
-A fork server imports the package once; what it forks starts to work at once.
+A fork server imports the package and the model libraries once; what it forks starts to work at once.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +20,20 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_S = 240
-_server: Any = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["clora.jobs.train", "clora.jobs.teach", "tests.support.processes"])
+# There is one server, whoever forks. A base's family is imported when the first of its bases is loaded, which would be
+# in each process, and takes longer than most of them have to do.
+FAMILY = "clora.backbones.qwen_image.backbone"
+SERVER: Any = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "clora.jobs.train",
+        "clora.jobs.teach",
+        "clora.jobs.eval_bench",
+        FAMILY,
+        "scipy.ndimage",
+        "tests.support.processes",
+    ]
+)
 
 
 @dataclass
@@ -63,7 +79,7 @@ def start(
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         output = folder / f"process-{rank}.txt"
         output.unlink(missing_ok=True)
-        handle = _server.Process(target=_child, args=(env, output, list(arguments), prepare, tuple(given)))
+        handle = SERVER.Process(target=_child, args=(env, output, list(arguments), prepare, tuple(given)))
         handle.start()
         found.append(Process(handle, output))
     return found
@@ -80,6 +96,7 @@ def _child(
 
     from clora.cli.commands import main
 
+    gc.freeze()  # what the server imported stays, so that no collection need look through it
     os.environ.update(env)
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -127,3 +144,46 @@ def run(
     outputs = "\n".join(f"--- process {rank}\n{p.text}" for rank, p in enumerate(processes))
     assert codes == [0] * world, f"exit codes {codes}\n{outputs}"
     return processes[0].text
+
+
+class Forked:
+    """What an engine asks of `subprocess.Popen`, of a process that is forked: `[PYTHON, -m, MODULE, FD, FOLDER]` or
+    `-c CODE`, with the one socket that is passed on."""
+
+    def __init__(self, command: Sequence[str], *, pass_fds: Sequence[int], env: Mapping[str, str], **_: object) -> None:
+        [number] = pass_fds
+        self.env = env
+        with socket.socket(fileno=os.dup(number)) as passed:
+            self._handle = SERVER.Process(target=_run_program, args=(list(command), passed, dict(env)))
+            self._handle.start()
+
+    @property
+    def pid(self) -> int:
+        pid: int = self._handle.pid
+        return pid
+
+    def poll(self) -> int | None:
+        code: int | None = self._handle.exitcode
+        return code
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._handle.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired("forked", timeout or 0.0)
+        return code
+
+    def kill(self) -> None:
+        self._handle.kill()
+
+
+def _run_program(command: list[str], passed: socket.socket, env: Mapping[str, str]) -> None:
+    gc.freeze()
+    os.setsid()
+    os.environ.update(env)
+    tempfile.tempdir = None  # it is looked up anew
+    _, how, what, _, folder = command
+    sys.argv = [what, str(passed.detach()), folder]
+    if how == "-c":
+        exec(what, {"__name__": "__main__"})
+    else:
+        runpy.run_module(what, run_name="__main__")
