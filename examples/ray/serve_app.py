@@ -60,7 +60,7 @@ class Replica:
 class Unanswered:
     """Around all that a proxy of Ray does, which ends without an answer where a replica has died: this gives the 503.
 
-    Ray sends an answer's head and its body apart, and a replica may die between them, so the head waits for the first
+    Ray may send an answer's head and its body apart, and a replica die between them, so the head waits for the first
     of the body. Bodies, events and disconnects pass as they come.
     """
 
