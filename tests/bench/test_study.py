@@ -26,7 +26,7 @@ from clora.tiny.world.scenes import render, sample_scene
 NAMES = ("sepia", "snow")
 SETTINGS = ("teach.max_train_steps=4", "teach.lr_warmup_steps=1", "train.max_train_steps=4", "train.coarse_steps=2",
             "train.ema_start=2", "train.batch_size=2", "train.anchor_batch_size=2", "train.lr_warmup_steps=1",
-            "targets.max_sources=2")  # fmt: skip
+            "train.learning_rate=0.01", "targets.max_sources=2")  # fmt: skip
 RECIPE = ("objective.p_switch=1",)
 COLLECTION = Row("collection 0", 2, "consistency")
 
