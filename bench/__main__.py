@@ -1,7 +1,8 @@
 """The benches that run as they are: `python -m bench` prints their names, `python -m bench.NAME [--json]` runs one.
 
 Those that need a folder to train in, or that of a finished run (`--run`), are called by hand: `lab.ablation`,
-`lab.baselines`, `lab.extend`, `lab.recipes`, `lab.sharded`, `lab.table1`, `lab.teacher_steps`, `lab.train_settings`.
+`lab.baselines`, `lab.dynamics`, `lab.extend`, `lab.recipes`, `lab.scaling`, `lab.sharded`, `lab.table1`,
+`lab.teacher_steps`, `lab.train_settings`.
 """
 
 from __future__ import annotations
