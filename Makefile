@@ -54,19 +54,32 @@ bench: setup
 torture: setup
 	$(BIN)/python -m tests.support.torture --out bench/results/torture.json
 
-# The queue of the step-level batcher and the reader of safetensors, with an engine written in C++, so that all that
-# runs is instrumented: addresses and undefined behaviour, then races of eight threads.
+# What is written in C++, so that all of it that runs is instrumented: addresses and undefined behaviour, then races of
+# eight threads. The queue and the reader of safetensors have no tensors; the batcher and clora-sample are linked to
+# torch, which is not instrumented itself.
+SANITIZED := $(CXX) -std=c++20 -O1 -g -Wall -Wextra -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread
 QUEUE := csrc/tests/queue_stress.cpp csrc/step_queue.cpp
 READER := csrc/tests/safetensors_fuzz.cpp csrc/safetensors.cpp csrc/json.cpp
-SANITIZED := $(CXX) -std=c++20 -O1 -g -Wall -Wextra -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread
-sanitize:
-	mkdir -p build/sanitize
-	$(SANITIZED) -fsanitize=address,undefined -o build/sanitize/queue_address $(QUEUE)
-	$(SANITIZED) -fsanitize=thread -o build/sanitize/queue_thread $(QUEUE)
-	$(SANITIZED) -fsanitize=address,undefined -o build/sanitize/reader_address $(READER)
-	build/sanitize/reader_address build/sanitize 20000
-	build/sanitize/queue_address 10000 8
-	build/sanitize/queue_thread 10000 8
+ENGINE := csrc/batcher.cpp csrc/sample.cpp csrc/step_queue.cpp csrc/steps.cpp
+SAMPLE := csrc/clora_sample.cpp csrc/aoti.cpp csrc/json.cpp csrc/safetensors.cpp csrc/sha256.cpp
+TORCH = $(shell $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+WITH_TORCH = -ffp-contract=off -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include \
+  -L$(TORCH)/lib -Wl,-rpath,$(TORCH)/lib -Wl,--allow-shlib-undefined -ltorch -ltorch_cpu -lc10
+BUILT := build/sanitize
+sanitize: setup
+	mkdir -p $(BUILT)
+	$(SANITIZED) -fsanitize=address,undefined -o $(BUILT)/queue_address $(QUEUE)
+	$(SANITIZED) -fsanitize=thread -o $(BUILT)/queue_thread $(QUEUE)
+	$(SANITIZED) -fsanitize=address,undefined -o $(BUILT)/reader_address $(READER)
+	$(BUILT)/reader_address $(BUILT) 20000
+	$(BUILT)/queue_address 10000 8
+	$(BUILT)/queue_thread 10000 8
+	$(SANITIZED) -fsanitize=address,undefined -o $(BUILT)/batcher_address csrc/tests/batcher_stress.cpp $(ENGINE) $(WITH_TORCH)
+	$(BUILT)/batcher_address 10000 8
+	$(SANITIZED) -fsanitize=thread -o $(BUILT)/batcher_thread csrc/tests/batcher_stress.cpp $(ENGINE) $(WITH_TORCH)
+	$(BUILT)/batcher_thread 10000 8
+	$(SANITIZED) -fsanitize=address,undefined -o $(BUILT)/clora-sample $(SAMPLE) $(ENGINE) $(WITH_TORCH)
+	CLORA_SAMPLE=$(BUILT)/clora-sample $(BIN)/python -m pytest -q tests/export -k clora_sample
 
 clean:
 	rm -rf .venv build dist runs

@@ -70,7 +70,7 @@ def open_folders(place: Path | None, base: str, formats: Sequence[Format]):  # t
         for form in formats:
             if not (folder / form).is_dir():
                 export(ExportRequest(folder / form, form, base, num_edits=1))
-        yield {form: open_artefact(folder / form) for form in formats}
+        yield {form: open_artefact(folder / form, device="cpu") for form in formats}
 
 
 def sampling_of(artefact: Artefact) -> Sampling:

@@ -78,7 +78,9 @@ def engine_results(size: str, target: str | None, rounds: int) -> Iterator[dict[
         if why := why_not_here(engine):
             yield {"why_not_run": why}
         else:
-            yield run_beside(open_engine(folder, engine), random_network(size), inputs_of(size, tokens), rounds)
+            yield run_beside(
+                open_engine(folder, engine, torch.device("cuda")), random_network(size), inputs_of(size, tokens), rounds
+            )
 
 
 @torch.no_grad()

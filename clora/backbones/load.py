@@ -60,6 +60,17 @@ def load_backbone(
     raise _unknown_family(base, pipeline)
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one. Raises `InputError` for one that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"device: {name!r} is no device; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs); give cpu")
+    return device
+
+
 def served_network(backbone: Backbone, sigmas: Tensor, rotate: Rotate | None = None) -> nn.Module:
     """The backbone's transformer, without adapters, as the network that artefacts hold: at these noise levels alone,
     in a form that can be exported (`qwen_image.served.ServedNetwork`). It shares the weights.

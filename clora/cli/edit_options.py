@@ -37,7 +37,7 @@ Dtype = Annotated[
 ]
 Artefact = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Folder of `clora export`, in place of a LoRA; runs on the CPU."),
+    typer.Option(metavar="DIR", help="Folder of `clora export`, in place of a LoRA."),
 ]
 Key = Annotated[
     Path | None, typer.Option(metavar="PUB", help="Of --artefact: public key in PEM, which must have signed it.")

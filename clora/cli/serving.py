@@ -20,7 +20,9 @@ def serve(
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys; without, none are asked for.")] = None,
     open_to_all: Annotated[bool, typer.Option("--open-to-all", help="Bind elsewhere without keys.")] = False,
     name: Annotated[str | None, typer.Option(help="Of the model, in /v1/models; default: clora.")] = None,
-    device: Annotated[str | None, typer.Option(help="Of a collection: cpu, cuda or cuda:N.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one and an artefact can use it.")
+    ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, typer.Option(help="Of a collection; default: as `clora edit`.")
     ] = None,

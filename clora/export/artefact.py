@@ -1,4 +1,4 @@
-"""An artefact opened: its velocity, at the noise levels of its schedule.
+"""An artefact opened on its device: its velocity, at the noise levels of its schedule.
 
 Shape legend: B batch, T image tokens, C latent channels per token.
 """
@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from clora.backbones.base import Backbone
 from clora.backbones.cond import VaeGraph
-from clora.backbones.load import load_backbone, rotary_positions, served_network
+from clora.backbones.load import choose_device, load_backbone, rotary_positions, served_network
 from clora.config import base_identity
 from clora.errors import InputError
 from clora.export.aoti import open_aoti
-from clora.export.graph import Run
+from clora.export.graph import Run, run_on
 from clora.export.graph_velocity import GraphVelocity
 from clora.export.manifest import Manifest, check_folder
 from clora.export.onnx_graph import has_runtime, open_onnx
@@ -30,18 +30,20 @@ from clora.inference.batching import Served
 from clora.lora.catalogue import Catalogue
 from clora.method.flow import Velocity, few_step_sigmas
 
+MADE_FOR = {"aoti": "cpu", "onnx": "cpu", "tensorrt": "cuda"}  # merged weights go anywhere
 LIBRARIES = ("clora", "diffusers", "numpy", "onnx", "onnxruntime", "torch", "transformers")
 
 
 @dataclass(frozen=True, eq=False)
 class Artefact:
     """`velocity` is (x (B, T, C), sigma (B,), cond) -> (B, T, C), as `Backbone.velocity` without slots; `vae` encodes
-    and decodes in place of the base's, where the artefact has graphs of it."""
+    and decodes in place of the base's, where the artefact has graphs of it. `device`: of the network's weights."""
 
     folder: Path
     manifest: Manifest
     catalogue: Catalogue
     opened: GraphVelocity | Backbone
+    device: torch.device
     vae: tuple[VaeGraph, VaeGraph] | None = None
 
     @property
@@ -54,29 +56,44 @@ class Artefact:
         graph, manifest = self.opened, self.manifest
         sigmas = few_step_sigmas(manifest.num_steps, manifest.shift)
         if not isinstance(graph, GraphVelocity):
-            graph = _graph_velocity(served_network(graph, sigmas), self.folder, manifest, str(self.folder))
+            run = run_on(served_network(graph, sigmas), self.device)
+            graph = _graph_velocity(run, self.folder, manifest, str(self.folder))
         return Served(
             graph.run, graph.conditions, sigmas, manifest.sampler, graph.dtype, most_batch=manifest.limits.batch
         )
 
 
-def open_artefact(folder: Path, base: str | None = None, key: Path | None = None) -> Artefact:
-    """Check every file of an artefact, then open it on the CPU. `base` says where its base is now, None: where it was.
-    With a public `key` it must be signed by its owner.
+def open_artefact(
+    folder: Path, base: str | None = None, key: Path | None = None, device: str | None = None
+) -> Artefact:
+    """Check every file of an artefact, then open it on its device (`device_of`). `base` says where its base is now,
+    None: where it was. With a public `key` it must be signed by its owner.
 
-    Raises `InputErrors` as `check_folder` does, and `InputError` for one that was made for another machine or torch;
-    nothing of the folder is loaded before that.
+    Raises `InputErrors` as `check_folder` does, and `InputError` for one that was made for another machine or torch or
+    cannot be on that device; nothing of the folder is loaded before that.
     """
-    return open_files(folder, check_folder(folder, key), base)
+    manifest = check_folder(folder, key)
+    return open_files(folder, manifest, base, device_of(folder, manifest, device))
 
 
-def open_files(folder: Path, manifest: Manifest, base: str | None = None) -> Artefact:
-    """`open_artefact` for files that are known to be what `manifest` says; raises as it does for the rest."""
+def open_files(folder: Path, manifest: Manifest, base: str | None, device: torch.device | None = None) -> Artefact:
+    """`open_artefact` for files that are known to be what `manifest` says; raises as it does for the rest. `device`
+    None: the CPU, where the eager model is that it is compared with; an engine's GPU."""
     catalogue = check_fit(folder, manifest)
-    opened = _open(folder, manifest, base or manifest.base)
+    device = device or device_of(folder, manifest, None if manifest.engine else "cpu")
+    opened = _open(folder, manifest, base or manifest.base, device)
     has_vae = manifest.format != "merged" and manifest.components.get("vae") == "artefact"
     vae = open_vae(folder, manifest.format, manifest.dtype) if has_vae else None
-    return Artefact(folder, manifest, catalogue, opened, vae)
+    return Artefact(folder, manifest, catalogue, opened, device, vae)
+
+
+def device_of(folder: Path, manifest: Manifest, name: str | None) -> torch.device:
+    """Where an artefact runs, with the encoders around it: the device of that name, None: a GPU if there is one and it
+    can run there. `InputError` for a device that is not there, or that it was not made for."""
+    kind = MADE_FOR.get(manifest.format)
+    if kind is not None and name is not None and name.split(":")[0] != kind:
+        raise InputError(f"device: {folder} is code for {kind}, not for {name}; leave it out")
+    return choose_device("cpu" if kind == "cpu" else name)
 
 
 def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
@@ -90,10 +107,11 @@ def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
 
 
 def open_encoders(artefact: Artefact, base: str) -> Backbone:
-    """What surrounds an artefact's network, on the CPU: the base's text encoder, and its VAE where the artefact has
+    """What surrounds an artefact's network, on its device: the base's text encoder, and its VAE where the artefact has
     none of its own."""
     components = ("vae", "text_encoder") if artefact.vae is None else ("text_encoder",)
-    backbone = load_backbone(base, "cpu", getattr(torch, artefact.manifest.encoder_precision), components)
+    dtype = getattr(torch, artefact.manifest.encoder_precision)
+    backbone = load_backbone(base, artefact.device, dtype, components)
     if artefact.vae is not None:
         backbone.use_vae_graphs(*artefact.vae)
     return backbone
@@ -176,14 +194,14 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _open(folder: Path, manifest: Manifest, base: str) -> GraphVelocity | Backbone:
+def _open(folder: Path, manifest: Manifest, base: str, device: torch.device) -> GraphVelocity | Backbone:
     if manifest.format == "merged":
-        backbone = load_backbone(folder, "cpu", manifest.dtype, ("transformer",))
+        backbone = load_backbone(folder, device, manifest.dtype, ("transformer",))
         backbone.use_kernels("auto")
         return backbone
     run: Run
     if manifest.engine is not None:
-        run = open_engine(folder, manifest.engine)
+        run = open_engine(folder, manifest.engine, device)
     else:
         run = open_aoti(folder) if manifest.format == "aoti" else open_onnx(folder)
     return _graph_velocity(run, folder, manifest, base)

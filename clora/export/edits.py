@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from clora.errors import raise_faults
-from clora.export.artefact import base_of, check_sampling, open_artefact, open_encoders
+from clora.errors import InputError, raise_faults
+from clora.export.artefact import base_of, check_sampling, device_of, open_artefact, open_encoders
 from clora.export.manifest import COLLECTION, read_manifest
 from clora.inference.edit_plan import EditRequest
 from clora.inference.editor import Editor
@@ -14,7 +14,7 @@ from clora.inference.sampling import few_step_sampling
 
 
 def artefact_request(request: EditRequest, folder: Path, key: Path | None = None) -> EditRequest:
-    """The request with what the artefact in `folder` decides: base and collection, steps, precision, the CPU.
+    """The request with what the artefact in `folder` decides: base and collection, steps, precision, device.
 
     Only its manifest is read. Raises `InputErrors` with every option that an artefact has no choice of.
     """
@@ -24,10 +24,12 @@ def artefact_request(request: EditRequest, folder: Path, key: Path | None = None
         for name, given in (("lora", request.lora), ("dtype", request.dtype))
         if given is not None
     ]
-    if request.device not in (None, "cpu"):
-        faults.append(f"device: {folder} runs on the CPU, not on {request.device}; leave it out")
     if request.batch_size > manifest.limits.batch:
         faults.append(f"batch_size: {folder} takes {manifest.limits.batch} at most; make it smaller")
+    try:
+        device = device_of(folder, manifest, request.device)
+    except InputError as error:
+        faults += error.faults
     raise_faults(faults)
     check_sampling(folder, manifest, request.steps, request.guidance)
     return replace(
@@ -36,14 +38,14 @@ def artefact_request(request: EditRequest, folder: Path, key: Path | None = None
         lora=folder / COLLECTION,
         steps=None,
         guidance=None,
-        device="cpu",
+        device=str(device),
         dtype=manifest.encoder_precision,
     )
 
 
-def artefact_editor(folder: Path, base: str, key: Path | None = None) -> Editor:
+def artefact_editor(folder: Path, base: str, key: Path | None = None, device: str | None = None) -> Editor:
     """The artefact in `folder`, checked and opened, between the encoders and the decoder of `base`."""
-    artefact = open_artefact(folder, base, key)
+    artefact = open_artefact(folder, base, key, device)
     backbone, manifest = open_encoders(artefact, base), artefact.manifest
     sampling = few_step_sampling(manifest.num_steps, manifest.shift, manifest.sampler)
     return Editor(backbone, artefact.catalogue, sampling, has_lora=True, velocity=artefact.velocity)

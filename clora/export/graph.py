@@ -17,10 +17,22 @@ from torch.export import Dim, ExportedProgram
 from clora.export.manifest import Limits
 
 Run = Callable[..., Tensor]
-"""(x, refs, text, cos, sin, step, text_len) -> velocity: an opened graph, or the network itself."""
+"""(x, refs, text, cos, sin, step, text_len) -> velocity: an opened graph, or the network itself. Inputs may be on any
+device, the velocity is on that of x."""
 
 INPUTS = ("x", "refs", "text", "cos", "sin", "step", "text_len")
 OUTPUT = "velocity"
+
+
+def run_on(network: nn.Module, device: torch.device) -> Run:
+    """A network whose weights are on `device` as a `Run`."""
+
+    @torch.no_grad()
+    def run(*inputs: Tensor) -> Tensor:
+        velocity: Tensor = network(*(one.to(device) for one in inputs))
+        return velocity.to(inputs[0].device)
+
+    return run
 
 
 @dataclass(frozen=True)

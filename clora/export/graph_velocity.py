@@ -48,10 +48,10 @@ class GraphVelocity:
         return self.run(x_BTC.to(self.dtype), refs, text, cos, sin, step, torch.tensor(lengths)).to(x_BTC.dtype)
 
     def conditions(self, cond: Cond) -> Conditions:
-        """What the graph takes besides x and step, for a condition of batch 1; raises `InputError` for sizes beyond the
-        limits."""
+        """What the graph takes besides x and step, for a condition of batch 1, on the CPU, where the batcher gathers
+        its batches; raises `InputError` for sizes beyond the limits."""
         refs, text, cos, sin, lengths = self._inputs(cond.grid[0] * cond.grid[1], cond)
-        return Conditions(refs[0], text[0], cos, sin, lengths[0])
+        return Conditions(refs[0].cpu(), text[0].cpu(), cos, sin, lengths[0])
 
     def _inputs(self, tokens: int, cond: Cond) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, ...]]:
         """refs, text, cos, sin and the lengths of the texts, for a result of so many tokens."""
@@ -67,9 +67,9 @@ class GraphVelocity:
         return torch.cat(cond.refs, dim=1).to(self.dtype), text, *positions, lengths
 
     def _steps(self, sigma_B: Tensor) -> Tensor:
-        """The number of each noise level in the schedule, int64 (B,)."""
+        """The number of each noise level in the schedule, int64 (B,), on the CPU."""
         levels = few_step_sigmas(self.num_steps, self.shift)
-        found = sigma_B.float()[:, None] == levels
+        found = sigma_B.float().cpu()[:, None] == levels
         if not found.any(dim=1).all():
             odd = sigma_B[~found.any(dim=1)][0].item()
             raise InputError(

@@ -192,15 +192,16 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def why_not_here(engine: Engine) -> str | None:
-    """Why this machine cannot load an engine, in half a sentence; None where it should."""
+def why_not_here(engine: Engine, device: torch.device | None = None) -> str | None:
+    """Why this machine's GPU `device` (None: the first) cannot load an engine, in half a sentence; None where it
+    should."""
     try:
         trt = import_library(engine.library)
     except InputError:
         return f"{engine.library} {engine.version} is not installed here"
     if str(trt.__version__) != engine.version:
         return f"it runs in {engine.library} {engine.version} alone, this is {trt.__version__}"
-    here = this_target()
+    here = this_target(device)
     if here is None:
         return f"it was built for a GPU ({engine.target}), and this machine has none with a driver"
     if here != engine.target:
@@ -208,49 +209,63 @@ def why_not_here(engine: Engine) -> str | None:
     return None
 
 
-def open_engine(folder: Path, engine: Engine, budget: int | None = None) -> Run:
-    """The engine in a checked folder, on this machine's GPU: this runs its code.
+def open_engine(folder: Path, engine: Engine, device: torch.device, budget: int | None = None) -> Run:
+    """The engine in a checked folder, on a GPU: this runs its code.
 
     `budget`: bytes of weights that stay in GPU memory, of an engine with weight streaming. Raises `InputError` where
     it does not load.
     """
-    if why := why_not_here(engine):
+    if why := why_not_here(engine, device):
         raise InputError(f"{folder}: its engine does not load here, {why}; use it where it fits, or export again")
     trt = import_library(engine.library)
     log = BuildLog(trt)
-    loaded = trt.Runtime(log.logger).deserialize_cuda_engine((folder / ENGINE).read_bytes())
-    if loaded is None:
-        raise InputError(f"{folder}: its engine does not load ({log.faults()}); export again on this machine")
-    if engine.weight_streaming and budget is not None:
-        loaded.weight_streaming_budget_v2 = budget
-    return EngineRun(folder, engine, loaded, loaded.create_execution_context())
+    with torch.cuda.device(device):
+        loaded = trt.Runtime(log.logger).deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        if loaded is None:
+            raise InputError(f"{folder}: its engine does not load ({log.faults()}); export again on this machine")
+        if engine.weight_streaming and budget is not None:
+            loaded.weight_streaming_budget_v2 = budget
+        return EngineRun(folder, engine, loaded, device)
 
 
 class EngineRun:
-    """An engine and its context, as a `Run`: tensors of the CPU in, velocity on the CPU out."""
+    """An engine on `device` as a `Run`, in a stream of its own: in the default one TensorRT would wait for all that the
+    GPU does, encoders included. One call at a time."""
 
-    def __init__(self, folder: Path, engine: Engine, loaded: Any, context: Any) -> None:
-        self.folder, self.engine, self.loaded, self.context = folder, engine, loaded, context
+    def __init__(self, folder: Path, engine: Engine, loaded: Any, device: torch.device) -> None:
+        self.folder, self.engine, self.device = folder, engine, device
+        self.loaded, self.context = loaded, loaded.create_execution_context()
+        self.stream = torch.cuda.Stream(device)
         self.profile = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         x, refs, text = inputs[:3]
-        stream = torch.cuda.current_stream()
         profile = fitting_profile(self.engine.profiles, (len(x), x.shape[1], refs.shape[1], text.shape[1]))
         if profile is None:
             raise InputError(f"{self.folder}: sizes beyond its engine's profiles; make batch or images smaller")
+        with torch.cuda.device(self.device):
+            callers = torch.cuda.current_stream()
+            self.stream.wait_stream(callers)  # which may still be making the inputs
+            with torch.cuda.stream(self.stream):
+                velocity = self._run(profile, inputs)
+            callers.wait_stream(self.stream)
+            velocity.record_stream(callers)
+            return velocity.to(x.device)
+
+    def _run(self, profile: int, inputs: tuple[Tensor, ...]) -> Tensor:
+        handle = self.stream.cuda_stream
         if profile != self.profile:
-            self.context.set_optimization_profile_async(profile, stream.cuda_stream)
+            self.context.set_optimization_profile_async(profile, handle)
             self.profile = profile
-        on_gpu = [value.contiguous().cuda(non_blocking=True) for value in inputs]
+        on_gpu = [value.contiguous().to(self.device, non_blocking=True) for value in inputs]
         for name, value in zip(INPUTS, on_gpu, strict=True):
             self.context.set_input_shape(name, tuple(value.shape))
             self.context.set_tensor_address(name, value.data_ptr())
         velocity = torch.empty_like(on_gpu[0])
         self.context.set_tensor_address(OUTPUT, velocity.data_ptr())
-        if not self.context.execute_async_v3(stream.cuda_stream):
+        if not self.context.execute_async_v3(handle):
             raise RuntimeError(f"{self.folder}: its engine failed")
-        return velocity.to(x.device)
+        return velocity
 
 
 def fitting_profile(profiles: tuple[Profile, ...], sizes: tuple[int, int, int, int]) -> int | None:

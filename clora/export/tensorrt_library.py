@@ -55,11 +55,11 @@ def check_target(target: str | None) -> None:
         raise InputError(f"target {target}: TensorRT for RTX builds for {', '.join(known)}; name one of them")
 
 
-def this_target() -> str | None:
-    """The compute capability of this machine's GPU, as in SM90; None without one."""
+def this_target(device: torch.device | None = None) -> str | None:
+    """The compute capability of this machine's GPU `device` (None: the first), as in SM90; None without one."""
     if not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return f"SM{major}{minor}"
 
 

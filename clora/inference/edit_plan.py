@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from clora.backbones.load import result_size
+from clora.backbones.load import choose_device, result_size
 from clora.config import collection_lora
 from clora.data.images import load_image
 from clora.errors import InputError, raise_faults
@@ -81,7 +81,7 @@ def plan_edit(request: EditRequest) -> EditPlan:
         _attempt(faults, check_output, path)
     prompts = _attempt(faults, _prompts_of, request)
     base = _attempt(faults, _base_of, request)
-    device = _attempt(faults, _device, request.device)
+    device = _attempt(faults, choose_device, request.device)
     raise_faults(faults)
     assert paths is not None and prompts is not None and base is not None and device is not None
 
@@ -127,16 +127,6 @@ def _made_sizes(base: str, paths: Sequence[Path], sizes: Sequence[Size]) -> list
             faults.append(f"{path}: {error}")
     raise_faults(faults)
     return found
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(f"device: {name!r} is no device; give cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs); give cpu")
-    return device
 
 
 def _prompts_of(request: EditRequest) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ def edit_files(
     place: Place = Sheet(plan) if request.grid else Files(plan)
     total = len(plan.jobs)
     try:
-        editor = _open_editor(plan) if artefact is None else artefact_editor(artefact, plan.base, key)
+        editor = _open_editor(plan) if artefact is None else artefact_editor(artefact, plan.base, key, request.device)
         for index, picture in track(run(editor, plan), "editing", total, console=console, transient=True):
             place.add(index, picture)
         place.close()

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clora.backbones.load import linear_shapes, load_backbone, rotary_positions, served_network
+from clora.backbones.load import choose_device, linear_shapes, load_backbone, rotary_positions, served_network
 from clora.config import collection_lora, resolve_base
 from clora.errors import InputError
 from clora.export.artefact import base_of, open_artefact, open_encoders
+from clora.export.graph import run_on
 from clora.export.graph_velocity import GraphVelocity
 from clora.export.manifest import COLLECTION, LIMITS, read_manifest
 from clora.inference.batching import Served, StepBatcher
@@ -61,8 +62,8 @@ def open_model(settings: Settings, encoders: OpenEncoders | None = None) -> Part
     """The model that the settings name: an artefact, else a collection, else the collection that the base brings along.
 
     A collection is merged into its base in memory, on `device` in `dtype` (as `clora edit` chooses them), between the
-    `encoders` of the base; an artefact runs on the CPU in its own precision. Raises `InputError` as `open_artefact`,
-    `read_lora` and `load_backbone` do.
+    `encoders` of the base; an artefact runs in its own precision, on a device that it was made for. Raises `InputError`
+    as `open_artefact`, `read_lora` and `load_backbone` do.
     """
     if settings.artefact is not None and settings.collection is not None:
         raise InputError("artefact and collection are both given; serve one of them")
@@ -80,12 +81,11 @@ def open_model(settings: Settings, encoders: OpenEncoders | None = None) -> Part
 
 
 def _open_artefact(settings: Settings, folder: Path) -> Parts:
-    for name in ("device", "dtype"):
-        if getattr(settings, name) is not None:
-            raise InputError(f"{name}: is the artefact's own, {folder} cannot take another; leave it out")
+    if settings.dtype is not None:
+        raise InputError(f"dtype: is the artefact's own, {folder} cannot take another; leave it out")
     manifest = read_manifest(folder, settings.signed_by)
     base = base_of(folder, manifest, settings.base)
-    artefact = open_artefact(folder, base, settings.signed_by)
+    artefact = open_artefact(folder, base, settings.signed_by, settings.device)
     found = _collection(artefact.catalogue, file_digest(folder / COLLECTION).hex())
     own = Encoders(open_encoders(artefact, base))
     return Parts(_offer(settings, found, own), own, _starter(artefact.served(), settings), _places(folder, base))
@@ -98,14 +98,14 @@ def _open_encoders(base: str, device: torch.device, dtype: torch.dtype) -> Encod
 def _open_merged(settings: Settings, base: str | None, collection: Path, encoders: OpenEncoders) -> Parts:
     catalogue = read_catalogue(collection)
     base = base or catalogue.base
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(settings.device)
     precision = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     dtype = getattr(torch, precision)
     schedule = catalogue.schedule
     sigmas = few_step_sigmas(schedule.num_steps, schedule.shift)
     network = _merged_network(base, collection, device, dtype, sigmas)
     positions = partial(rotary_positions, base)
-    run = _on_device(network, device)
+    run = run_on(network, device)
     graph = GraphVelocity(run, str(collection), positions, schedule.num_steps, schedule.shift, LIMITS, dtype)
     served = Served(graph.run, graph.conditions, sigmas, catalogue.sampler, dtype, LIMITS.batch)
     around = encoders(base, device, dtype)
@@ -123,17 +123,6 @@ def _merged_network(base: str, collection: Path, device: torch.device, dtype: to
         on_device = replace(module, A=module.A.to(device), B=module.B.to(device))
         weight.copy_(merge_weight_once(weight, on_device, dtype)[0])
     return served_network(backbone, sigmas)
-
-
-def _on_device(network: nn.Module, device: torch.device) -> Callable[..., Tensor]:
-    """The network for the batcher, whose tensors are on the CPU."""
-
-    @torch.no_grad()
-    def run(*inputs: Tensor) -> Tensor:
-        velocity: Tensor = network(*(one.to(device) for one in inputs))
-        return velocity.cpu()
-
-    return run
 
 
 def _collection(catalogue: Catalogue, digest: str) -> Collection:

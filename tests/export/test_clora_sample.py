@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import struct
@@ -21,11 +22,12 @@ from torch import Tensor
 from clora.cli.sample_program import program
 
 RNG = np.random.default_rng(0)
+PROGRAM = os.environ.get("CLORA_SAMPLE") or str(program())  # `make sanitize` names a build of its own
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """In an empty environment: no Python, no library path."""
-    command = [str(program()), *map(str, arguments)]
+    command = [PROGRAM, *map(str, arguments)]
     return subprocess.run(command, env={}, capture_output=True, text=True, timeout=120)
 
 
@@ -189,6 +191,7 @@ def test_clora_sample_refuses_a_package_that_does_not_say_its_sizes(tmp_path: Pa
     assert found.stderr == f"clora-sample: {package}: does not say what sizes it takes; export again\n"
 
 
+@pytest.mark.skipif("CLORA_SAMPLE" in os.environ, reason="a sanitizer's own tables take more memory than may be had")
 def test_clora_sample_draws_no_noise_for_a_grid_that_does_not_fit(tmp_path: Path) -> None:
     """A file of a kilobyte asks for the noise of 16 million tokens: half a gigabyte, and as much again to order it. It
     is refused where no more than 300 MB may be taken."""
@@ -198,7 +201,7 @@ def test_clora_sample_draws_no_noise_for_a_grid_that_does_not_fit(tmp_path: Path
 
     path = tmp_path / "in.safetensors"
     save_file(some_conditions() | {"grid": torch.tensor([4096, 4096])}, path)
-    command = [str(program()), "--package", "none.pt2", "--sigmas", "1", "--conditions", str(path), "--output", "out"]
+    command = [PROGRAM, "--package", "none.pt2", "--sigmas", "1", "--conditions", str(path), "--output", "out"]
     found = subprocess.run(command, env={}, capture_output=True, text=True, preexec_fn=limit)
     assert found.returncode == 2 and "not the positions of its tokens" in found.stderr
 

@@ -14,12 +14,15 @@ from PIL import Image
 
 from clora.errors import InputError
 from clora.export import edits
-from clora.export.artefact import open_artefact
+from clora.export.artefact import device_of, open_artefact
+from clora.export.manifest import read_manifest
 from clora.export.verify import picture
 from clora.inference.batching import StepBatcher
 from clora.inference.edit_plan import EditRequest
 from clora.inference.editor import Encoded
 from clora.jobs.edit import edit_files
+
+FORMATS = ("merged", "aoti", "onnx", "tensorrt")
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_step_batcher_makes_the_image_that_edit_makes_of_a_seed(merged: Path) ->
         ({"guidance": 2.0}, "guidance: .* samples without it, 2 was given"),
         ({"lora": Path("x.safetensors")}, "lora: is the artefact's own"),
         ({"dtype": "bfloat16"}, "dtype: is the artefact's own"),
-        ({"device": "cuda"}, "device: .* runs on the CPU, not on cuda"),
+        ({"device": "cuda:99"}, "device: cuda:99 is not there"),
         ({"batch_size": 64}, "batch_size: .* takes 32 at most"),
         ({"effects": ("sepa",)}, "effect 'sepa' is not in the collection; did you mean 'sepia'"),
     ],
@@ -71,6 +74,21 @@ def test_artefact_request_names_what_an_artefact_cannot(
     with pytest.raises(InputError, match=message):
         edit_files(replace(request_, **values), artefact=merged)
     assert not request_.output.exists()
+
+
+def test_device_of_is_what_an_artefacts_code_was_made_for(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = {form: read_manifest(merged).model_copy(update={"format": form}) for form in FORMATS}
+    for gpus in (0, 2):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        found = {form: str(device_of(merged, manifest, None)) for form, manifest in manifests.items()}
+        own = "cuda" if gpus else "cpu"
+        assert found == {"merged": own, "aoti": "cpu", "onnx": "cpu", "tensorrt": own}  # an engine does not open there
+    assert str(device_of(merged, manifests["tensorrt"], "cuda:1")) == "cuda:1"
+    assert str(device_of(merged, manifests["merged"], "cpu")) == "cpu"
+    for form, name in (("aoti", "cuda"), ("onnx", "cuda:1"), ("tensorrt", "cpu")):
+        with pytest.raises(InputError, match=f"device: .* is code for .*, not for {name}; leave it out"):
+            device_of(merged, manifests[form], name)
 
 
 def test_artefact_request_refuses_a_folder_that_is_none(request_: EditRequest, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from clora import _C
 from clora.backbones.cond import Cond, cat_conds, make_cond
-from clora.cli.sample_program import program
 from clora.errors import InputError
 from clora.export import artefact as opening
 from clora.export import build as building
@@ -34,6 +33,7 @@ from clora.jobs.edit import edit_files
 from clora.jobs.export import ExportRequest, export
 from clora.jobs.verify import verify_artefact
 from clora.method.samplers import draw_noise, few_step_sample, noise_generators, ode_sample
+from tests.export.test_clora_sample import PROGRAM
 
 pytestmark = pytest.mark.slow
 FORMATS: tuple[Format, ...] = ("aoti", "onnx")
@@ -131,7 +131,7 @@ def test_clora_sample_makes_what_python_makes(artefact: Artefact, tmp_path: Path
     def run(*network: object, **more: Tensor) -> Tensor:
         save_file(tensors | more, tmp_path / "in.safetensors")
         files = ("--conditions", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors")
-        command = list(map(str, (program(), *network, *files, "--threads", 1)))
+        command = list(map(str, (PROGRAM, *network, *files, "--threads", 1)))
         subprocess.run(command, env={}, check=True, timeout=120)
         assert not list(tmp_path.glob("*.part"))
         return load_file(tmp_path / "out.safetensors")["x0"]

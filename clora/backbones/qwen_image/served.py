@@ -132,7 +132,7 @@ def modulation_signal(transformer: Any, sigmas: Tensor) -> Tensor:
     timestep = (levels.float() * 1000).to(dtype) / 1000
     embed = transformer.time_text_embed
     first, second = embed.timestep_embedder.linear_1, embed.timestep_embedder.linear_2
-    sines: Tensor = embed.time_proj(timestep).to(dtype).double()
+    sines: Tensor = embed.time_proj(timestep).to(first.weight.device, dtype).double()
     signal: Tensor = F.silu(_linear(second, F.silu(_linear(first, sines))))
     return signal
 

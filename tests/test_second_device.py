@@ -1,0 +1,112 @@
+"""What is taught, trained, edited and served on another device is, value by value, what the CPU makes of it.
+
+The device is a simulated one (`tests.support.second_device`): it finds what was left on the wrong device, on machines
+that have no GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from clora.jobs.export import ExportRequest, export
+from clora.serve.load import open_model
+from clora.serve.models import Model
+from clora.serve.settings import Batches, Settings
+from tests.support import second_device
+from tests.support.processes import SERVER, run
+from tests.support.random_base import write_random_base
+from tests.support.random_collection import write_random_collection
+from tests.support.small_job import NAMES, write_config, write_dataset
+
+pytestmark = pytest.mark.slow
+DEVICES = ("cpu", second_device.NAME)
+
+
+def prepare(device: str) -> None:
+    """Every process uses the same attention: kernels of torch's own are for devices that it knows."""
+    torch.backends.cuda.enable_flash_sdp(False)
+    if device == second_device.NAME:
+        second_device.use()
+
+
+def clora(device: str, folder: Path, *arguments: object) -> None:
+    run(1, list(map(str, arguments)), folder / "output", prepare, [device])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_base(tmp_path_factory.mktemp("base") / "base", num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def collection(base: Path) -> Path:
+    return write_random_collection(base, base.parent / "collection.safetensors")
+
+
+@pytest.fixture(scope="module")
+def merged(base: Path, collection: Path) -> Path:
+    folder = base.parent / "merged"
+    export(ExportRequest(folder, "merged", str(base), collection, num_edits=1))
+    return folder
+
+
+def test_teach_train_and_eval_on_another_device_are_those_of_the_cpu(base: Path, tmp_path: Path) -> None:
+    data, made = write_dataset(tmp_path / "data"), {}
+    for device in DEVICES:
+        out = tmp_path / device
+        config = write_config(tmp_path / f"{device}.yaml", base, data, out)
+        clora(device, out, "teach", config)
+        clora(device, out, "train", config, "train.max_train_steps=4", "objective.imitation_weight=0.1")
+        files = [out / "collection.safetensors", *(out / "teachers" / f"{name}.safetensors" for name in NAMES)]
+        made[device] = [load_file(path) for path in files]
+        clora(device, out, "eval", config, "--lora", out / "collection.safetensors")
+    for here, there in zip(*made.values(), strict=True):
+        assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_edit_on_another_device_is_that_of_the_cpu(base: Path, collection: Path, merged: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(source)
+    networks = (["--base", base, "--lora", collection, "--dtype", "float32"], ["--artefact", merged])
+    for number, network in enumerate(networks):
+        pictures = []
+        for device in DEVICES:
+            result = tmp_path / f"{device}-{number}.png"
+            options = ("--image", source, "--effect", "a", "--seed", 3, "--device", device, "--output", result)
+            clora(device, tmp_path, "edit", *network, *options)
+            pictures.append(result.read_bytes())
+        assert pictures[0] == pictures[1]
+
+
+def serve_once(device: str, settings: Settings, place: Path) -> None:
+    """Latents and picture of one request, as the server makes them."""
+    prepare(device)
+    model = Model(open_model(settings), Batches(), 100, lambda *_: None)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    cond = model.encode((picture,), "paint it").result(60)
+    assert cond.text_BLD.device.type == device
+    x0_TC = model.denoise(cond, 3, "a", 60, None).result(60)
+    np.savez(place, x0=x0_TC.numpy(), pixels=np.asarray(model.decode(x0_TC, cond.grid).result(60)))
+    model.close()
+
+
+def test_serve_on_another_device_is_that_of_the_cpu(base: Path, collection: Path, merged: Path, tmp_path: Path) -> None:
+    for number, what in enumerate(({"base": str(base), "collection": collection}, {"artefact": merged})):
+        made = []
+        for device in DEVICES:
+            place = tmp_path / f"{device}-{number}.npz"
+            dtype = {} if "artefact" in what else {"dtype": "float32"}
+            settings = Settings.model_validate({"device": device, "thumbnails": False, **dtype, **what})
+            process = SERVER.Process(target=serve_once, args=(device, settings, place))
+            process.start()
+            process.join(120)
+            assert process.exitcode == 0
+            made.append(np.load(place))
+        for name in ("x0", "pixels"):
+            np.testing.assert_array_equal(made[0][name], made[1][name])
