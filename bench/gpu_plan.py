@@ -63,7 +63,9 @@ ON_CPU = tuple(
 )
 _PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "-rf")
 # Only files that hold tests of a GPU: the others may import packages that the machine lacks.
-_HOLDING = ("tests/kernels", "tests/backbones", "tests/lora", "tests/method", "tests/training")
+_HOLDING = (
+    "tests/kernels", "tests/backbones", "tests/lora", "tests/method", "tests/training", "tests/test_second_device.py",
+)  # fmt: skip
 _SANITIZED = ("-o", "timeout=0", "-m", "gpu", "-k", "many_tiles or repeats_bit_for_bit or layouts_and_dtypes")
 _BUILD = ("bench.gpu_session", "--build")
 _LINEAR = ("--rounds", "30", "--ways", "fused", "in_place", "wide", "gemm", "eager", "addmm")

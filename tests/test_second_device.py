@@ -7,6 +7,7 @@ that have no GPU.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,17 +97,29 @@ def serve_once(device: str, settings: Settings, place: Path) -> None:
     model.close()
 
 
-def test_serve_on_another_device_is_that_of_the_cpu(base: Path, collection: Path, merged: Path, tmp_path: Path) -> None:
-    for number, what in enumerate(({"base": str(base), "collection": collection}, {"artefact": merged})):
-        made = []
-        for device in DEVICES:
-            place = tmp_path / f"{device}-{number}.npz"
-            dtype = {} if "artefact" in what else {"dtype": "float32"}
-            settings = Settings.model_validate({"device": device, "thumbnails": False, **dtype, **what})
-            process = SERVER.Process(target=serve_once, args=(device, settings, place))
-            process.start()
-            process.join(120)
-            assert process.exitcode == 0
-            made.append(np.load(place))
-        for name in ("x0", "pixels"):
-            np.testing.assert_array_equal(made[0][name], made[1][name])
+def served(device: str, model: dict[str, Any], place: Path) -> dict[str, Any]:
+    dtype = {} if "artefact" in model else {"dtype": "float32"}
+    settings = Settings.model_validate({"device": device, "thumbnails": False, **dtype, **model})
+    process = SERVER.Process(target=serve_once, args=(device, settings, place))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    return dict(np.load(place))
+
+
+@pytest.fixture(params=("collection", "artefact"))
+def model(request: pytest.FixtureRequest, base: Path, collection: Path, merged: Path) -> dict[str, Any]:
+    return {"artefact": merged} if request.param == "artefact" else {"base": str(base), "collection": collection}
+
+
+def test_serve_on_another_device_is_that_of_the_cpu(model: dict[str, Any], tmp_path: Path) -> None:
+    here, there = (served(device, model, tmp_path / f"{device}.npz") for device in DEVICES)
+    for name in ("x0", "pixels"):
+        np.testing.assert_array_equal(here[name], there[name])
+
+
+@pytest.mark.gpu
+def test_serve_on_a_gpu_is_that_of_the_cpu_but_for_rounding(model: dict[str, Any], tmp_path: Path) -> None:
+    here, there = (served(device, model, tmp_path / f"{device}.npz") for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(there["x0"], here["x0"], rtol=0, atol=1e-3 * np.abs(here["x0"]).max())
+    assert np.abs(there["pixels"].astype(int) - here["pixels"].astype(int)).max() <= 2
