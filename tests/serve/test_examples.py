@@ -101,7 +101,7 @@ def test_the_manifest_has_no_field_that_kubernetes_does_not_know() -> None:
 def test_the_image_is_built_of_what_there_is() -> None:
     text = (FOLDER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    known = {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "CMD"}
+    known = {"ARG", "FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "CMD"}
     assert {word for word, _ in lines} <= known and lines[0][0] == "FROM"
     stages = [rest.split()[-1] for word, rest in lines if word == "FROM" and " AS " in rest]
     copied = [found for word, rest in lines if word == "COPY" for found in re.findall(r"--from=(\S+)", rest)]
