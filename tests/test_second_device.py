@@ -6,6 +6,7 @@ that have no GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from clora.export.artefact import open_files
+from clora.export.manifest import check_folder
+from clora.export.verify import verify
 from clora.jobs.export import ExportRequest, export
 from clora.serve.load import open_model
 from clora.serve.models import Model
@@ -85,6 +89,23 @@ def test_edit_on_another_device_is_that_of_the_cpu(base: Path, collection: Path,
         assert pictures[0] == pictures[1]
 
 
+def verify_once(device: str, folder: Path) -> None:
+    prepare(device)
+    parity = verify(open_files(folder, check_folder(folder), None, torch.device(device)), num_edits=1)
+    assert not parity.faults and 0 < parity.velocity and parity.padding == 0 and parity.edits == 1
+
+
+def test_verify_compares_where_the_artefact_is(merged: Path) -> None:
+    in_a_process(verify_once, second_device.NAME, merged)
+
+
+def in_a_process(target: Callable[..., None], *given: object) -> None:
+    process = SERVER.Process(target=target, args=given)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
 def serve_once(device: str, settings: Settings, place: Path) -> None:
     """Latents and picture of one request, as the server makes them."""
     prepare(device)
@@ -100,10 +121,7 @@ def serve_once(device: str, settings: Settings, place: Path) -> None:
 def served(device: str, model: dict[str, Any], place: Path) -> dict[str, Any]:
     dtype = {} if "artefact" in model else {"dtype": "float32"}
     settings = Settings.model_validate({"device": device, "thumbnails": False, **dtype, **model})
-    process = SERVER.Process(target=serve_once, args=(device, settings, place))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
+    in_a_process(serve_once, device, settings, place)
     return dict(np.load(place))
 
 

@@ -12,7 +12,7 @@ from clora.cli.output import Json, print_json, print_report
 from clora.errors import InputError
 
 Base = Annotated[str | None, typer.Option(help="'tiny', a hub id or a folder; default: the collection's.")]
-Edits = Annotated[int, typer.Option(min=1, max=1000, help="Seeded edits to compare.")]
+Edits = Annotated[int, typer.Option(min=0, max=1000, help="Seeded edits to compare; 0: velocities alone.")]
 Public = Annotated[Path | None, typer.Option(metavar="PUB", help="Public key in PEM, which must have signed it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the edits and of all random inputs.")]
 

@@ -76,11 +76,9 @@ def open_artefact(
     return open_files(folder, manifest, base, device_of(folder, manifest, device))
 
 
-def open_files(folder: Path, manifest: Manifest, base: str | None, device: torch.device | None = None) -> Artefact:
-    """`open_artefact` for files that are known to be what `manifest` says; raises as it does for the rest. `device`
-    None: the CPU, where the eager model is that it is compared with; an engine's GPU."""
+def open_files(folder: Path, manifest: Manifest, base: str | None, device: torch.device) -> Artefact:
+    """`open_artefact` for files that are known to be what `manifest` says; raises as it does for the rest."""
     catalogue = check_fit(folder, manifest)
-    device = device or device_of(folder, manifest, None if manifest.engine else "cpu")
     opened = _open(folder, manifest, base or manifest.base, device)
     has_vae = manifest.format != "merged" and manifest.components.get("vae") == "artefact"
     vae = open_vae(folder, manifest.format, manifest.dtype) if has_vae else None

@@ -88,21 +88,24 @@ def verify(
     num_edits: int = 3,
     seed: int = 0,
     on_part: Callable[[str], None] = lambda what: None,
+    device: torch.device | None = None,
 ) -> Parity:
-    """Compare an artefact with the eager model on `base` (None: the one that its manifest names).
+    """Compare an artefact with the eager model on `base` (None: the one that its manifest names), which is on `device`
+    (None: the artefact's).
 
     `on_part` is told what is done next. Raises `InputError` for another base than it was exported from.
     """
-    manifest, base = artefact.manifest, base or artefact.manifest.base
+    manifest, base, device = artefact.manifest, base or artefact.manifest.base, device or artefact.device
     check_base(artefact.folder, manifest, base)
     on_part("loading the eager model")
-    eager, eager_velocity = load_eager(base, artefact.folder / COLLECTION, torch.float32)
-    half = manifest.precision != "float32"
-    own = load_eager(base, artefact.folder / COLLECTION, manifest.dtype, ("transformer",))[1] if half else None
+    lora, half = artefact.folder / COLLECTION, manifest.precision != "float32"
+    eager, eager_velocity = load_eager(base, lora, torch.float32, device=device)
+    own = load_eager(base, lora, manifest.dtype, ("transformer",), device)[1] if half else None
 
     prompt = artefact.catalogue.effects[0].prompt
     text = eager.encode_prompts([prompt], [[picture(seed)]])[0]
-    cases = list(random_cases(artefact, eager.token_channels, text.shape[1], seed))
+    drawn = random_cases(artefact, eager.token_channels, text.shape[1], seed)
+    cases = [(x_BTC.to(device), sigma_B.to(device), cond.to(device)) for x_BTC, sigma_B, cond in drawn]
     error = own_error = 0.0
     for number, case in enumerate(cases, 1):
         on_part(f"velocity {number} of {len(cases)}")
@@ -147,11 +150,15 @@ def check_parity(folder: Path, parity: Parity) -> None:
 
 
 def load_eager(
-    base: str, lora: Path, dtype: torch.dtype, components: Sequence[str] = COMPONENTS
+    base: str,
+    lora: Path,
+    dtype: torch.dtype,
+    components: Sequence[str] = COMPONENTS,
+    device: torch.device | str = "cpu",
 ) -> tuple[Backbone, Velocity]:
-    """The base with a LoRA on it, unmerged, on the CPU: what artefacts are measured by."""
+    """The base with a LoRA on it, unmerged: what artefacts are measured by."""
     file = read_lora(lora, linear_shapes(base))
-    backbone = load_backbone(base, "cpu", dtype, components)
+    backbone = load_backbone(base, device, dtype, components)
     backbone.add_adapters(list(file.modules)).add_lora(SLOT, file.modules, dtype=dtype)
 
     @torch.no_grad()

@@ -16,16 +16,17 @@ from rich.console import Console
 from clora.config import collection_lora
 from clora.data.images import SUFFIXES, load_image
 from clora.errors import InputError
-from clora.export.artefact import open_files, why_unmeasured
+from clora.export.artefact import why_unmeasured
 from clora.export.build import Outline, Source, build, check_format, check_new, check_precision, check_room, find_source
 from clora.export.manifest import Format, Manifest, Precision, write_manifest
 from clora.export.onnx_graph import has_runtime, outline
 from clora.export.quantize import NUMBERS
 from clora.export.signature import private_key
 from clora.export.tensorrt_engine import EngineOptions
-from clora.export.verify import check_parity, picture, verify
+from clora.export.verify import check_parity, picture
 from clora.io.atomic import new_folder
 from clora.io.output import check_output, output_error
+from clora.jobs.verify import compare
 from clora.serve.triton_repository import check_model, model_folder, write_model
 
 WITH_VAE = ("aoti", "onnx")  # formats that may have the VAE as graphs, or not
@@ -115,7 +116,7 @@ def _measure(
     if why := why_unmeasured(manifest):
         log.warning("%s: not compared with the eager model, %s; run clora verify where it is", request.output, why)
         return {"ok": None, "unmeasured": why}
-    parity = verify(open_files(folder, manifest, base), base, request.num_edits, request.seed, show)
+    parity = compare(folder, manifest, base, request.num_edits, request.seed, show)
     check_parity(request.output, parity)
     return parity.to_json()
 

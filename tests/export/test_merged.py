@@ -25,6 +25,7 @@ from clora.export.manifest import list_files, read_manifest, write_manifest
 from clora.export.snippet import SNIPPET, write_snippet
 from clora.export.verify import picture, verify
 from clora.inference.editor import load_editor
+from clora.jobs import verify as verifying
 from clora.lora.files import read_lora
 
 
@@ -128,8 +129,33 @@ def test_verify_sees_another_model(merged: Path, tmp_path: Path) -> None:
     weights = "diffusion_pytorch_model.safetensors"
     shutil.copy(base / "transformer" / weights, other / "transformer" / weights)  # the base without its collection
     write_manifest(other, read_manifest(other).model_copy(update={"files": list_files(other)}))
-    parity = verify(open_artefact(other), num_edits=1)
+    opened = open_artefact(other, device="cpu")
+    parity = verify(opened, num_edits=1)
     assert len(parity.faults) == 2 and parity.velocity > 0.01 and parity.pixel > 20 and parity.padding == 0
+    velocities = verify(opened, num_edits=0)
+    assert len(velocities.faults) == 1 and velocities.velocity == parity.velocity and velocities.effects == ()
+
+
+@pytest.mark.parametrize(("precision", "tries"), [("float32", ["cpu"]), ("bfloat16", ["cuda", "cpu"])])
+def test_compare_takes_the_cpu_for_fp32_and_where_a_gpu_has_no_room(
+    precision: str, tries: list[str], merged: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The eager model and the artefact are then both there."""
+    asked = []
+
+    def compared(artefact: torch.device, *_: object) -> str:
+        asked.append(artefact.type)
+        if artefact.type == "cuda":
+            raise torch.OutOfMemoryError
+        return "compared"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(verifying, "open_files", lambda folder, manifest, base, device: device)
+    monkeypatch.setattr(verifying, "verify", compared)
+    manifest = read_manifest(merged).model_copy(update={"precision": precision})
+    assert verifying.compare(merged, manifest, None, 1, 0, print) == "compared"
+    assert asked == tries and ("has no room for the eager model" in caplog.text) == (len(tries) > 1)
 
 
 def test_check_sampling_refuses_other_steps_and_guidance(merged: Path, random_base: Path) -> None:
@@ -141,4 +167,4 @@ def test_check_sampling_refuses_other_steps_and_guidance(merged: Path, random_ba
     with pytest.raises(InputError, match="guidance: .* samples without it, 3 was given"):
         check_sampling(merged, manifest, None, 3.0)
     with pytest.raises(InputError, match=r"is not what .* was exported from; give that one with --base"):
-        verify(open_artefact(merged), str(random_base))
+        verify(open_artefact(merged, device="cpu"), str(random_base))
