@@ -6,8 +6,11 @@ that have no GPU.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from clora.errors import InputError
 from clora.export.artefact import open_files
-from clora.export.manifest import check_folder
+from clora.export.graph import INPUTS, OUTPUT, example_inputs
+from clora.export.manifest import Engine, Limits, check_folder
+from clora.export.tensorrt_engine import EngineRun, engine_profiles
 from clora.export.verify import verify
 from clora.jobs.export import ExportRequest, export
 from clora.serve.load import open_model
@@ -87,6 +93,91 @@ def test_edit_on_another_device_is_that_of_the_cpu(base: Path, collection: Path,
             clora(device, tmp_path, "edit", *network, *options)
             pictures.append(result.read_bytes())
         assert pictures[0] == pictures[1]
+
+
+class FakeContext:
+    """An engine's execution context that computes 2 x + step at the addresses and shapes that it is told."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.works = True
+
+    def set_optimization_profile_async(self, profile: int, handle: int) -> None:
+        self.told.append(f"profile {profile} in {handle}")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self.shapes[name] = shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, handle: int) -> bool:
+        self.told.append(f"execute in {handle}")
+        assert self.shapes.keys() == set(INPUTS) and self.addresses.keys() == {*INPUTS, OUTPUT}
+
+        def values(name: str, like: str, kind: Any) -> Any:
+            place = ctypes.cast(self.addresses[name], ctypes.POINTER(kind))
+            return np.ctypeslib.as_array(place, self.shapes[like])
+
+        steps = values("step", "step", ctypes.c_int64)[:, None, None]
+        values(OUTPUT, "x", ctypes.c_float)[:] = 2 * values("x", "x", ctypes.c_float) + steps
+        return self.works
+
+
+class FakeStream:
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self.told, self.cuda_stream = name, told, 7
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.told.append(f"{self.name} waits for {other.name}")
+
+
+def run_an_engine() -> None:
+    second_device.use()
+    told: list[str] = []
+    context, device = FakeContext(told), torch.device(second_device.NAME, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        patch.setattr(torch.cuda, "Stream", lambda _: FakeStream("its own", told))
+        patch.setattr(torch.cuda, "current_stream", lambda: FakeStream("the caller's", told))
+        patch.setattr(torch.Tensor, "record_stream", lambda _, stream: told.append(f"kept for {stream.name}"))
+        profiles = engine_profiles(Limits(batch=4, tokens=24, text_buckets=(8,)), 8)
+        engine = Engine(
+            library="tensorrt",
+            version="11",
+            target="SM90",
+            attention="fused",
+            attentions=1,
+            weight_streaming=False,
+            profiles=profiles,
+        )
+        loaded = SimpleNamespace(create_execution_context=lambda: context)
+        run = EngineRun(Path("artefact"), engine, loaded, device)
+        inputs = list(example_inputs(64, 32, 16, torch.float32))
+        inputs[5] = torch.tensor([0, 3])
+        expected = 2 * inputs[0] + inputs[5][:, None, None]
+
+        # Of the CPU: 12 tokens are beyond the profile of one reference.
+        torch.testing.assert_close(run(*inputs), expected)
+        assert told == ["profile 1 in 7", "execute in 7"]
+        told.clear()
+        there = run(inputs[0].mT.contiguous().mT.to(device), *(one.to(device) for one in inputs[1:]))
+        assert there.device == device
+        torch.testing.assert_close(there.cpu(), expected)
+        waits = ["its own waits for the caller's", "execute in 7", "the caller's waits for its own"]
+        assert told == [*waits, "kept for the caller's"]
+        with pytest.raises(InputError, match="artefact: sizes beyond its engine's profiles"):
+            run(*(torch.cat([one] * 3) if one.dim() != 2 else one for one in inputs))
+        context.works = False
+        with pytest.raises(RuntimeError, match="artefact: its engine failed"):
+            run(*inputs)
+
+
+def test_engine_run_gives_an_engine_every_input_and_waits_for_what_is_on_its_gpu() -> None:
+    in_a_process(run_an_engine)
 
 
 def verify_once(device: str, folder: Path) -> None:

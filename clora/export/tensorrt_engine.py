@@ -229,8 +229,8 @@ def open_engine(folder: Path, engine: Engine, device: torch.device, budget: int 
 
 
 class EngineRun:
-    """An engine on `device` as a `Run`, in a stream of its own: in the default one TensorRT would wait for all that the
-    GPU does, encoders included. One call at a time."""
+    """An engine on `device` as a `Run`, in a stream of its own: with inputs of the CPU, as the batcher's are, it waits
+    for nothing that encoders do on the GPU meanwhile. One call at a time."""
 
     def __init__(self, folder: Path, engine: Engine, loaded: Any, device: torch.device) -> None:
         self.folder, self.engine, self.device = folder, engine, device
@@ -245,12 +245,16 @@ class EngineRun:
             raise InputError(f"{self.folder}: sizes beyond its engine's profiles; make batch or images smaller")
         with torch.cuda.device(self.device):
             callers = torch.cuda.current_stream()
-            self.stream.wait_stream(callers)  # which may still be making the inputs
+            on_gpu = x.device.type == self.device.type
+            if on_gpu:
+                self.stream.wait_stream(callers)  # which may still be making the inputs
             with torch.cuda.stream(self.stream):
                 velocity = self._run(profile, inputs)
+                if not on_gpu:
+                    return velocity.to(x.device)
             callers.wait_stream(self.stream)
             velocity.record_stream(callers)
-            return velocity.to(x.device)
+            return velocity
 
     def _run(self, profile: int, inputs: tuple[Tensor, ...]) -> Tensor:
         handle = self.stream.cuda_stream

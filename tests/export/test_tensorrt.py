@@ -5,7 +5,6 @@ One folder of graphs serves all builds. An engine is built here and never run: w
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +12,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,13 +22,12 @@ from clora.errors import InputError
 from clora.export import artefact as opening
 from clora.export import tensorrt_engine as engines
 from clora.export.artefact import open_artefact
-from clora.export.graph import INPUTS, OUTPUT, example_inputs
+from clora.export.graph import example_inputs
 from clora.export.manifest import COLLECTION, Engine, Limits, read_manifest
 from clora.export.onnx_graph import GRAPH, build_onnx, outline, rotate
 from clora.export.tensorrt_engine import (
     ENGINE,
     EngineOptions,
-    EngineRun,
     build_engine,
     check_engine,
     engine_limits,
@@ -283,78 +279,3 @@ def test_outline_counts_weights_wherever_they_are_stored(tmp_path: Path) -> None
         onnx.save(model, folder / GRAPH, save_as_external_data=external, location="w", size_threshold=0)
         found.append(outline(folder))
     assert found[0] == found[1] == (("Add",), (("bias", (128,)),))
-
-
-class FakeContext:
-    """An execution context that computes 2 x + step from the addresses and shapes that it is told."""
-
-    def __init__(self, told: list[str]) -> None:
-        self.told = told
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-        self.works = True
-
-    def set_optimization_profile_async(self, profile: int, handle: int) -> None:
-        self.told.append(f"profile {profile} in {handle}")
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        self.shapes[name] = shape
-
-    def set_tensor_address(self, name: str, address: int) -> None:
-        self.addresses[name] = address
-
-    def execute_async_v3(self, handle: int) -> bool:
-        self.told.append(f"execute in {handle}")
-        assert self.shapes.keys() == set(INPUTS) and self.addresses.keys() == {*INPUTS, OUTPUT}
-
-        def values(name: str, like: str, kind: Any) -> Any:
-            place = ctypes.cast(self.addresses[name], ctypes.POINTER(kind))
-            return np.ctypeslib.as_array(place, self.shapes[like])
-
-        steps = values("step", "step", ctypes.c_int64)[:, None, None]
-        values(OUTPUT, "x", ctypes.c_float)[:] = 2 * values("x", "x", ctypes.c_float) + steps
-        return self.works
-
-
-class FakeStream:
-    def __init__(self, name: str, told: list[str]) -> None:
-        self.name, self.told, self.cuda_stream = name, told, 7
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.told.append(f"{self.name} waits for {other.name}")
-
-
-def test_engine_run_gives_an_engine_every_input_and_waits_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's memory stands for the GPU's."""
-    order: list[str] = []
-    context, cuda = FakeContext(order), torch.cuda
-    monkeypatch.setattr(cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(cuda, "Stream", lambda _: FakeStream("its own", order))
-    monkeypatch.setattr(cuda, "current_stream", lambda: FakeStream("the caller's", order))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: order.append(f"kept for {stream.name}"))
-    engine = told(profiles=engine_profiles(Limits(batch=4, tokens=24, text_buckets=(8,)), 8))
-    run = EngineRun(
-        Path("artefact"), engine, SimpleNamespace(create_execution_context=lambda: context), torch.device("cpu")
-    )
-    inputs = list(example_inputs(64, 32, 16, torch.float32))
-    inputs[5] = torch.tensor([0, 3])
-    expected = 2 * inputs[0] + inputs[5][:, None, None]
-
-    torch.testing.assert_close(run(*inputs), expected)
-    waits = [
-        "its own waits for the caller's",
-        "execute in 7",
-        "the caller's waits for its own",
-        "kept for the caller's",
-    ]
-    several = [waits[0], "profile 1 in 7", *waits[1:]]
-    assert order == several  # 12 tokens are beyond the profile of one reference
-    order.clear()
-    torch.testing.assert_close(run(inputs[0].mT.contiguous().mT, *inputs[1:]), expected)
-    assert order == waits
-    with pytest.raises(InputError, match="artefact: sizes beyond its engine's profiles"):
-        run(*(torch.cat([one] * 3) if one.dim() != 2 else one for one in inputs))
-    context.works = False
-    with pytest.raises(RuntimeError, match="artefact: its engine failed"):
-        run(*inputs)
