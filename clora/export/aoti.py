@@ -77,7 +77,8 @@ def open_aoti_part(folder: Path, part: Part) -> Run:
         package = torch._inductor.aoti_load_package(str(folder / (part.file + SUFFIX)), run_single_threaded=True)
 
     def run(*inputs: Tensor) -> Tensor:
-        made: Tensor = package(*inputs)
+        # The compiled code reads by the strides that it was traced with; pixels of a picture have their channels last.
+        made: Tensor = package(*(one.contiguous() for one in inputs))
         return made
 
     return run

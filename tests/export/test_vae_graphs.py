@@ -77,8 +77,10 @@ def test_build_aoti_compiles_a_decoder(tmp_path: Path) -> None:
         build_aoti(network, (torch.randn(2, 16, 4, 6, generator=rng),), limits, tmp_path, DECODER)
     decode = open_aoti_part(tmp_path, DECODER)
     latents = torch.randn(3, 16, 12, 20, generator=rng)
+    channels_last = latents.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as the pixels of pictures are
     with torch.no_grad():
-        assert relative(decode(latents), network(latents)) <= FP32_VAE
+        for given in (latents, channels_last):
+            assert relative(decode(given), network(latents)) <= FP32_VAE
 
 
 @pytest.mark.slow
