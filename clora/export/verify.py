@@ -9,6 +9,7 @@ Shape legend: B batch, T image tokens, C latent channels per token, L text token
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,11 +24,13 @@ from clora.backbones.base import Backbone
 from clora.backbones.cond import Cond, Grid, make_cond
 from clora.backbones.load import linear_shapes, load_backbone
 from clora.errors import ParityError
-from clora.export.artefact import Artefact, check_base
-from clora.export.manifest import COLLECTION
+from clora.export.artefact import Artefact, check_base, device_of, open_files
+from clora.export.manifest import COLLECTION, Manifest
 from clora.inference.sampling import few_step_sampling, follow
 from clora.lora.files import read_lora
 from clora.method.flow import Velocity, few_step_sigmas
+
+log = logging.getLogger(__name__)
 
 SLOT = "student"
 FP32_VELOCITY = 3e-6  # of the largest value: what another order of fp32 sums changes
@@ -139,6 +142,21 @@ def verify(
         vae and vae[0],
         vae and vae[1],
     )
+
+
+def compare(
+    folder: Path, manifest: Manifest, base: str | None, num_edits: int, seed: int, on_part: Callable[[str], None]
+) -> Parity:
+    """`verify` for the checked files of an artefact, on its own device. In fp32, whose bar was measured on CPUs, and
+    where a GPU has no room for the eager model too, that is on the CPU."""
+    cpu, own = torch.device("cpu"), device_of(folder, manifest, None)
+    if manifest.precision != "float32":
+        try:
+            return verify(open_files(folder, manifest, base, own), base, num_edits, seed, on_part)
+        except torch.OutOfMemoryError:
+            log.warning("%s: the GPU has no room for the eager model; it is compared on the CPU, which is slow", folder)
+    artefact = open_files(folder, manifest, base, own if manifest.engine else cpu)
+    return verify(artefact, base, num_edits, seed, on_part, cpu)
 
 
 def check_parity(folder: Path, parity: Parity) -> None:

@@ -23,10 +23,9 @@ from clora.export.onnx_graph import has_runtime, outline
 from clora.export.quantize import NUMBERS
 from clora.export.signature import private_key
 from clora.export.tensorrt_engine import EngineOptions
-from clora.export.verify import check_parity, picture
+from clora.export.verify import check_parity, compare, picture
 from clora.io.atomic import new_folder
 from clora.io.output import check_output, output_error
-from clora.jobs.verify import compare
 from clora.serve.triton_repository import check_model, model_folder, write_model
 
 WITH_VAE = ("aoti", "onnx")  # formats that may have the VAE as graphs, or not

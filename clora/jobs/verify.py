@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from clora.export.artefact import check_fit, device_of, open_files, why_unmeasured
-from clora.export.manifest import Manifest, check_folder
-from clora.export.verify import Parity, verify
-
-log = logging.getLogger(__name__)
+from clora.export.artefact import check_fit, why_unmeasured
+from clora.export.manifest import check_folder
+from clora.export.verify import Parity, compare
 
 
 def verify_artefact(
@@ -37,18 +32,3 @@ def verify_artefact(
         if why := why_unmeasured(manifest):
             return why
         return compare(folder, manifest, base, num_edits, seed, lambda what: status.update(what))
-
-
-def compare(
-    folder: Path, manifest: Manifest, base: str | None, num_edits: int, seed: int, on_part: Callable[[str], None]
-) -> Parity:
-    """`verify` for the checked files of an artefact, on its own device. In fp32, whose bar was measured on CPUs, and
-    where a GPU has no room for the eager model too, that is on the CPU."""
-    cpu, own = torch.device("cpu"), device_of(folder, manifest, None)
-    if manifest.precision != "float32":
-        try:
-            return verify(open_files(folder, manifest, base, own), base, num_edits, seed, on_part)
-        except torch.OutOfMemoryError:
-            log.warning("%s: the GPU has no room for the eager model; it is compared on the CPU, which is slow", folder)
-    artefact = open_files(folder, manifest, base, own if manifest.engine else cpu)
-    return verify(artefact, base, num_edits, seed, on_part, cpu)

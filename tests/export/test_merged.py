@@ -20,12 +20,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from clora.backbones.qwen_image.pipeline import StillImageProcessor, pass_token_types
 from clora.config import collection_lora, read_sidecar
 from clora.errors import InputError
+from clora.export import verify as verifying
 from clora.export.artefact import check_sampling, open_artefact
 from clora.export.manifest import list_files, read_manifest, write_manifest
 from clora.export.snippet import SNIPPET, write_snippet
 from clora.export.verify import picture, verify
 from clora.inference.editor import load_editor
-from clora.jobs import verify as verifying
 from clora.lora.files import read_lora
 
 
