@@ -30,7 +30,7 @@ from clora.serve.load import open_model
 from clora.serve.models import Model
 from clora.serve.settings import Batches, Settings
 from tests.support import second_device
-from tests.support.processes import SERVER, run
+from tests.support.processes import LIMIT_S, SERVER, run
 from tests.support.random_base import write_random_base
 from tests.support.random_collection import write_random_collection
 from tests.support.small_job import NAMES, write_config, write_dataset
@@ -46,8 +46,15 @@ def prepare(device: str) -> None:
         second_device.use()
 
 
-def clora(device: str, folder: Path, *arguments: object) -> None:
-    run(1, list(map(str, arguments)), folder / "output", prepare, [device])
+def clora(device: str, folder: Path, *arguments: object) -> str:
+    return run(1, list(map(str, arguments)), folder / "output", prepare, [device])
+
+
+def in_a_process(target: Callable[..., None], *given: object) -> None:
+    process = SERVER.Process(target=target, args=given)
+    process.start()
+    process.join(LIMIT_S)
+    assert process.exitcode == 0
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +74,42 @@ def merged(base: Path, collection: Path) -> Path:
     return folder
 
 
+def mix_devices() -> None:
+    second_device.use()
+    here = torch.ones(2, 3)
+    there = here.to(second_device.NAME)
+    assert torch.equal((2 * there + torch.tensor(1.0)).cpu(), 2 * here + 1)
+    for mixed in (lambda: here + there, lambda: torch.cat([there, here]), lambda: there.where(here > 0, there)):
+        with pytest.raises(RuntimeError, match="expected all tensors on one device, found second and cpu"):
+            mixed()
+    for taken in (lambda: there.numpy(), lambda: np.asarray(there)):
+        with pytest.raises((TypeError, RuntimeError)):
+            taken()
+
+
+def test_the_second_device_refuses_to_meet_the_cpu() -> None:
+    in_a_process(mix_devices)
+
+
 def test_teach_train_and_eval_on_another_device_are_those_of_the_cpu(base: Path, tmp_path: Path) -> None:
     data, made = write_dataset(tmp_path / "data"), {}
     for device in DEVICES:
         out = tmp_path / device
         config = write_config(tmp_path / f"{device}.yaml", base, data, out)
-        clora(device, out, "teach", config)
-        clora(device, out, "train", config, "train.max_train_steps=4", "objective.imitation_weight=0.1")
+        said = [
+            clora(device, out, "teach", config),
+            clora(device, out, "train", config, "train.max_train_steps=4", "objective.imitation_weight=0.1"),
+            clora(device, out, "eval", config, "--lora", out / "collection.safetensors"),
+        ]
+        assert ["on second" in text for text in said] == [device == second_device.NAME] * 3
         files = [out / "collection.safetensors", *(out / "teachers" / f"{name}.safetensors" for name in NAMES)]
-        made[device] = [load_file(path) for path in files]
-        clora(device, out, "eval", config, "--lora", out / "collection.safetensors")
-    for here, there in zip(*made.values(), strict=True):
+        pictures = {path.name: path.read_bytes() for path in sorted((out / "eval").rglob("*.png"))}
+        assert pictures
+        made[device] = [load_file(path) for path in files], pictures
+    (files_here, pictures_here), (files_there, pictures_there) = made.values()
+    for here, there in zip(files_here, files_there, strict=True):
         assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    assert pictures_here == pictures_there
 
 
 def test_edit_on_another_device_is_that_of_the_cpu(base: Path, collection: Path, merged: Path, tmp_path: Path) -> None:
@@ -188,13 +219,6 @@ def verify_once(device: str, folder: Path) -> None:
 
 def test_verify_compares_where_the_artefact_is(merged: Path) -> None:
     in_a_process(verify_once, second_device.NAME, merged)
-
-
-def in_a_process(target: Callable[..., None], *given: object) -> None:
-    process = SERVER.Process(target=target, args=given)
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
 
 
 def serve_once(device: str, settings: Settings, place: Path) -> None:

@@ -132,7 +132,13 @@ def use() -> None:
     from clora.jobs import eval_bench
 
     for module in (workspace, eval_bench):
-        module.pick_device = lambda: torch.device(NAME, 0)  # type: ignore[attr-defined]
+        module.pick_device = pick_device  # type: ignore[attr-defined]
+
+
+def pick_device() -> torch.device:
+    """As `clora.training.device`'s, and says so in the process's output."""
+    print(f"on {NAME}", flush=True)
+    return torch.device(NAME, 0)
 
 
 def _made_here_first(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
