@@ -11,11 +11,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 import torch
@@ -30,59 +28,11 @@ from rich.progress import (
 )
 
 from clora.config import Config, Job
-from clora.errors import InputError, Interrupted, NonFiniteError, ProcessLost
 from clora.training import distributed
-from clora.training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    GroupPart,
-    open_checkpoint,
-    open_latest,
-    other_settings,
-    remove_set_aside,
-    set_aside,
-)
 from clora.training.optimizer import AdamW
 from clora.training.run_record import git_revision
+from clora.training.saver import LoopConfig, Saver, put_aside, resume_job
 from clora.training.tracker import Figures, Tracker
-
-
-def restore_job(optimizers: Mapping[str, AdamW], checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's tensors back; `InputError` when it belongs to another model or configuration."""
-    faults = []
-    for name, optimizer in optimizers.items():
-        saved = {str(key): tuple(shape) for key, shape in checkpoint.state["layout"].get(name, [])}
-        wanted = {key: tuple(shape) for key, shape in optimizer.flat.layout()}
-        differ = [key for key in saved | wanted if saved.get(key) != wanted.get(key)]
-        faults += [f"{name}.{key}" for key in differ or (wanted if list(saved) != list(wanted) else ())]
-    if faults:
-        raise InputError(
-            f"{checkpoint.path}: does not fit this configuration ({len(faults)} tensors differ, first {faults[0]}); "
-            "start anew with another output_dir"
-        )
-    for name, optimizer in optimizers.items():
-
-        def read(kind: str, start: int, stop: int, name: str = name) -> torch.Tensor:
-            return checkpoint.read(name, kind, start, stop)
-
-        optimizer.restore(read, checkpoint.state["steps"][name], int(checkpoint.state["updates"][name]))
-
-
-def find_checkpoint(resume: str | None, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint `--resume` asks for: None, "latest" (the newest undamaged one, if any) or a path.
-
-    The main process looks, the others get its choice.
-    """
-    found = None
-    if distributed.is_main() and resume is not None:
-        if resume == "latest":
-            found, faults = open_latest(folder)
-            for fault in faults:
-                say(f"passed over: {fault}")
-        else:
-            found = open_checkpoint(Path(resume))
-    path = distributed.from_main(None if found is None else str(found.path))
-    return found if distributed.is_main() or path is None else open_checkpoint(Path(path), verify=False)
 
 
 @contextmanager
@@ -102,26 +52,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long a job runs and what it writes where."""
-
-    title: str
-    max_steps: int
-    folder: Path  # checkpoints and log.jsonl
-    checkpointing_steps: int
-    fingerprint: str
-    checkpoints_total_limit: int | None = 2
-    max_seconds: float | None = None
-    log_every: int = 10
-    stages: tuple[int, ...] = ()  # the steps before which a stage begins, for the log
-    report_to: str = "none"
-    resume: str | None = None
-    identity: Mapping[str, str] = field(default_factory=dict)  # hashes of what a checkpoint belongs to: base, teachers
-    record: Mapping[str, Any] = field(default_factory=dict)  # kept in each checkpoint, for people
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what `fingerprint` is the hash of, to say what differs
 
 
 def loop_config(
@@ -153,90 +83,12 @@ def loop_config(
     )
 
 
-class _Saver:
-    """Checkpoints of one run, and what becomes of them."""
-
-    def __init__(
-        self, config: LoopConfig, optimizers: Mapping[str, AdamW], saved: int | None, say: Callable[[str], None]
-    ):
-        self._config, self._optimizers, self._say = config, optimizers, say
-        self._writer = CheckpointWriter(config.folder, config.checkpoints_total_limit)
-        self._saved, self._pending = saved, saved  # steps: of the newest checkpoint, of the one being written
-        self.failures = 0
-
-    def save(self, step: int, seconds: float, sums: Mapping[str, list[float]]) -> None:
-        """Start to write the state after `step`, once the one before is written."""
-        self.wait()
-        if step == self._saved:
-            return
-        parts = {
-            name: GroupPart(one.snapshot(), one.flat.shard.start, one.flat.shard.start + one.flat.shard_length)
-            for name, one in self._optimizers.items()
-        }
-        state = {
-            "fingerprint": self._config.fingerprint,
-            "seconds": seconds,
-            "world": distributed.world_size(),
-            "updates": {name: one.updates for name, one in self._optimizers.items()},
-            "steps": {name: one.steps for name, one in self._optimizers.items()},
-            "layout": {name: one.flat.layout() for name, one in self._optimizers.items()},
-            "sums": dict(sums),
-            "identity": dict(self._config.identity),
-            "record": dict(self._config.record),
-            "settings": dict(self._config.settings),
-        }
-        self._writer.save(step, parts, state)
-        self._pending = step
-
-    def wait(self) -> str | None:
-        """Wait for the checkpoint being written; tells, counts and returns why it could not be."""
-        failure = self._writer.wait()
-        if failure is None:
-            self._saved = self._pending
-            return None
-        self.failures += 1
-        newest = "there is none yet" if self._saved is None else f"the newest is {self._writer.path(self._saved)}"
-        self._say(f"checkpoint of step {self._pending} could not be written: {failure}; {newest}; training goes on")
-        self._pending = self._saved
-        return failure
-
-    @contextmanager
-    def settled(self) -> Iterator[None]:
-        """See to it that a checkpoint in flight is written before an error inside ends the run."""
-        try:
-            yield
-        except ProcessLost:
-            raise  # a checkpoint in flight needs the others as well
-        except NonFiniteError:  # which all processes raise
-            self.wait()
-            distributed.leave_together()
-            raise
-        except BaseException:
-            self.wait()
-            raise
-
-    def stop(self, step: int, signum: int) -> None:
-        """End the run on a signal, its state saved: `Interrupted`; `OSError` when it could not be."""
-        failure = self.wait()
-        distributed.leave_together()
-        if failure:
-            raise OSError(f"stopped by {signal.Signals(signum).name}; step {step} could not be saved: {failure}")
-        raise Interrupted(signum, self._writer.path(step))
-
-    def finish(self, step: int) -> None:
-        """End the run; a last checkpoint that failed costs the run only where there is no other."""
-        if (failure := self.wait()) and self._saved is None:
-            raise OSError(f"no checkpoint could be written, that of step {step} neither: {failure}")
-        if distributed.is_main() and self._saved == step:
-            remove_set_aside(self._config.folder)
-
-
 @dataclass
 class _Run:
     """A run under way: what its steps report to, and where it stands, which is the same on every process."""
 
     config: LoopConfig
-    saver: _Saver
+    saver: Saver
     tracker: Tracker
     console: Console
     show: Callable[..., None]  # takes `completed` and `rate`
@@ -246,7 +98,7 @@ class _Run:
     seconds: float  # of training in all; the slowest process's count
 
     def train(self, one_step: Callable[[int], Figures], on_step: Callable[[int, Tracker], None] | None) -> None:
-        """All steps that are left, with checkpoints; on a signal `_Saver.stop` ends it."""
+        """All steps that are left, with checkpoints; on a signal `Saver.stop` ends it."""
         config, most = self.config, self.config.max_seconds
         while self.step < config.max_steps and (most is None or self.seconds < most):
             with distributed.guard(f"step {self.step}"):
@@ -305,52 +157,20 @@ def run_loop(
     """
     console = console or Console(stderr=True, quiet=not distributed.is_main())
     with distributed.guard("the start"):
-        step, seconds, sums = _resume(config, optimizers, console)
+        step, seconds, sums = resume_job(config, optimizers, console)
         if on_start is not None:
             on_start()
-        saver = _Saver(config, optimizers, step or None, console.print)
+        saver = Saver(config, optimizers, step or None, console.print)
     device = next(iter(optimizers.values())).flat.device
     with _signals() as received, _tracker(config, step, sums) as tracker, _progress(console) as progress:
         if config.resume is None:
-            _set_aside(config, console)
+            put_aside(config, console)
         task = progress.add_task(config.title, total=config.max_steps, completed=step, rate="")
         show = partial(progress.update, task)
         run = _Run(config, saver, tracker, console, show, received, device, step, seconds)
         with saver.settled():
             run.train(one_step, on_step)
     return run.step
-
-
-def _resume(
-    config: LoopConfig, optimizers: Mapping[str, AdamW], console: Console
-) -> tuple[int, float, Mapping[str, list[float]]]:
-    """Step, seconds and figures since the last line of the log, with the optimizers as they were then."""
-    checkpoint = find_checkpoint(config.resume, config.folder, console.print)
-    if checkpoint is None:
-        return 0, 0.0, {}
-    _check_belongs(config, checkpoint)
-    restore_job(optimizers, checkpoint)
-    console.print(f"{config.title}: goes on after step {checkpoint.step} from {checkpoint.path}")
-    return checkpoint.step, float(checkpoint.state["seconds"]), checkpoint.state["sums"]
-
-
-def _set_aside(config: LoopConfig, console: Console) -> None:
-    """A run that starts anew keeps an earlier one's checkpoints until it is done, where `--resume latest` does not look
-    for them: it would go on from the later of the two."""
-    with distributed.guard("the start"):
-        if distributed.is_main() and (aside := set_aside(config.folder)):
-            kept = f"the earlier run's checkpoints are kept until then, the newest as {aside[0]} (--resume takes it)"
-            console.print(f"{config.title}: starts anew; {kept}", soft_wrap=True)
-
-
-def _check_belongs(config: LoopConfig, checkpoint: Checkpoint) -> None:
-    if checkpoint.state["fingerprint"] != config.fingerprint:
-        raise InputError(other_settings(checkpoint, config.settings))
-    saved, now = checkpoint.state["identity"], dict(config.identity)
-    if differ := [key for key in saved | now if saved.get(key) != now.get(key)]:
-        raise InputError(
-            f"{checkpoint.path}: {', '.join(differ)} changed since; put back what it was, or take another output_dir"
-        )
 
 
 def _counted(figures: Figures, failures: int) -> Figures:

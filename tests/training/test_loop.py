@@ -15,8 +15,9 @@ import clora.training.checkpoint as checkpoint
 from clora.errors import InputError, Interrupted, NonFiniteError
 from clora.method.routing import step_generator
 from clora.training.flat_parameters import FlatParameters
-from clora.training.loop import LoopConfig, run_loop
+from clora.training.loop import run_loop
 from clora.training.optimizer import AdamW, apply_gradients
+from clora.training.saver import LoopConfig
 from clora.training.tracker import read_log
 
 
