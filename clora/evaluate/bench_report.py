@@ -15,16 +15,26 @@ import numpy as np
 
 from clora.data.image_grid import png_data_uri
 from clora.data.images import load_image
-from clora.evaluate.bench_rows import FIGURES, MethodSummary, Row
+from clora.evaluate.bench_rows import FIGURES, MethodSummary, Row, control_counts, control_faults
 from clora.evaluate.bench_run import Measures
 from clora.evaluate.benchmark import Benchmark
 from clora.evaluate.judge import Judge
-from clora.evaluate.metrics.flip import FACTS
+from clora.evaluate.metrics.edit_reward import FACTS as REWARD_FACTS
+from clora.evaluate.metrics.flip import flip_facts
 from clora.io.atomic import write_text
 
 WORST = 24  # pictures in the gallery of bad cases
 GRID_EFFECTS = 12
 SIDE = 144
+SOURCE_FACTS = (
+    "to the source, cut and scaled to the result's size (Pillow, Lanczos), float32 sRGB in [0, 1]; L1 in [0, 1], 0 for "
+    "equal pictures, lower is nearer; SSIM of brightness (Wang et al. 2004), in [-1, 1], 1 for equal pictures, higher "
+    "is nearer"
+)
+TRUTH_FACTS = (
+    "to the tiny world's truth (docs/METRICS.md), float32 sRGB in [0, 1]; PSNR of effects with one outcome, dB, at "
+    "most 60, higher is nearer; detail error in dB, 0 is right"
+)
 COSTS = {"num_loras": "LoRAs kept", "storage_mb": "MB", "nfe": "forwards", "routed_right": "routed right"}
 
 
@@ -32,15 +42,17 @@ def write_bench_report(
     bench: Benchmark,
     rows: Sequence[Row],
     summaries: Sequence[MethodSummary],
-    faults: Sequence[str],
+    controls: Sequence[Row],
     judge: Judge | None,
     measures: Measures,
 ) -> dict[str, Any]:
-    """Write both files into `output_dir` and return what the JSON holds. `faults`: controls that came out wrong."""
+    """Write both files into `output_dir` and return what the JSON holds; its `controls` are those that came out
+    wrong."""
+    faults = control_faults(controls)
     answer: dict[str, Any] = {
         "methods": [summary.model_dump() for summary in summaries],
-        "controls": list(faults),
-        "facts": _facts(bench, rows, judge) | _measure_facts(bench, rows, measures),
+        "controls": faults,
+        "facts": _facts(bench, rows, controls, judge) | _measure_facts(bench, rows, measures),
     }
     write_text(bench.output_dir / "report.json", json.dumps(answer, indent=1, allow_nan=False) + "\n")
     environment = jinja2.Environment(
@@ -64,7 +76,7 @@ def write_bench_report(
     return answer
 
 
-def _facts(bench: Benchmark, rows: Sequence[Row], judge: Judge | None) -> dict[str, str]:
+def _facts(bench: Benchmark, rows: Sequence[Row], controls: Sequence[Row], judge: Judge | None) -> dict[str, str]:
     facts = {"base": bench.base, "effects": str(len(bench.effects)), "results": str(len(rows))}
     if judge is None:
         known = "none: the tiny world's truth is known (docs/METRICS.md)"
@@ -75,16 +87,21 @@ def _facts(bench: Benchmark, rows: Sequence[Row], judge: Judge | None) -> dict[s
         "judge": f"{judge.endpoint.model} at {judge.endpoint.shown}",
         "answers by": "; ".join(models) or "nobody",
         "prompts": "the paper's Fig. 11 and Fig. 12, pictures named in text, temperature 0",
+        "controls": control_counts(controls),
     }
 
 
 def _measure_facts(bench: Benchmark, rows: Sequence[Row], measures: Measures) -> dict[str, str]:
-    facts: dict[str, str] = {encoder.name: encoder.facts for encoder in measures.encoders}
+    facts = {"L1, SSIM": SOURCE_FACTS}
+    if bench.exact:
+        facts["PSNR, detail"] = TRUTH_FACTS
+    facts |= {encoder.name: encoder.facts for encoder in measures.encoders}
     if measures.flip:
-        facts["flip"] = FACTS
+        facts["flip"] = flip_facts()
     if bench.edit_reward is not None and measures.rewards is not None:
         models, missing = sorted(measures.rewards.models), sum(row.edit_reward is None for row in rows)
-        facts["EditReward"] = f"{bench.edit_reward.url}, by {', '.join(models) or 'nobody'}, {missing} missing"
+        by = f"{bench.edit_reward.url}, by {', '.join(models) or 'nobody'}, {missing} missing"
+        facts["EditReward"] = f"{by}; {REWARD_FACTS}"
     return facts
 
 

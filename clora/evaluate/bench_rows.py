@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from clora.evaluate.benchmark import TRUTH, UNTOUCHED
 from clora.evaluate.statistics import Difference, Groups, bootstrap_interval, paired_difference
 from clora.io.atomic import replacing, write_text
 
+UNTOUCHED, TRUTH = "control untouched", "control truth"  # the source as result; the template's result as result
 CONTROLS_SHOULD_BE_BAD = {UNTOUCHED: True, TRUTH: False}
 
 # Columns of a row that are numbers of their own, in the report's order, with their headings.
@@ -107,7 +107,7 @@ class Figure(BaseModel):
 
 
 class MethodSummary(BaseModel):
-    """Figures of one method. Bounds: were every missing verdict good (5), or bad (0).
+    """Figures of one method. Bounds: were every missing verdict good (5), or bad (0); None where nobody was asked.
 
     `differences` to `reference` are of "bcr", "vsa" and `FIGURES`, over what both have.
     """
@@ -146,6 +146,7 @@ def _method(name: str, rows: list[Row], reference: str, base: dict[tuple[str, ..
     worst = sum(row.score or 0.0 for row in scored)
     best = worst + sum(5.0 for row in rows if row.score is None)
     num_bad = sum(bool(row.bad) for row in bad)
+    asked = any(row.bad is not None or row.why for row in rows)  # also where every answer is missing
     differences = {}
     if name != reference:
         for figure, column in {"bcr": "bad", "vsa": "score", **{key: key for key in FIGURES}}.items():
@@ -158,16 +159,23 @@ def _method(name: str, rows: list[Row], reference: str, base: dict[tuple[str, ..
         missing=missing_scores,
         bcr=num_bad / len(bad) if bad else None,
         bcr_interval=_interval(bad, "bad"),
-        bcr_bounds=(num_bad / len(rows), (num_bad + len(rows) - len(bad)) / len(rows)) if bad else None,
+        bcr_bounds=(num_bad / len(rows), (num_bad + len(rows) - len(bad)) / len(rows)) if asked else None,
         vsa=worst / len(scored) if scored else None,
         vsa_interval=_interval(scored, "score"),
-        vsa_bounds=(worst / len(rows), best / len(rows)) if scored else None,
+        vsa_bounds=(worst / len(rows), best / len(rows)) if asked else None,
         figures={key: found for key in FIGURES if (found := _figure(rows, key)) is not None},
         agreement=_agreement(rows),
         reference=reference,
         differences=differences,
         effect_bcr={effect: _mean([_number(row.bad) for row in bad if row.effect == effect]) for effect in effects},
     )
+
+
+def control_counts(rows: Sequence[Row]) -> str:
+    """How many controls came out as they must, and how many did not or had no answer, for people."""
+    right = sum(row.bad == CONTROLS_SHOULD_BE_BAD[row.method] for row in rows)
+    missing = sum(row.bad is None for row in rows)
+    return f"{right} as they must be, {len(rows) - right - missing} not, {missing} without an answer"
 
 
 def control_faults(rows: Sequence[Row]) -> list[str]:

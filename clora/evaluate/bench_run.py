@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from clora.data.images import cover_crop, load_image
-from clora.evaluate.bench_rows import ExactVerdict, Row
-from clora.evaluate.benchmark import CONTROLS, TRUTH, UNTOUCHED, BenchEffect, Benchmark, Cell, JudgeSettings, cells
+from clora.evaluate.bench_rows import CONTROLS_SHOULD_BE_BAD, TRUTH, UNTOUCHED, ExactVerdict, Row
+from clora.evaluate.benchmark import BenchEffect, Benchmark, Cell, JudgeSettings, cells
 from clora.evaluate.judge import Answer, Judge, Limits
 from clora.evaluate.metrics.edit_reward import RewardService
 from clora.evaluate.metrics.encoders import Encoder
@@ -91,7 +91,7 @@ def score(
 
     def one(cell: Cell) -> Row:
         row = _measured(cell, bench.output_dir, measures, embedded, seconds.get(cell.path))
-        if measures.rewards is not None and cell.method not in CONTROLS:
+        if measures.rewards is not None and cell.method not in CONTROLS_SHOULD_BE_BAD:
             effect = effects[cell.effect]
             asked = effect.student_prompt or effect.instruction
             found = measures.rewards.reward(asked, load_image(cell.source), load_image(cell.path))

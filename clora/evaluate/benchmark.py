@@ -17,6 +17,9 @@
 Results lie as `results/METHOD/CATEGORY/EFFECT/KEY.png`, with `KEY_SRCIMG.png`, the picture that was edited, beside
 each. KEY is the picture's name without its suffix, and `_SEED` where several seeds are asked for. A method that was
 made elsewhere has the same folders below its `images`.
+
+With `catalogue: collection.safetensors` an effect that is listed there needs no instruction, and `effects` may be left
+out: they are all of that collection's.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,10 +37,9 @@ from clora.errors import InputError, InputErrors, raise_faults
 from clora.evaluate.metrics.encoders import EncoderName, encoder_fault
 from clora.io.chat import Endpoint
 from clora.io.text import read_yaml
+from clora.lora.catalogue import read_catalogue
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+() -]{0,99}$")]  # a folder's name, of any system
-UNTOUCHED, TRUTH = "control untouched", "control truth"  # the source as result; the template's result as result
-CONTROLS = (UNTOUCHED, TRUTH)
 
 
 class _Section(BaseModel):
@@ -114,6 +116,12 @@ class JudgeSettings(_Section):
     controls: int = Field(1, ge=0, description="control pictures of each effect")
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _priced(self) -> JudgeSettings:
+        if self.max_cost is not None and not self.prompt_price + self.answer_price:
+            raise ValueError("max_cost: nothing costs anything without prompt_price and answer_price; give them")
+        return self
+
     @property
     def endpoint(self) -> Endpoint:
         return Endpoint(
@@ -135,6 +143,7 @@ class Benchmark(_Section):
 
     output_dir: Path
     base: str = "tiny"
+    catalogue: Path | None = Field(None, description="a collection whose catalogue says what effects are asked")
     effects: list[BenchEffect] = Field(min_length=1)
     images: dict[Name, Path | list[Path]] = Field(min_length=1)
     methods: list[BenchMethod] = Field(min_length=1)
@@ -185,12 +194,12 @@ class Cell(NamedTuple):
 def read_benchmark(path: Path) -> Benchmark:
     """The benchmark of a YAML file, its paths made absolute.
 
-    Raises `InputErrors` with every fault that can be found without a model: unknown fields, pictures that are not
-    there or cannot be read, LoRA files that are missing, encoders that cannot be had, a judge without criteria or
-    templates to judge by.
+    Raises `InputErrors` with every fault that can be found without a model: unknown fields, a catalogue that is not
+    there, pictures that are not there or cannot be read, LoRA files that are missing, encoders that cannot be had, a
+    judge without criteria or templates to judge by.
     """
     try:
-        bench = Benchmark.model_validate(yaml.safe_load(read_yaml(path)))
+        bench = Benchmark.model_validate(_with_catalogue(yaml.safe_load(read_yaml(path)), path.resolve().parent))
     except ValidationError as error:
         raise InputErrors([_sentence(path, one["loc"], one["msg"]) for one in error.errors()]) from None
     bench = _absolute(bench, path.resolve().parent)
@@ -260,7 +269,7 @@ def cells(bench: Benchmark) -> Iterator[Cell]:
 
 
 def missing_results(bench: Benchmark, found: Sequence[Cell]) -> list[str]:
-    """A sentence for each result that is not there, or is another picture's: of other sizes, or of another source."""
+    """A sentence for each result that is not there, cannot be read, or has another picture than ours as its source."""
     faults = []
     for cell in found:
         what = f"method {cell.method}: {cell.path}"
@@ -292,6 +301,22 @@ def _unreadable(path: Path) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def _with_catalogue(values: Any, root: Path) -> Any:
+    """A file's values, with what its catalogue says of the effects put in where they do not say it themselves."""
+    if not isinstance(values, dict) or not isinstance(values.get("catalogue"), str):
+        return values
+    known: dict[str, dict[str, str]] = {}
+    for entry in read_catalogue(root / values["catalogue"]).effects:
+        known[entry.name] = {"name": entry.name, "instruction": entry.student_prompt or entry.prompt}
+        if entry.student_prompt:
+            known[entry.name]["student_prompt"] = entry.student_prompt
+    listed = values.get("effects", list(known.values()))
+    if not isinstance(listed, list):
+        return values
+    filled = [{**known.get(str(one.get("name")), {}), **one} if isinstance(one, dict) else one for one in listed]
+    return values | {"effects": filled}
 
 
 def _absolute(bench: Benchmark, root: Path) -> Benchmark:

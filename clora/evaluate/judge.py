@@ -13,7 +13,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +70,10 @@ class Answer(BaseModel):
 class Limits:
     """At most so many calls and so much cost; prices are of a million tokens, cost in the same currency.
 
-    `calls` and `cost` count what earlier runs were answered too (`add_kept`).
+    `calls` and `cost` count what earlier runs were answered too (`add_kept`). A call whose cost nobody knows yet counts
+    as much as the dearest one before it, so that calls that are under way cannot go beyond `max_cost` together; before
+    the first answer there is none, and nothing holds those that are under way then. Behind a server that does not tell
+    its tokens no cost is known, and `max_cost` allows no further call.
     """
 
     max_calls: int | None = None
@@ -79,6 +82,9 @@ class Limits:
     answer_price: float = 0.0
     calls: int = 0
     cost: float = 0.0
+    dearest: float = 0.0
+    untold: int = 0  # replies whose tokens the server did not tell
+    _under_way: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take_call(self) -> None:
@@ -86,28 +92,35 @@ class Limits:
         with self._lock:
             if self.max_calls is not None and self.calls >= self.max_calls:
                 raise LimitReached(f"judge.max_calls: {self.max_calls} calls are made; raise it to go on")
-            if self.max_cost is not None and self.cost >= self.max_cost:
-                raise LimitReached(
-                    f"judge.max_cost: {self.cost:.2f} is spent of {self.max_cost:.2f}; raise it to go on"
-                )
+            if self.max_cost is not None and self.untold:
+                raise LimitReached("judge.max_cost: the server does not tell its tokens; give max_calls in its place")
+            least = self.cost + (self._under_way + 1) * self.dearest
+            if self.max_cost is not None and (self.cost >= self.max_cost or least > self.max_cost):
+                spent = f"{self.cost:.2f} is spent of {self.max_cost:.2f}"
+                dear = f" and {self._under_way} calls are under way, of up to {self.dearest:.2f} each"
+                raise LimitReached(f"judge.max_cost: {spent}{dear if self.dearest else ''}; raise it to go on")
             self.calls += 1
+            self._under_way += 1
 
-    def add_cost(self, reply: Completion) -> None:
+    def end_call(self, reply: Completion | None) -> None:
+        """Count what a call cost that `take_call` allowed; None: it had no answer."""
         with self._lock:
-            self.cost += self._price(reply.prompt_tokens, reply.answer_tokens)
+            self._under_way -= 1
+            if reply is not None:
+                self._add(reply.prompt_tokens, reply.answer_tokens, 1)
 
     def add_kept(self, folder: Path) -> None:
         """Count the replies that lie in a judge's folder, with what they cost where the server told their tokens."""
         for path in folder.glob("*.json"):
             if (answer := _read_kept(path)) is not None:
                 self.calls += len(answer.raw)
-                self.cost += self._price(answer.prompt_tokens, answer.answer_tokens)
+                self._add(answer.prompt_tokens, answer.answer_tokens, len(answer.raw))
 
     def share(self, rank: int, world_size: int) -> Limits:
         """What one of several processes may spend of what is left, so that all of them stay within the whole."""
         if world_size == 1:
             return self
-        share = Limits(None, None, self.prompt_price, self.answer_price, self.calls, self.cost)
+        share = replace(self, max_calls=None, max_cost=None, _under_way=0, _lock=threading.Lock())
         if self.max_calls is not None:
             left = max(0, self.max_calls - self.calls)
             share.max_calls = self.calls + left // world_size + (rank < left % world_size)
@@ -115,8 +128,11 @@ class Limits:
             share.max_cost = self.cost + max(0.0, self.max_cost - self.cost) / world_size
         return share
 
-    def _price(self, prompt_tokens: int, answer_tokens: int) -> float:
-        return (prompt_tokens * self.prompt_price + answer_tokens * self.answer_price) / 1e6
+    def _add(self, prompt_tokens: int, answer_tokens: int, replies: int) -> None:
+        cost = (prompt_tokens * self.prompt_price + answer_tokens * self.answer_price) / 1e6
+        self.cost += cost
+        self.dearest = max(self.dearest, cost / max(1, replies))
+        self.untold += replies if prompt_tokens + answer_tokens == 0 else 0
 
 
 @dataclass
@@ -206,9 +222,10 @@ class Judge:
 
     def _one_rung(self, body: dict[str, Any], kind: type[GateReply] | type[AlignmentReply], rung: Rung) -> Answer:
         replies: list[Completion] = []  # those of earlier tries too
+        tries = _Tries(self.limits)
 
         def read(reply: Completion) -> Answer:
-            self.limits.add_cost(reply)
+            tries.end(reply)
             replies.append(reply)
             found = read_reply(reply.text, kind)
             return Answer(
@@ -226,10 +243,12 @@ class Judge:
                 read,
                 client=self.client,
                 backoff_seconds=self.backoff_seconds,
-                before_try=self.limits.take_call,
+                before_try=tries.start,
             )
         except (NoAnswer, LimitReached) as error:
             answer = Answer(value=None, why=str(error), rung=rung, unfinished=isinstance(error, LimitReached))
+        finally:
+            tries.end()
         spent = Answer(
             value=None,
             raw=[one.text for one in replies],
@@ -237,6 +256,24 @@ class Judge:
             answer_tokens=sum(one.answer_tokens for one in replies),
         )
         return _with_spent(answer, spent)
+
+
+@dataclass
+class _Tries:
+    """The tries of one question as its limits see them: one is under way at a time, until its answer or the next."""
+
+    limits: Limits
+    _open: bool = False
+
+    def start(self) -> None:
+        self.end()
+        self.limits.take_call()
+        self._open = True
+
+    def end(self, reply: Completion | None = None) -> None:
+        if self._open:
+            self.limits.end_call(reply)
+        self._open = False
 
 
 def response_format(rung: Rung, value: str) -> dict[str, Any]:

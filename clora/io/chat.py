@@ -182,8 +182,11 @@ def _post(
 def _completion(raw: bytes) -> Completion:
     try:
         answer = parse_json(raw.decode())
-        content = answer["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+        message = answer["choices"][0]["message"]
+        content = message["content"]
+        if content is None:  # a refusal, or what a filter has emptied: it was answered, and paid for
+            content = message.get("refusal") or ""
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError("the answer is not a chat completion") from None
     if not isinstance(content, str):
         raise ValueError("the answer holds no text")

@@ -21,10 +21,9 @@ from clora.errors import InputError, raise_faults
 from clora.evaluate.bench_made import Made, made_from, other_makers, png_info
 from clora.evaluate.bench_methods import asked, cost_of, recipes
 from clora.evaluate.bench_report import write_bench_report
-from clora.evaluate.bench_rows import Row, control_faults, summarise, write_rows
+from clora.evaluate.bench_rows import CONTROLS_SHOULD_BE_BAD, Row, summarise, write_rows
 from clora.evaluate.bench_run import Measures, control_cells, open_judge, score
 from clora.evaluate.benchmark import (
-    CONTROLS,
     Benchmark,
     BenchMethod,
     Cell,
@@ -72,14 +71,12 @@ def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, 
     with distributed.process_group(TIMEOUT_SECONDS):
         own = found[distributed.rank() :: distributed.world_size()]
         make_results(bench, own, console)
-        if bench.judge is not None and distributed.world_size() > 1:
-            judge = _open_judge(bench, distributed.rank(), distributed.world_size())
-            _score(bench, own, judge, Measures(), console)  # what is answered is on the disk for the first process
+        if distributed.world_size() > 1:
+            _ask_own(bench, own, console)
         distributed.barrier()
         # Opened now, the judge counts what all processes were answered, and has what they left of its limits.
-        answer = _report(bench, found, _open_judge(bench), console) if distributed.is_main() else {}
-        distributed.leave_together()
-    return answer
+        # The others wait where the group ends, however long this takes.
+        return _report(bench, found, _open_judge(bench), console) if distributed.is_main() else {}
 
 
 def benchmark_table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -210,13 +207,23 @@ def _score(
         return score(bench, found, judge, measures, lambda: progress.advance(task), _seconds(bench), exact)
 
 
+def _ask_own(bench: Benchmark, own: Sequence[Cell], console: Console) -> None:
+    """Ask judge and reward service about one process's results: answers are on the disk for the first one then."""
+    judge, rewards = _open_judge(bench, distributed.rank(), distributed.world_size()), _open_rewards(bench)
+    if judge is not None or rewards is not None:
+        _score(bench.model_copy(update={"exact": False}), own, judge, Measures(rewards=rewards), console)
+
+
+def _open_rewards(bench: Benchmark) -> RewardService | None:
+    settings, kept = bench.edit_reward, bench.output_dir / "edit_reward"
+    if settings is None:
+        return None
+    return RewardService(settings.url, settings.timeout_seconds, settings.max_attempts, folder=kept)
+
+
 def _open_measures(bench: Benchmark) -> Measures:
     encoders = [open_encoder(name, model) for name, model in bench.encoders.items()]
-    settings, rewards = bench.edit_reward, None
-    if settings is not None:
-        kept = bench.output_dir / "edit_reward"
-        rewards = RewardService(settings.url, settings.timeout_seconds, settings.max_attempts, folder=kept)
-    return Measures(encoders, bench.flip, rewards)
+    return Measures(encoders, bench.flip, _open_rewards(bench))
 
 
 def _open_judge(bench: Benchmark, rank: int = 0, world_size: int = 1) -> Judge | None:
@@ -226,15 +233,15 @@ def _open_judge(bench: Benchmark, rank: int = 0, world_size: int = 1) -> Judge |
 def _report(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> dict[str, Any]:
     measures = _open_measures(bench)
     rows = _score(bench, [*found, *control_cells(bench)], judge, measures, console)
-    own = [row for row in rows if row.method not in CONTROLS]
+    own = [row for row in rows if row.method not in CONTROLS_SHOULD_BE_BAD]
+    controls = [row for row in rows if row.method in CONTROLS_SHOULD_BE_BAD]
     costs = {method.name: cost_of(bench, method)._asdict() for method in bench.methods}
     summaries = [
         one.model_copy(update=costs[one.name]) for one in summarise(own, bench.reference or bench.methods[0].name)
     ]
-    faults = control_faults([row for row in rows if row.method in CONTROLS])
     write_rows(bench.output_dir, rows)
-    answer = write_bench_report(bench, own, summaries, faults, judge, measures)
-    for fault in faults:
+    answer = write_bench_report(bench, own, summaries, controls, judge, measures)
+    for fault in answer["controls"]:
         console.print(f"control: {fault}; do not trust this judge's figures", markup=False, soft_wrap=True)
     return answer
 

@@ -27,10 +27,11 @@ Vector = NDArray[np.float32]
 
 
 class StyleJudge:
-    """Verdicts on pictures by name. `unusable`: this share of questions, chosen by content, gets no JSON."""
+    """Verdicts on pictures by name. `unusable`: this share of questions, chosen by content, gets no JSON. `swapped`: it
+    takes the test's result for its source, as one that gets pictures in another order. `down`: it answers none."""
 
-    def __init__(self, unusable: float = 0.0) -> None:
-        self.unusable = unusable
+    def __init__(self, unusable: float = 0.0, swapped: bool = False, down: bool = False) -> None:
+        self.unusable, self.swapped, self.down = unusable, swapped, down
         self.calls = 0
         self.asked: list[str] = []  # a hash of each request, in order
         self._network = StyleTransfer(device="cpu", threads=1)
@@ -48,6 +49,9 @@ class StyleJudge:
     def reply(self, body: dict[str, Any]) -> str:
         """The text of the answer to a chat request."""
         text, pictures = read_request(body)
+        if self.swapped:
+            source, result = (f"Test {kind} Image" for kind in ("Source", "Result"))
+            pictures |= {source: pictures[result], result: pictures[source]}
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
         with self._lock:
             self.calls += 1
@@ -96,6 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.judge.down:
+            self.send_error(503)
+            return
         message = {"role": "assistant", "content": self.judge.reply(body)}
         answer = {"model": "style-embedding-1", "choices": [{"index": 0, "message": message}]}
         answer["usage"] = {"prompt_tokens": 1000, "completion_tokens": 20}

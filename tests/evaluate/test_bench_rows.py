@@ -4,8 +4,7 @@ import csv
 
 import pytest
 
-from clora.evaluate.bench_rows import Row, control_faults, summarise, write_rows
-from clora.evaluate.benchmark import TRUTH, UNTOUCHED
+from clora.evaluate.bench_rows import TRUTH, UNTOUCHED, Row, control_counts, control_faults, summarise, write_rows
 
 
 def read_rows(path):
@@ -61,6 +60,14 @@ def test_summarise_without_verdicts_has_no_rates():
     assert one.bcr is None and one.vsa is None and one.missing == 2
 
 
+def test_summarise_bounds_are_all_or_nothing_where_every_answer_is_missing():
+    (one,) = summarise([row(bad=None, why="status 503"), row(key="2", bad=None, why="late")], "a")
+    assert one.bcr is None and one.vsa is None and one.missing == 2
+    assert one.bcr_bounds == (0, 1) and one.vsa_bounds == (0, 5)
+    (nobody,) = summarise([row(bad=None), row(key="2", bad=None)], "a")
+    assert nobody.bcr_bounds is None and nobody.vsa_bounds is None
+
+
 def test_summarise_agreement_of_second_answers():
     rows = [
         row(key="1", again_bad=False, again_vsa=2), row(key="2", bad=True, again_bad=False, again_vsa=3),
@@ -75,6 +82,11 @@ def test_control_faults_name_both_kinds():
     assert control_faults(rows) == []
     wrong = control_faults([row(UNTOUCHED, bad=False), row(TRUTH, bad=True, effect="gold")])
     assert "untouched source was judged good" in wrong[0] and "effect gold" in wrong[1]
+
+
+def test_control_counts_tells_of_those_without_an_answer():
+    rows = [row(UNTOUCHED, bad=True), row(TRUTH, bad=False), row(TRUTH, bad=True), row(UNTOUCHED, bad=None)]
+    assert control_counts(rows) == "2 as they must be, 1 not, 1 without an answer"
 
 
 def test_write_rows_gives_the_same_rows_back(tmp_path):

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from clora.errors import InputErrors
+from clora.config import resolve_base
+from clora.errors import InputError, InputErrors
 from clora.evaluate.benchmark import cells, missing_results, read_benchmark
+from clora.lora.catalogue import read_catalogue
 
 
 def picture(path: Path, value: int = 0, size: int = 12) -> Path:
@@ -66,6 +68,31 @@ def test_cells_lie_where_the_layout_says(tmp_path, bench):
     assert tmp_path / "out/results/ours/boat/wet/titanic.png" in paths
 
 
+def test_read_benchmark_takes_effects_from_a_catalogue(tmp_path, bench):
+    """What the file says itself stands; the effects of a file that lists none are all of the collection's."""
+    collection = Path(resolve_base("tiny")) / "collection.safetensors"
+    (tmp_path / "ours.safetensors").write_bytes(collection.read_bytes())
+    catalogue = {entry.name: entry.student_prompt for entry in read_catalogue(collection).effects}
+    del bench["judge"], bench["effects"][0]["instruction"]
+    bench["effects"][1]["name"] = "snow"
+    found = read_benchmark(write(tmp_path, bench | {"catalogue": "ours.safetensors"})).effects
+    assert [(one.instruction, one.student_prompt) for one in found] == [
+        (catalogue["sepia"],) * 2, ("j", catalogue["snow"]),
+    ]  # fmt: skip
+    assert found[0].criteria == "c" and found[1].categories == ["boat"]
+    del bench["effects"]
+    found = read_benchmark(write(tmp_path, bench | {"catalogue": "ours.safetensors"})).effects
+    assert {one.name: one.instruction for one in found} == catalogue and len(found) > 40
+
+
+def test_read_benchmark_names_what_a_catalogue_lacks(tmp_path, bench):
+    collection = Path(resolve_base("tiny")) / "collection.safetensors"
+    del bench["effects"][1]["instruction"]
+    for catalogue, says in ((str(collection), "effects.1.instruction"), ("t0.png", "t0.png"), ("no.st", "no.st")):
+        with pytest.raises(InputError, match=says):
+            read_benchmark(write(tmp_path, bench | {"catalogue": catalogue}))
+
+
 def test_missing_results_name_absent_and_mixed_up_pictures(tmp_path, bench):
     found = list(cells(read_benchmark(write(tmp_path, bench))))
     for cell in found[1:]:
@@ -120,6 +147,7 @@ def test_read_benchmark_lists_every_fault(tmp_path, bench):
         ({"reference": "nobody"}, "no method's name"),
         ({"colour": 1}, "colour"),
         ({"seeds": []}, "seeds"),
+        ({"judge": {"url": "u", "model": "m", "max_cost": 3}}, "judge: max_cost: nothing costs anything without"),
     ],
 )
 def test_read_benchmark_says_key_and_mend(tmp_path, bench, change, says):

@@ -28,6 +28,7 @@ from clora.io.posting import Again, post_json, retrying
 from clora.io.text import parse_json
 
 MOST_BYTES = 65536  # of an answer
+FACTS = "lossless PNG of both pictures; the first of two numbers: unbounded, usually -3 to 2, higher is better"
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,20 @@ nearer.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import numpy as np
 from numpy.typing import NDArray
 
 from clora.errors import InputError
 
-FACTS = "flip-evaluator, LDR, 67 pixels a degree, mean error, at the result's size, float32 sRGB in [0, 1]"
+PACKAGE = "flip-evaluator"
+
+
+def flip_facts() -> str:
+    """All that the figure depends on, and which way it goes, in a line."""
+    how = "LDR, 67 pixels a degree, mean error, at the result's size, float32 sRGB in [0, 1]"
+    return f"{PACKAGE} {version(PACKAGE)}, {how}; in [0, 1], 0 for equal pictures, lower is nearer"
 
 
 def require_flip() -> None:
@@ -20,7 +28,7 @@ def require_flip() -> None:
     try:
         import flip_evaluator  # noqa: F401
     except ImportError as error:
-        raise InputError("flip: needs the package flip-evaluator; pip install 'clora[eval]'") from error
+        raise InputError(f"flip: needs the package {PACKAGE}; pip install 'clora[eval]'") from error
 
 
 def flip(reference: NDArray[np.float32], test: NDArray[np.float32]) -> float:
