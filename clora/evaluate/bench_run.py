@@ -83,21 +83,26 @@ def score(
     on_done: Progress,
     seconds: dict[Path, float],
     exact: Mapping[Cell, ExactVerdict] | None = None,
+    measured: Mapping[str, Row] | None = None,
 ) -> list[Row]:
-    """A row for each cell, in order. Several results are judged at a time; `exact` holds verdicts that are known."""
+    """A row for each cell, in order. Several results are judged at a time; `exact` holds verdicts that are known, and
+    `measured` rows, by path, of results that are not to be measured again."""
     effects = {effect.name: effect for effect in bench.effects}
     settings = bench.judge
     embedded = cache(_embedded)  # a source is compared with the results of every effect, method and seed
+    there = measured or {}
 
     def one(cell: Cell) -> Row:
-        row = _measured(cell, bench.output_dir, measures, embedded, seconds.get(cell.path))
+        row = there.get(os.path.relpath(cell.path, bench.output_dir))
+        if row is None:
+            row = _measured(cell, bench.output_dir, measures, embedded, seconds.get(cell.path))
         if measures.rewards is not None and cell.method not in CONTROLS_SHOULD_BE_BAD:
             effect = effects[cell.effect]
             asked = effect.student_prompt or effect.instruction
             found = measures.rewards.reward(asked, load_image(cell.source), load_image(cell.path))
             update = {"edit_reward": found.score, "edit_reward_log_uncertainty": found.log_uncertainty}
             row = row.model_copy(update=update)
-        if exact is not None:
+        if exact is not None and cell in exact:
             row = row.model_copy(update=exact[cell]._asdict() | {"judge": "exact"})
         if judge is not None and settings is not None:
             effect = effects[cell.effect]

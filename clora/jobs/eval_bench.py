@@ -1,18 +1,22 @@
 """`clora eval BENCH.yaml`: any methods on any effects: results are made, judged, measured and reported.
 
 What is on the disk is not made or asked for again, so that an interrupted run goes on where it was; pictures that other
-settings made are refused. Under torchrun each process makes and judges its share; the first one writes the tables.
+settings made are refused. Under torchrun each process makes, measures and judges its share; the first one writes the
+tables.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -44,6 +48,7 @@ from clora.training.device import base_dtype, pick_device
 
 TIMEOUT_SECONDS = 3600.0
 CHUNK = 16  # pictures in memory at once
+ROWS = TypeAdapter(list[Row])
 
 
 def is_benchmark(path: Path) -> bool:
@@ -71,12 +76,10 @@ def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, 
     with distributed.process_group(TIMEOUT_SECONDS):
         own = found[distributed.rank() :: distributed.world_size()]
         make_results(bench, own, console)
-        if distributed.world_size() > 1:
-            _ask_own(bench, own, console)
-        distributed.barrier()
+        measured = _measured_by_all(bench, own, console)
         # Opened now, the judge counts what all processes were answered, and has what they left of its limits.
         # The others wait where the group ends, however long this takes.
-        return _report(bench, found, _open_judge(bench), console) if distributed.is_main() else {}
+        return _report(bench, found, measured, _open_judge(bench), console) if distributed.is_main() else {}
 
 
 def benchmark_table(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -196,22 +199,33 @@ def _seconds(bench: Benchmark) -> dict[Path, float]:
 
 
 def _score(
-    bench: Benchmark, found: Sequence[Cell], judge: Judge | None, measures: Measures, console: Console
+    bench: Benchmark,
+    found: Sequence[Cell],
+    judge: Judge | None,
+    measures: Measures,
+    console: Console,
+    measured: Mapping[str, Row] | None = None,
 ) -> list[Row]:
     with _progress(console) as progress:
-        exact = None
+        exact, there = None, measured or {}
         if bench.exact:
-            exact_task = progress.add_task("comparing with the truth", total=len(found))
-            exact = exact_verdicts(bench, found, lambda: progress.advance(exact_task))
+            left = [cell for cell in found if os.path.relpath(cell.path, bench.output_dir) not in there]
+            exact_task = progress.add_task("comparing with the truth", total=len(left))
+            exact = exact_verdicts(bench, left, lambda: progress.advance(exact_task))
         task = progress.add_task("measuring" if judge is None else "judging", total=len(found))
-        return score(bench, found, judge, measures, lambda: progress.advance(task), _seconds(bench), exact)
+        done = partial(progress.advance, task)
+        return score(bench, found, judge, measures, done, _seconds(bench), exact, measured)
 
 
-def _ask_own(bench: Benchmark, own: Sequence[Cell], console: Console) -> None:
-    """Ask judge and reward service about one process's results: answers are on the disk for the first one then."""
-    judge, rewards = _open_judge(bench, distributed.rank(), distributed.world_size()), _open_rewards(bench)
-    if judge is not None or rewards is not None:
-        _score(bench.model_copy(update={"exact": False}), own, judge, Measures(rewards=rewards), console)
+def _measured_by_all(bench: Benchmark, own: Sequence[Cell], console: Console) -> dict[str, Row]:
+    """Of several processes each measures its own results and asks judge and reward service about them, whose answers
+    are on the disk then; returns the rows of all, by path. One process has nothing to share."""
+    if distributed.world_size() == 1:
+        return {}
+    judge = _open_judge(bench, distributed.rank(), distributed.world_size())
+    rows = _score(bench, own, judge, _open_measures(bench), console)
+    texts = distributed.gather_texts(ROWS.dump_json(rows).decode())
+    return {row.path: row for text in texts for row in ROWS.validate_json(text)}
 
 
 def _open_rewards(bench: Benchmark) -> RewardService | None:
@@ -230,9 +244,11 @@ def _open_judge(bench: Benchmark, rank: int = 0, world_size: int = 1) -> Judge |
     return None if bench.judge is None else open_judge(bench.judge, bench.output_dir / "judge", rank, world_size)
 
 
-def _report(bench: Benchmark, found: Sequence[Cell], judge: Judge | None, console: Console) -> dict[str, Any]:
+def _report(
+    bench: Benchmark, found: Sequence[Cell], measured: Mapping[str, Row], judge: Judge | None, console: Console
+) -> dict[str, Any]:
     measures = _open_measures(bench)
-    rows = _score(bench, [*found, *control_cells(bench)], judge, measures, console)
+    rows = _score(bench, [*found, *control_cells(bench)], judge, measures, console, measured)
     own = [row for row in rows if row.method not in CONTROLS_SHOULD_BE_BAD]
     controls = [row for row in rows if row.method in CONTROLS_SHOULD_BE_BAD]
     costs = {method.name: cost_of(bench, method)._asdict() for method in bench.methods}

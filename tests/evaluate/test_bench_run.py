@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from clora.evaluate import bench_run
 from clora.evaluate.bench_rows import TRUTH, UNTOUCHED, summarise
 from clora.evaluate.bench_run import Measures, control_cells, score
 from clora.evaluate.benchmark import cells, read_benchmark
@@ -262,6 +264,45 @@ def test_evaluate_benchmark_waits_for_the_report_however_long_it_takes(tmp_path)
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"judge": None}))
     said = processes.run(2, ["eval", str(path), "--json"], tmp_path / "said", hurried, (4.0,))
     assert json.loads(said[said.index("{") :])["methods"][0]["outputs"] == 3
+
+
+def noting(folder):
+    """Processes that note what each of them measures, in a file of its own."""
+    measure = bench_run._measured
+
+    def noted(cell, *arguments):
+        with (folder / f"{os.getpid()}.txt").open("a") as file:
+            file.write(f"{cell.key}\n")
+        return measure(cell, *arguments)
+
+    bench_run._measured = noted
+
+
+@pytest.mark.slow
+def test_evaluate_benchmark_measures_each_result_in_one_process(tmp_path):
+    path, notes = bench_of(tmp_path, (10, 40, 70, 90)), tmp_path / "notes"
+    values = yaml.safe_load(path.read_text()) | {"judge": None}
+    path.write_text(yaml.safe_dump(values))
+    eval_bench.evaluate_benchmark(path)
+    path.write_text(yaml.safe_dump(values | {"output_dir": "two"}))
+    notes.mkdir()
+    processes.run(2, ["eval", str(path), "--json"], tmp_path / "said", noting, (notes,))
+    assert sorted(file.read_text().split() for file in notes.iterdir()) == [["10", "70"], ["40", "90"]]
+    for name in ("rows.csv", "report.json"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "out" / name).read_text()
+
+
+def test_score_keeps_what_was_measured_and_asks_for_what_has_no_verdict(tmp_path):
+    bench = read_benchmark(bench_of(tmp_path, (10, 40)))
+    first, second = cells(bench)
+    found = score(bench, [first, second], None, Measures(), lambda: None, {})
+    known = found[0].model_copy(update={"l1_source": 0.125, "why": "judge.max_calls: 7 calls are made"})
+    bad = httpx.Response(200, content=chat(json.dumps(GATE | {"is_bad_case": True})))
+    client = httpx.Client(transport=httpx.MockTransport(lambda request: bad))
+    judge = Judge(Endpoint("judge.url", "http://judge/v1", "eyes"), tmp_path / "judge", client=client)
+    rows = score(bench, [first, second], judge, Measures(), lambda: None, {}, None, {known.path: known})
+    assert [row.l1_source for row in rows] == [0.125, found[1].l1_source]
+    assert all(row.bad and not row.why for row in rows)
 
 
 class Rewarding(BaseHTTPRequestHandler):
