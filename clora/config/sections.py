@@ -232,6 +232,9 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Annotated[Count, doc("Batches per update.")] = 1
     learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
     coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
+    coarse_optimizer: Annotated[
+        Literal["adamw", "muon"], doc("Of the coarse stage; Muon's learning rates are about ten times AdamW's.")
+    ] = "adamw"
     critic_learning_rate: Annotated[Positive, doc("Peak learning rate of the critic.")] = 1e-4
     adam_beta1: Annotated[Decay, doc("Decay of AdamW's first moment.")] = 0.9
     adam_beta2: Annotated[Decay, doc("Decay of AdamW's second moment.")] = 0.999

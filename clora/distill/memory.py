@@ -53,6 +53,7 @@ class TrainSettings:
     terms: tuple[bool, bool, bool, bool] = (True, True, True, False)  # TA-FM, DMD-TS, DMD-BS, imitation
     num_steps: int = 8
     coarse: bool = False  # a stage of TA-FM alone
+    muon: bool = False  # its optimizer
     critic_batches: int = 5  # of a step: critic updates times batches of each
     waiting_batches: int = 0  # of the student's, whose graphs wait while the critic learns from them (critic_reuse)
     moments_bytes: int = 4  # of one number of AdamW's moments
@@ -144,6 +145,11 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
     }
     if s.coarse:
         phases["coarse update"] = resident | _update(footprint, s, s.anchor_batch_size)
+    student, _ = trained_parameters(footprint, s)
+    if s.coarse and s.muon:
+        # Directions in fp32, each process's own part and of several the whole.
+        whole = 4 * student if s.num_gpus > 1 else 0
+        phases["coarse optimizer step"] = resident | {"workspace": part_of(4 * student, s.num_gpus) + whole}
     # Many tokens share a forward only where the base is in parts.
     together = max(1, s.critic_batches) if s.shard_base else 1
     phases["rollouts"] = resident | {"workspace": forward_workspace(footprint, s, together * s.batch_size)}
@@ -151,7 +157,6 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
         phases["critic update"] = resident | _update(footprint, s, s.batch_size, 1 + s.waiting_batches)
     phases["student update"] = resident | _student_update(footprint, s)
     # Each process sends a copy of its part, which comes back whole.
-    student, _ = trained_parameters(footprint, s)
     sent = part_of(s.base_bytes * student, s.num_gpus) if s.num_gpus > 1 else 0
     phases["optimizer step"] = resident | {"workspace": sent}
     return MemoryPlan(phases)
@@ -299,6 +304,7 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
         base_bytes=base_dtype(config.base.dtype, torch.device("cuda")).itemsize,
         quantized=config.base.quantize != "none",
         coarse=bool(config.effects) and train.coarse_steps > 0,
+        muon=train.coarse_optimizer == "muon",
         critic_batches=train.critic_updates * train.gradient_accumulation_steps,
         waiting_batches=train.gradient_accumulation_steps * train.critic_reuse,
         moments_bytes=DTYPES[train.adam_moments].itemsize,

@@ -187,7 +187,10 @@ def assemble(
     config, train, processes = workspace.config, workspace.config.train, distributed.world_size()
     if train.gradient_checkpointing:
         workspace.backbone.set_gradient_checkpointing(True, num_blocks_kept(config, processes, collection_rank))
-    student = trainable_group(workspace.adapters, stacks, config, train.learning_rate, ema=True)
+    muon_updates = batches.coarse_steps if train.coarse_optimizer == "muon" else 0
+    student = trainable_group(
+        workspace.adapters, stacks, config, train.learning_rate, ema=True, muon_updates=muon_updates
+    )
     critic = None
     if CRITIC in trained_slots(config):
         critic = trainable_group(workspace.adapters, [CRITIC], config, train.critic_learning_rate, gradients_of=student)

@@ -18,13 +18,15 @@ from clora.errors import NonFiniteError
 from clora.training import distributed
 from clora.training.bf16_master import stochastic_round
 from clora.training.flat_parameters import FlatParameters, Piece, stretches
+from clora.training.muon import MOMENTUM, muon_steps
 
 
 @dataclass
 class AdamW:
     """AdamW with one learning-rate schedule on `flat`, and the average of its parameters; `ema_decay` 0 keeps none.
 
-    Parameters that had no gradient since the last update are left alone by it, decay included, as in torch.
+    Parameters that had no gradient since the last update are left alone by it, decay included, as in torch. The first
+    `muon_updates` are Muon's, whose momentum is kept in the first moment's place; AdamW then starts without moments.
     """
 
     flat: FlatParameters
@@ -37,6 +39,7 @@ class AdamW:
     ema_start: int = 0
     per_slot: bool = False  # parameters are stacked (S, ...): S independent jobs, each clipped by its own norm
     moments: torch.dtype = torch.float32  # the type they are kept in: fp32 or bfloat16
+    muon_updates: int = 0
     updates: int = field(init=False, default=0)
     steps: dict[str, int] = field(init=False)  # updates of each parameter
 
@@ -76,10 +79,15 @@ class AdamW:
         self.flat.assign(values)
 
     def update(self, learning_rate: float) -> None:
-        """AdamW and average on this process's shard; then every process has all parameters again."""
-        for run, steps in self._runs():
-            for at in stretches(run, self.flat.device):
-                self._adamw(at, steps, learning_rate)
+        """An update, and the average, of this process's shard; then every process has all parameters again."""
+        if self.updates < self.muon_updates:
+            self._muon(learning_rate)
+        else:
+            if self.updates == self.muon_updates:
+                self._start_moments()
+            for run, steps in self._runs():
+                for at in stretches(run, self.flat.device):
+                    self._adamw(at, steps, learning_rate)
         for name in self.flat.touched:
             self.steps[name] += 1
         self.flat.forget_gradients()
@@ -127,6 +135,29 @@ class AdamW:
         )
         for kind, value in now.items():
             self._write(kind, at, value)
+
+    def _start_moments(self) -> None:
+        """AdamW's beginning: no moments, no updates of any parameter."""
+        for kind in ("exp_avg", "exp_avg_sq"):
+            self._state[kind].zero_()
+        self.steps = dict.fromkeys(self.steps, 0)
+
+    def _muon(self, learning_rate: float) -> None:
+        """Nesterov's momentum and a step along it. A matrix that lies in several shards is made orthogonal by each of
+        their processes, from the whole of it."""
+        pieces = [piece for piece in self.flat.pieces.values() if piece.name in self.flat.touched]
+        directions = torch.zeros(self._whole_shard.stop, device=self.flat.device)
+        for piece in pieces:
+            gradient = self.flat.shard_gradient[piece.at]
+            momentum = self._read("exp_avg", piece.at).lerp(gradient, 1 - MOMENTUM)
+            self._write("exp_avg", piece.at, momentum)
+            directions[piece.at] = gradient.lerp(momentum, MOMENTUM)
+        whole = self.flat.gather(directions)
+        for name, step in muon_steps({piece.name: whole[piece.name] for piece in pieces}):
+            piece = self.flat.pieces[name]
+            step = step.flatten()[piece.start :][: piece.at.stop - piece.at.start]
+            kept = self.flat.read(piece.at) * (1 - learning_rate * self.weight_decay)
+            self.flat.write(piece.at, kept - learning_rate * step)
 
     def _read(self, kind: str, at: slice) -> Tensor:
         """A stretch of the shard of the state in fp32; the stored numbers themselves where they are fp32."""

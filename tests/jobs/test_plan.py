@@ -22,7 +22,7 @@ from clora.backbones.load import SHAPES, read_footprint
 from clora.backbones.qwen_image.footprint import transformer_footprint
 from clora.cli import commands as cli
 from clora.config import Config, build_config
-from clora.distill.memory import GB, TrainSettings, base_weights, memory_plan, saved_by_forward
+from clora.distill.memory import GB, TrainSettings, base_weights, memory_plan, saved_by_forward, trained_parameters
 from clora.distill.step import full_step
 from clora.jobs.plan import communication_plan, find_mends, plan_training
 from clora.lora.frozen_linear import floats_at_once, quantize_linears, weight_bytes
@@ -115,6 +115,16 @@ def test_memory_plan_of_a_coarse_stage_is_that_of_its_batch() -> None:
     assert coarse == saved_by_forward(footprint, qwen_settings(), 8)
     alone = memory_plan(footprint, qwen_settings(terms=(False,) * 4, critic_batches=0, coarse=True))
     assert alone.peak_phase in ("coarse update", "encoding") and alone.peak > 0
+
+
+def test_memory_plan_of_muon_holds_its_directions() -> None:
+    """fp32, this process's part; of several processes the whole of them besides."""
+    footprint = read_footprint(QWEN)
+    student = trained_parameters(footprint, qwen_settings())[0]
+    for num_gpus, copies in ((1, 1.0), (4, 1.25)):
+        plan = memory_plan(footprint, qwen_settings(coarse=True, muon=True, num_gpus=num_gpus))
+        assert plan.phases["coarse optimizer step"]["workspace"] == 4 * student * copies
+    assert "coarse optimizer step" not in memory_plan(footprint, qwen_settings(coarse=True)).phases
 
 
 # Peaks

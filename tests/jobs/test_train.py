@@ -62,14 +62,21 @@ def test_teach_side_by_side_equals_alone(random_base: Path, dataset: Path, taugh
         assert distance < 1e-5 if same else distance > 1e-3
 
 
+@pytest.mark.parametrize("coarse_optimizer", ["adamw", "muon"])
 def test_train_writes_a_collection_and_resumes_bitwise_equal(
-    random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_base: Path,
+    dataset: Path,
+    taught: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    coarse_optimizer: str,
 ) -> None:
     lora = [{"name": n, "lora": str(taught / "teachers" / f"{n}.safetensors")} for n in NAMES]
 
     def config(out: Path) -> Config:
         # Any LoRA may join the student after the coarse steps.
-        made = make_config(random_base, dataset, out, f"student.acceleration={lora[0]['lora']}")
+        given = (f"student.acceleration={lora[0]['lora']}", f"train.coarse_optimizer={coarse_optimizer}")
+        made = make_config(random_base, dataset, out, *given)
         effects = [e.model_copy(update={"lora": Path(row["lora"])}) for e, row in zip(made.effects, lora, strict=True)]
         return made.model_copy(update={"effects": effects})
 
@@ -101,6 +108,29 @@ def test_train_writes_a_collection_and_resumes_bitwise_equal(
         for name in ("whole", "split")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+@pytest.mark.parametrize("coarse_optimizer", ["adamw", "muon"])
+def test_train_gives_muon_the_coarse_steps_of_the_student_alone(
+    random_base: Path,
+    dataset: Path,
+    taught: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    coarse_optimizer: str,
+) -> None:
+    made = make_config(random_base, dataset, tmp_path / "run", f"train.coarse_optimizer={coarse_optimizer}")
+    config, used = with_teachers(made, taught), []
+
+    def by_muon(self: optimizer.AdamW, learning_rate: float) -> None:
+        used.append((next(iter(self.parameters)).split(".")[0], self.updates))
+        muon(self, learning_rate)
+
+    muon = optimizer.AdamW._muon
+    monkeypatch.setattr(optimizer.AdamW, "_muon", by_muon)
+    train(config)
+    coarse = config.train.coarse_steps
+    assert used == [("student", step) for step in range(coarse if coarse_optimizer == "muon" else 0)] and coarse > 0
 
 
 def test_prefetch_foresees_every_teacher_and_changes_no_bit(
