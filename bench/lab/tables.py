@@ -132,10 +132,24 @@ def baselines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def deployment(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each number of effects of `bench.lab.deployment`; beyond the world's there is nothing to route."""
+    lines = []
+    for row in rows:
+        routing, right, collection = "–", "–", "–"
+        if "routing_ms" in row:
+            routing, right = f"{row['routing_ms']:.1f} ms", f"{row['routed_right']:.0%}"
+            collection = "no router" if row["collections"] == 1 else f"{row['routed_right_collections']:.0%}"
+        loads = f"{row['switches']} | {row['switches_collections']}"
+        storage = f"{row['storage_gb']:.0f} | {row['storage_gb_collections']:.1f}"
+        lines.append(f"| {row['effects']} | {routing} | {right} | {collection} | {loads} | {storage} |")
+    return lines
+
+
 def tables() -> dict[tuple[str, str], list[str]]:
     """The lines of every table, by document and result."""
     twelve, fifty = (read_rows(f"lab/table1_{n}.json")["rows"] for n in (12, 50))
-    methods = json.loads((RESULTS / "lab" / "baselines.json").read_text())
+    methods, kept = (json.loads((RESULTS / "lab" / f"{name}.json").read_text()) for name in ("baselines", "deployment"))
     return {
         ("README.md", "lab/table1_12.json"): matrix(twelve, TABLE1, (8, 4, 2, 1)),
         ("docs/TINY_WORLD.md", "demo_12.json"): matrix(read_rows("demo_12.json")["rows"], DEMO, (8, 4, 2)),
@@ -144,6 +158,7 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("docs/METHOD.md", "lab/dynamics.json"): with_drift(read_rows("lab/dynamics.json")["rows"], DYNAMICS),
         ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
         ("docs/EVALUATION.md", "lab/baselines.json"): baselines([*methods["one effect"], *methods["two effects"]]),
+        ("docs/EVALUATION.md", "lab/deployment.json"): deployment(kept["rows"]),
     }
 
 
