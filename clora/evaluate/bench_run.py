@@ -83,17 +83,16 @@ def score(
     on_done: Progress,
     seconds: dict[Path, float],
     exact: Mapping[Cell, ExactVerdict] | None = None,
-    measured: Mapping[str, Row] | None = None,
+    measured: Mapping[Cell, Row] | None = None,
 ) -> list[Row]:
     """A row for each cell, in order. Several results are judged at a time; `exact` holds verdicts that are known, and
-    `measured` rows, by path, of results that are not to be measured again."""
+    `measured` the rows of results that are not to be measured again."""
     effects = {effect.name: effect for effect in bench.effects}
     settings = bench.judge
     embedded = cache(_embedded)  # a source is compared with the results of every effect, method and seed
-    there = measured or {}
 
     def one(cell: Cell) -> Row:
-        row = there.get(os.path.relpath(cell.path, bench.output_dir))
+        row = (measured or {}).get(cell)
         if row is None:
             row = _measured(cell, bench.output_dir, measures, embedded, seconds.get(cell.path))
         if measures.rewards is not None and cell.method not in CONTROLS_SHOULD_BE_BAD:

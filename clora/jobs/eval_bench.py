@@ -8,7 +8,6 @@ tables.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -74,9 +73,8 @@ def evaluate_benchmark(path: Path, console: Console | None = None) -> dict[str, 
     if bench.flip:
         require_flip()
     with distributed.process_group(TIMEOUT_SECONDS):
-        own = found[distributed.rank() :: distributed.world_size()]
-        make_results(bench, own, console)
-        measured = _measured_by_all(bench, own, console)
+        make_results(bench, _own(found), console)
+        measured = _measured_by_all(bench, found, console)
         # Opened now, the judge counts what all processes were answered, and has what they left of its limits.
         # The others wait where the group ends, however long this takes.
         return _report(bench, found, measured, _open_judge(bench), console) if distributed.is_main() else {}
@@ -204,12 +202,12 @@ def _score(
     judge: Judge | None,
     measures: Measures,
     console: Console,
-    measured: Mapping[str, Row] | None = None,
+    measured: Mapping[Cell, Row],
 ) -> list[Row]:
     with _progress(console) as progress:
-        exact, there = None, measured or {}
+        exact = None
         if bench.exact:
-            left = [cell for cell in found if os.path.relpath(cell.path, bench.output_dir) not in there]
+            left = [cell for cell in found if cell not in measured]
             exact_task = progress.add_task("comparing with the truth", total=len(left))
             exact = exact_verdicts(bench, left, lambda: progress.advance(exact_task))
         task = progress.add_task("measuring" if judge is None else "judging", total=len(found))
@@ -217,15 +215,22 @@ def _score(
         return score(bench, found, judge, measures, done, _seconds(bench), exact, measured)
 
 
-def _measured_by_all(bench: Benchmark, own: Sequence[Cell], console: Console) -> dict[str, Row]:
+def _measured_by_all(bench: Benchmark, found: Sequence[Cell], console: Console) -> dict[Cell, Row]:
     """Of several processes each measures its own results and asks judge and reward service about them, whose answers
-    are on the disk then; returns the rows of all, by path. One process has nothing to share."""
-    if distributed.world_size() == 1:
+    are on the disk then; returns the rows of all. One process has nothing to share."""
+    world_size = distributed.world_size()
+    if world_size == 1:
         return {}
-    judge = _open_judge(bench, distributed.rank(), distributed.world_size())
-    rows = _score(bench, own, judge, _open_measures(bench), console)
+    judge = _open_judge(bench, distributed.rank(), world_size)
+    rows = _score(bench, _own(found), judge, _open_measures(bench), console, {})
     texts = distributed.gather_texts(ROWS.dump_json(rows).decode())
-    return {row.path: row for text in texts for row in ROWS.validate_json(text)}
+    shares = ((found[rank::world_size], ROWS.validate_json(text)) for rank, text in enumerate(texts))
+    return {cell: row for cells, rows in shares for cell, row in zip(cells, rows, strict=True)}
+
+
+def _own(found: Sequence[Cell]) -> Sequence[Cell]:
+    """This process's share."""
+    return found[distributed.rank() :: distributed.world_size()]
 
 
 def _open_rewards(bench: Benchmark) -> RewardService | None:
@@ -245,7 +250,7 @@ def _open_judge(bench: Benchmark, rank: int = 0, world_size: int = 1) -> Judge |
 
 
 def _report(
-    bench: Benchmark, found: Sequence[Cell], measured: Mapping[str, Row], judge: Judge | None, console: Console
+    bench: Benchmark, found: Sequence[Cell], measured: Mapping[Cell, Row], judge: Judge | None, console: Console
 ) -> dict[str, Any]:
     measures = _open_measures(bench)
     rows = _score(bench, [*found, *control_cells(bench)], judge, measures, console, measured)

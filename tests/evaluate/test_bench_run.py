@@ -300,7 +300,7 @@ def test_score_keeps_what_was_measured_and_asks_for_what_has_no_verdict(tmp_path
     bad = httpx.Response(200, content=chat(json.dumps(GATE | {"is_bad_case": True})))
     client = httpx.Client(transport=httpx.MockTransport(lambda request: bad))
     judge = Judge(Endpoint("judge.url", "http://judge/v1", "eyes"), tmp_path / "judge", client=client)
-    rows = score(bench, [first, second], judge, Measures(), lambda: None, {}, None, {known.path: known})
+    rows = score(bench, [first, second], judge, Measures(), lambda: None, {}, None, {first: known})
     assert [row.l1_source for row in rows] == [0.125, found[1].l1_source]
     assert all(row.bad and not row.why for row in rows)
 
