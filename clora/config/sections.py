@@ -233,12 +233,12 @@ class TrainConfig(Section):
     learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
     coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
     coarse_optimizer: Annotated[
-        Literal["adamw", "muon"], doc("Of the coarse stage; Muon's learning rates are about ten times AdamW's.")
+        Literal["adamw", "muon"], doc("Of the coarse stage; Muon needs a learning rate of its own.")
     ] = "adamw"
     critic_learning_rate: Annotated[Positive, doc("Peak learning rate of the critic.")] = 1e-4
     adam_beta1: Annotated[Decay, doc("Decay of AdamW's first moment.")] = 0.9
     adam_beta2: Annotated[Decay, doc("Decay of AdamW's second moment.")] = 0.999
-    adam_weight_decay: Annotated[NonNegative, doc("Weight decay of AdamW.")] = 0.01
+    adam_weight_decay: Annotated[NonNegative, doc("Weight decay of AdamW, and of Muon.")] = 0.01
     adam_epsilon: Annotated[Positive, doc("Epsilon of AdamW.")] = 1e-8
     adam_moments: Annotated[
         Literal["float32", "bfloat16"], doc("Type in which AdamW's moments are kept; bfloat16 halves them.")

@@ -7,13 +7,12 @@ whole matrices where ours lie in shards. A direction that few samples ask for mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 MOMENTUM = 0.95
-_TOGETHER = 64  # matrices at once: few launches, little memory
+_TOGETHER = 1 << 24  # numbers worked on at once: few launches, little memory
 _ROUNDS = 5
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of a quintic that takes singular values from (0, 1] to about 1
 
@@ -39,7 +38,8 @@ def muon_steps(directions: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]
         by_shape.setdefault(direction.shape, []).append(name)
     for (*_, rows, columns), names in by_shape.items():
         scale = max(1.0, rows / columns) ** 0.5
-        waiting = iter(names)
-        while some := list(islice(waiting, _TOGETHER)):
+        count = max(1, _TOGETHER // directions[names[0]].numel())
+        for first in range(0, len(names), count):
+            some = names[first : first + count]
             steps = orthogonalised(torch.stack([directions[name] for name in some])) * scale
             yield from zip(some, steps, strict=True)

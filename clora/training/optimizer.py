@@ -83,7 +83,7 @@ class AdamW:
         if self.updates < self.muon_updates:
             self._muon(learning_rate)
         else:
-            if self.updates == self.muon_updates:
+            if self.updates == self.muon_updates > 0:
                 self._start_moments()
             for run, steps in self._runs():
                 for at in stretches(run, self.flat.device):
