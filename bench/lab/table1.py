@@ -1,10 +1,11 @@
 """What does distillation add? `python -m bench.lab.table1 --run runs/table1 [--effects N --figures F key=value ...]`.
 
-The paper's Table 1 in 8, 4, 2 and 1 steps (rows "NAME, STEPS"), beside two controls without distillation: the
-collection's own coarse stage, and the same trained on until it has cost as much (counted in forwards of a sample, a
-backward is two), each with the base's acceleration LoRA on top. The collection is trained by preset `tiny` as it is, or
-with other `key=value`, once a seed; rows that are trained pool their seeds' outputs. Differences to the coarse stage
-are paired by effect, scene, noise and seed. Everything is kept below the folder, and goes on where it was interrupted.
+The paper's Table 1 in 8, 4, 2 and 1 steps (rows "NAME, STEPS"), beside three controls, each with the base's
+acceleration LoRA on top: the collection's own coarse stage; the same trained on until it has cost as much as the
+collection (counted in forwards of a sample, a backward is two); and a student of flow matching on the teachers' images
+alone, without distillation, for that cost. The collection is trained by preset `tiny` as it is, or with other
+`key=value`, once a seed; rows that are trained pool their seeds' outputs. Differences to the coarse stage are paired by
+effect, scene, noise and seed. Everything is kept below the folder, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -22,20 +23,29 @@ from clora.tiny.dataset import effect_names
 CONTROL = "coarse+accel"
 
 
-def arms(study: Study, seed: int, recipe: Sequence[str]) -> tuple[Arm, Arm]:
-    """The collection of one seed, and the control: its coarse stage trained on for the cost of its full stage."""
+def arms(study: Study, seed: int, recipe: Sequence[str]) -> tuple[Arm, Arm, Arm]:
+    """The collection of one seed, and the controls: its coarse stage trained on for the cost of its full stage, and
+    flow matching on images for the cost of both."""
     collection = Arm(f"collection {seed}", (*recipe, f"seed={seed}"))
     train = study.arm_config(collection).train
     coarse = study.forwards(Arm("", (*collection.overrides, f"train.max_train_steps={train.coarse_steps}")))
     rate = (train.coarse_learning_rate or train.learning_rate) / 2
     on = (*recipe, *PLAIN, f"seed={seed}", "train.coarse_steps=100000", f"train.coarse_learning_rate={rate}")
     longer = Arm(f"coarse on {seed}", on, f"{collection.name}:coarse")
-    return collection, steps_for(study, longer, study.forwards(collection) - coarse)
+    on_images = (*recipe, *PLAIN, f"seed={seed}", "train.coarse_steps=100000", "train.coarse_target=images")
+    images = Arm(f"images {seed}", on_images)
+    whole = study.forwards(collection)
+    return collection, steps_for(study, longer, whole - coarse), steps_for(study, images, whole)
 
 
 def rows_in(steps: int, seeds: Sequence[int]) -> dict[str, list[Row]]:
     """The table's rows in so many steps: what each pools, a row of the study for every seed."""
-    accelerated = {CONTROL: "collection {}:coarse", "coarse on+accel": "coarse on {}", "teachers+accel": "teacher"}
+    accelerated = {
+        CONTROL: "collection {}:coarse",
+        "coarse on+accel": "coarse on {}",
+        "images+accel": "images {}",
+        "teachers+accel": "teacher",
+    }
     plain = {"coarse on": "coarse on {}", "teachers": "teacher"}
     rows = {"collection": [Row(f"collection {seed}", steps, "consistency") for seed in seeds]}
     for name, who in accelerated.items():
@@ -62,7 +72,7 @@ def measure(study: Study, seeds: Sequence[int], recipe: Sequence[str], nfe: Sequ
     found = study.sample(list(dict.fromkeys(row for of_seeds in rows.values() for row in of_seeds)))
     images = {name: pooled(found, of_seeds) for name, of_seeds in rows.items()}
     controls = {name: f"{CONTROL}, {name.rpartition(', ')[2]}" for name in rows}
-    collection, longer = trained[0]
+    collection, longer, flow = trained[0]
     return {
         "effects": list(study.effects),
         "scenes": {"use": study.scenes, "count": study.num_scenes},
@@ -71,6 +81,7 @@ def measure(study: Study, seeds: Sequence[int], recipe: Sequence[str], nfe: Sequ
         "forwards": {
             "collection": round(study.forwards(collection)),
             "its full stage, and coarse on": round(study.forwards(longer)),
+            "images": round(study.forwards(flow)),
         },
         "machine": machine(),
         "rows": judge(images, controls),

@@ -15,6 +15,7 @@ from pydantic import model_validator as section_check
 
 from clora.config.types import (
     Acceleration,
+    CoarseTarget,
     Count,
     Decay,
     DmdNorm,
@@ -221,7 +222,11 @@ class TrainConfig(Section):
     """`clora train`. Names follow diffusers' trainers."""
 
     max_train_steps: Annotated[Count, doc("Student updates in all, the coarse ones included.")] = 5000
-    coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone, before the full objective.")] = 500
+    coarse_steps: Annotated[Natural, doc("First updates without a critic, before the full objective.")] = 500
+    coarse_target: Annotated[
+        CoarseTarget,
+        doc("What they learn: the teachers' 'images' (TA-FM), or the teachers' 'velocity' on the way to them."),
+    ] = "images"
     max_train_seconds: Annotated[Positive | None, doc("Save and stop after this; null = no limit.", numerics=False)] = (
         None
     )

@@ -63,6 +63,7 @@ Rescale = Literal["none", "norm"]
 DmdNorm = Literal["sample", "none"]
 
 Imitation = Literal["segment_mean", "same_step"]
+CoarseTarget = Literal["images", "velocity"]
 
 Sampler = Literal["consistency", "euler"]
 

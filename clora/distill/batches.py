@@ -58,7 +58,7 @@ class Batches:
 
     @property
     def coarse_steps(self) -> int:
-        """Steps of TA-FM alone; none without effects."""
+        """Steps without a critic; none without effects."""
         return self.config.train.coarse_steps if self.names else 0
 
     def stream(self, step: int) -> Stream:
@@ -101,11 +101,17 @@ class Batches:
 
     def teachers(self, step: int) -> list[str | None]:
         """The effects whose teachers this process asks at `step`, in the order of its batches; none where the base is
-        the teacher, or there is no step."""
+        the teacher, nobody asks one, or there is no step."""
         train, objective, stream = self.config.train, self.config.objective, self.stream(step)
-        if stream == "general" or not self.coarse_steps <= step < train.max_train_steps:
+        found = list[Example]()
+        if step < min(self.coarse_steps, train.max_train_steps):
+            for part in range(train.gradient_accumulation_steps if train.coarse_target == "velocity" else 0):
+                examples, _ = self._examples(step, "effect", "coarse", part, train.gradient_accumulation_steps)
+                found += _of_rows(examples, _own_rows(examples))
+            return [example.effect for example in found]
+        if stream == "general" or step >= train.max_train_steps:
             return []
-        matched, found = bool(objective.dmd_ts_weight or objective.dmd_bs_weight), list[Example]()
+        matched = bool(objective.dmd_ts_weight or objective.dmd_bs_weight)
         for part in range(train.gradient_accumulation_steps):
             examples, anchors = self._examples(step, stream, "student", part, train.gradient_accumulation_steps)
             if objective.imitation_weight:

@@ -201,7 +201,8 @@ def _check_recipe(config: Config, job: Job, found: Findings) -> None:
     the teachers of a batch."""
     train, objective = config.train, config.objective
     found.faults += idle_streams(config)
-    follows = job == "extend" or objective.imitation_weight > 0  # TA-FM's samples have a teacher there
+    coarse = train.coarse_steps > 0 and train.coarse_target == "velocity"
+    follows = job == "extend" or objective.imitation_weight > 0 or coarse  # TA-FM's samples have a teacher there
     size = max(train.batch_size, (train.anchor_batch_size or 0) if follows else 0)
     needed = min(size, len({config.teacher_path(effect) for effect in config.effects}))
     if train.teacher_slots < needed:

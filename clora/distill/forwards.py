@@ -16,15 +16,23 @@ def distillation_forwards(config: Config) -> float:
     """Of all steps of `clora train` on one process, with general data where p_switch is below 1."""
     train, objective = config.train, config.objective
     coarse = min(train.coarse_steps, train.max_train_steps) if config.effects else 0
-    total = float(coarse * train.gradient_accumulation_steps * joint_step_forwards(config))
+    total = float(coarse * coarse_step_forwards(config))
     for step in range(coarse, train.max_train_steps):
         stream = draw_stream(config.seed, step, objective.p_switch) if config.effects else "general"
         total += full_step_forwards(config, stream)
     return total
 
 
+def coarse_step_forwards(config: Config) -> int:
+    """Of a coarse step: the student's, and the teacher's where its velocity is followed."""
+    train = config.train
+    samples = train.gradient_accumulation_steps * (train.anchor_batch_size or train.batch_size)
+    asked = (1 + (config.objective.guidance != 1.0)) if train.coarse_target == "velocity" else 0
+    return samples * (1 + BACKWARD + asked)
+
+
 def joint_step_forwards(config: Config) -> int:
-    """Of a flow-matching step on as many samples as TA-FM has: a coarse batch, and a step of `teach_joint`."""
+    """Of a flow-matching step on as many samples as TA-FM has, as `teach_joint` makes it."""
     return (config.train.anchor_batch_size or config.train.batch_size) * (1 + BACKWARD)
 
 

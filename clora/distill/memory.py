@@ -52,7 +52,8 @@ class TrainSettings:
     guided: bool = True
     terms: tuple[bool, bool, bool, bool] = (True, True, True, False)  # TA-FM, DMD-TS, DMD-BS, imitation
     num_steps: int = 8
-    coarse: bool = False  # a stage of TA-FM alone
+    coarse: bool = False  # a stage without a critic
+    coarse_teacher: bool = False  # which asks the teachers
     muon: bool = False  # its optimizer
     critic_batches: int = 5  # of a step: critic updates times batches of each
     waiting_batches: int = 0  # of the student's, whose graphs wait while the critic learns from them (critic_reuse)
@@ -144,7 +145,10 @@ def memory_plan(footprint: Footprint, settings: TrainSettings) -> MemoryPlan:
         "targets": frozen | {"workspace": forward_workspace(footprint, s, s.targets_batch)},
     }
     if s.coarse:
-        phases["coarse update"] = resident | _update(footprint, s, s.anchor_batch_size)
+        update, asked = _update(footprint, s, s.anchor_batch_size), s.anchor_batch_size * (2 if s.guided else 1)
+        if s.coarse_teacher:  # while the student's graph waits
+            update["workspace"] = max(update["workspace"], forward_workspace(footprint, s, asked))
+        phases["coarse update"] = resident | update
     student, _ = trained_parameters(footprint, s)
     if s.coarse and s.muon:
         # Directions in fp32, each process's own part and of several the whole.
@@ -304,6 +308,7 @@ def read_settings(config: Config, footprint: Footprint) -> TrainSettings:
         base_bytes=base_dtype(config.base.dtype, torch.device("cuda")).itemsize,
         quantized=config.base.quantize != "none",
         coarse=bool(config.effects) and train.coarse_steps > 0,
+        coarse_teacher=train.coarse_target == "velocity",
         muon=train.coarse_optimizer == "muon",
         critic_batches=train.critic_updates * train.gradient_accumulation_steps,
         waiting_batches=train.gradient_accumulation_steps * train.critic_reuse,

@@ -32,7 +32,7 @@ from clora.lora.files import read_lora, write_lora
 from clora.lora.module import LoraModule, join_modules
 from clora.lora.slots import Slot
 from clora.method.losses import Figures
-from clora.method.objective import AnchorLoss, ta_fm_loss
+from clora.method.objective import AnchorLoss, ta_fm_loss, teacher_velocity_loss
 from clora.method.prompts import EffectPrompt
 from clora.training import distributed
 from clora.training.loop import loop_config, run_loop
@@ -146,7 +146,8 @@ def make_distillation(workspace: Workspace, bank: TeacherBank | None) -> Distill
             adapters.add_lora(ACCELERATING, modules, dtype=workspace.backbone.dtype)
             accelerating = ACCELERATING
     models = Models(workspace.backbone, bank, joining=joining, accelerating=accelerating)
-    return assemble(workspace, models, batches_of(workspace), [STUDENT, *joining])
+    coarse_loss = teacher_velocity_loss if config.train.coarse_target == "velocity" else ta_fm_loss
+    return assemble(workspace, models, batches_of(workspace), [STUDENT, *joining], coarse_loss=coarse_loss)
 
 
 def add_student(workspace: Workspace, critic_rank: int = 0) -> torch.Generator:
@@ -180,6 +181,7 @@ def assemble(
     batches: Batches,
     stacks: Sequence[str],
     anchor_loss: AnchorLoss = ta_fm_loss,
+    coarse_loss: AnchorLoss = ta_fm_loss,
     collection_rank: int = 0,
 ) -> Distillation:
     """Decide what is recomputed, and give the student's `stacks` and the critic their optimizers. `collection_rank`: of
@@ -187,15 +189,13 @@ def assemble(
     config, train, processes = workspace.config, workspace.config.train, distributed.world_size()
     if train.gradient_checkpointing:
         workspace.backbone.set_gradient_checkpointing(True, num_blocks_kept(config, processes, collection_rank))
-    muon_updates = batches.coarse_steps if train.coarse_optimizer == "muon" else 0
-    student = trainable_group(
-        workspace.adapters, stacks, config, train.learning_rate, ema=True, muon_updates=muon_updates
-    )
+    coarse = batches.coarse_steps, train.coarse_optimizer == "muon"
+    student = trainable_group(workspace.adapters, stacks, config, train.learning_rate, ema=True, coarse=coarse)
     critic = None
     if CRITIC in trained_slots(config):
         critic = trainable_group(workspace.adapters, [CRITIC], config, train.critic_learning_rate, gradients_of=student)
     joint_tokens = math.inf if train.shard_base and processes > 1 else JOINT_TOKENS
-    return Distillation(config, batches, models, student, critic, anchor_loss, joint_tokens)
+    return Distillation(config, batches, models, student, critic, anchor_loss, coarse_loss, joint_tokens)
 
 
 def write_student(workspace: Workspace, teachers: dict[str, str]) -> Path:

@@ -34,7 +34,7 @@ def training_warnings(config: Config) -> list[str]:
     total, coarse = train.max_train_steps, train.coarse_steps if config.effects else 0  # without effects no TA-FM
     if coarse >= total:
         return [
-            "train.coarse_steps is not below train.max_train_steps: every update is coarse (TA-FM alone)",
+            "train.coarse_steps is not below train.max_train_steps: every update is coarse, none has a critic",
             *_warm_ups("train", total, 0, train.lr_warmup_steps),
         ]
     return _warm_ups("train", coarse, total - coarse, train.lr_warmup_steps) + _average(config, coarse, total)

@@ -46,8 +46,8 @@ JOINT_TOKENS = 1024
 class Distillation:
     """Everything a step needs.
 
-    anchor_loss: what stands in TA-FM's place. joint_tokens: most tokens of a forward that is shared, `math.inf` where
-    every forward has to fetch the weights from other processes.
+    anchor_loss: what stands in TA-FM's place. coarse_loss: what the coarse stage learns. joint_tokens: most tokens of a
+    forward that is shared, `math.inf` where every forward has to fetch the weights from other processes.
     """
 
     config: Config
@@ -56,6 +56,7 @@ class Distillation:
     student: AdamW
     critic: AdamW | None  # none where it has no updates
     anchor_loss: AnchorLoss = ta_fm_loss
+    coarse_loss: AnchorLoss = ta_fm_loss
     joint_tokens: float = JOINT_TOKENS
 
 
@@ -86,13 +87,14 @@ def train_step(d: Distillation, step: int) -> Figures:
 
 
 def coarse_step(d: Distillation, step: int) -> Figures:
-    """The coarse stage: TA-FM alone (Eq. 6), on effect batches; no critic, no teacher."""
+    """The coarse stage: TA-FM alone (Eq. 6), or what stands in its place, on effect batches; no critic."""
+    d.models.prefetch([*d.batches.teachers(step), *d.batches.teachers(step + 1)])
     nets = networks_at(d, step)
     figures: Figures = {}
     where = ""
     for batch, draws in d.batches.of_student(step, "effect", "coarse"):
         where = place(step, STUDENT, batch)
-        loss, figures = d.anchor_loss(nets, batch, d.config, draws, None)
+        loss, figures = d.coarse_loss(nets, batch, d.config, draws, None)
         walk_back(d, loss, where)
     factor = student_lr_multiplier(d.config.train, d.batches.coarse_steps, step)
     return move(d.student, STUDENT, factor, figures, where)

@@ -230,11 +230,9 @@ def train_joint(config: Config, console: Console) -> None:
 
 
 def train_control(config: Config, console: Console) -> None:
-    """The collection's own coarse stage trained on, at half its learning rate, until it has cost as many forwards as
-    the full stage: what is left of the collection when distillation is taken away."""
-    train_settings, per_step = config.train, joint_step_forwards(config)
-    steps = max(1, round(distillation_forwards(config) / per_step) - train_settings.coarse_steps)
-    rate = (train_settings.coarse_learning_rate or train_settings.learning_rate) / 2
+    """Flow matching on the teachers' images (Eq. 6), under the student's prompts, until it has cost as many forwards as
+    the collection: what is left of it when distillation is taken away."""
+    steps = max(1, round(distillation_forwards(config) / joint_step_forwards(config)))
     out = config.output_dir / JOINT_STUDENT
     out.mkdir(exist_ok=True)
     if not (cache := out / "cache").exists():
@@ -243,8 +241,8 @@ def train_control(config: Config, console: Console) -> None:
     config = config.with_values(
         output_dir=out,
         effects=effects,
-        student={"acceleration": None, "init_from": config.output_dir / "coarse.safetensors"},
-        train={"max_train_steps": steps, "coarse_steps": steps, "ema_start": 0, "coarse_learning_rate": rate},
+        student={"acceleration": None},
+        train={"max_train_steps": steps, "coarse_steps": steps, "coarse_target": "images", "ema_start": 0},
     )
     train(config, resume="latest", console=console)
 

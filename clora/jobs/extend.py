@@ -111,7 +111,7 @@ def make_extension(
     followed = FewStepTeachers(models, weight=config.extend.rehearsal_weight)
     batches = batches_of(workspace, deal_names(new, old, config.extend.rehearsal_share))
     anchor_loss = followed.anchor_loss if old or path is not None else ta_fm_loss
-    return assemble(workspace, models, batches, [STUDENT], anchor_loss, rank)
+    return assemble(workspace, models, batches, [STUDENT], anchor_loss, anchor_loss, rank)
 
 
 def merge_catalogue(catalogue: Catalogue, new: Sequence[CatalogueEntry]) -> Catalogue:

@@ -22,8 +22,8 @@ from torch import Tensor
 from clora.config import ObjectiveConfig
 from clora.errors import InputError
 from clora.method.flow import add_noise, shift_sigma
-from clora.method.given import CriticSample, DistillBatch, Networks, Query, anchor_of, ask_scores
-from clora.method.losses import Figures, dmd_loss, flow_matching_loss
+from clora.method.given import CriticSample, DistillBatch, Networks, Query, anchor_of, ask_scores, ask_teacher
+from clora.method.losses import Figures, dmd_loss, flow_matching_loss, velocity_loss
 from clora.method.noise import (
     DistillConfig,
     Draws,
@@ -61,6 +61,20 @@ def ta_fm_loss(
     eps, query = noise_anchor(y, anchor.student_cond, cfg, draws, sigma_dmd)
     loss, _ = flow_matching_loss(nets.student(*query), y, eps)
     return own_share(loss, {"ta_fm_loss": loss.detach()}, draws)
+
+
+def teacher_velocity_loss(
+    nets: Networks, batch: DistillBatch, cfg: DistillConfig, draws: Draws, sigma_dmd: Tensor | None = None
+) -> Loss:
+    """In TA-FM's place, at the same points: the teacher's own velocity, not the one that leads to its image. In the
+    mean over noise the two are one wherever the images are the teacher's, but this gradient has none of that noise.
+    Student 1 forward, teacher 1 (2 guided).
+    """
+    anchor, draws = anchor_of(batch), draws.anchors()
+    _, query = noise_anchor(_targets(anchor.y, "the coarse stage", batch), anchor.student_cond, cfg, draws, sigma_dmd)
+    v_student = nets.student(*query)
+    loss, _ = velocity_loss(v_student, ask_teacher(nets, anchor, cfg.objective, query.x_sigma, query.sigma))
+    return own_share(loss, {"velocity_loss": loss.detach()}, draws)
 
 
 def total_loss_terms(

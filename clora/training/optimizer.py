@@ -26,7 +26,9 @@ class AdamW:
     """AdamW with one learning-rate schedule on `flat`, and the average of its parameters; `ema_decay` 0 keeps none.
 
     Parameters that had no gradient since the last update are left alone by it, decay included, as in torch. The first
-    `muon_updates` are Muon's, whose momentum is kept in the first moment's place; AdamW then starts without moments.
+    `coarse_updates` are a stage of their own, with `muon` Muon's, whose momentum is kept in the first moment's place.
+    What follows starts without moments: of a stage whose gradients are a tenth as large they would make its steps ten
+    times as long, until they had faded after 1 / (1 - beta2) updates.
     """
 
     flat: FlatParameters
@@ -39,7 +41,8 @@ class AdamW:
     ema_start: int = 0
     per_slot: bool = False  # parameters are stacked (S, ...): S independent jobs, each clipped by its own norm
     moments: torch.dtype = torch.float32  # the type they are kept in: fp32 or bfloat16
-    muon_updates: int = 0
+    coarse_updates: int = 0
+    muon: bool = False
     updates: int = field(init=False, default=0)
     steps: dict[str, int] = field(init=False)  # updates of each parameter
 
@@ -80,11 +83,11 @@ class AdamW:
 
     def update(self, learning_rate: float) -> None:
         """An update, and the average, of this process's shard; then every process has all parameters again."""
-        if self.updates < self.muon_updates:
+        if self.updates == self.coarse_updates > 0:
+            self._start_moments()
+        if self.muon and self.updates < self.coarse_updates:
             self._muon(learning_rate)
         else:
-            if self.updates == self.muon_updates > 0:
-                self._start_moments()
             for run, steps in self._runs():
                 for at in stretches(run, self.flat.device):
                     self._adamw(at, steps, learning_rate)

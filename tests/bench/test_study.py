@@ -140,22 +140,30 @@ def test_sample_takes_each_row_from_its_own_file_and_slot(run, tmp_path) -> None
 
 
 @pytest.mark.slow
-def test_arms_gives_the_control_the_collections_recipe_and_coarse_file(run) -> None:
+def test_arms_gives_the_controls_the_collections_recipe_and_cost(run) -> None:
+    """One goes on from its coarse file, the other begins anew, by flow matching on images."""
     study, _ = run
-    recipe = ("student.rank=12", "student.alpha=12", "train.coarse_learning_rate=6e-3", "targets.per_source=2")
-    collection, control = table1.arms(study, 3, recipe)
-    ours, theirs = study.arm_config(collection), study.arm_config(control)
-    assert theirs.student.init_from == study.folder / "arms/collection 3/coarse.safetensors"
-    assert (ours.seed, theirs.seed) == (3, 3)
-    assert (theirs.student.rank, theirs.student.alpha) == (ours.student.rank, ours.student.alpha) == (12, 12)
-    for key in ("batch_size", "anchor_batch_size", "max_grad_norm", "lr_scheduler"):
-        assert getattr(theirs.train, key) == getattr(ours.train, key)
-    assert theirs.targets == ours.targets and theirs.targets.per_source == 2
-    assert theirs.train.coarse_learning_rate == 3e-3  # half
-    assert theirs.train.coarse_steps > theirs.train.max_train_steps and theirs.train.critic_updates == 0
+    recipe = ("student.rank=12", "student.alpha=12", "train.coarse_learning_rate=6e-3", "targets.per_source=2",
+              "train.coarse_target=velocity")  # fmt: skip
+    collection, longer, images = table1.arms(study, 3, recipe)
+    ours, coarse_file = study.arm_config(collection), study.folder / "arms/collection 3/coarse.safetensors"
     coarse = study.forwards(Arm("coarse", (*collection.overrides, f"train.max_train_steps={ours.train.coarse_steps}")))
-    step = study.forwards(control) / theirs.train.max_train_steps
-    assert study.forwards(control) == pytest.approx(study.forwards(collection) - coarse, abs=step)
+    whole = study.forwards(collection)
+    for control, start, target, rate, cost in (
+        (longer, coarse_file, "velocity", 3e-3, whole - coarse),  # half the rate
+        (images, None, "images", 6e-3, whole),
+    ):
+        theirs = study.arm_config(control)
+        assert (theirs.student.init_from, theirs.train.coarse_target) == (start, target)
+        assert (ours.seed, theirs.seed) == (3, 3)
+        assert (theirs.student.rank, theirs.student.alpha) == (ours.student.rank, ours.student.alpha) == (12, 12)
+        for key in ("batch_size", "anchor_batch_size", "max_grad_norm", "lr_scheduler"):
+            assert getattr(theirs.train, key) == getattr(ours.train, key)
+        assert theirs.targets == ours.targets and theirs.targets.per_source == 2
+        assert theirs.train.coarse_learning_rate == rate
+        assert theirs.train.coarse_steps > theirs.train.max_train_steps and theirs.train.critic_updates == 0
+        step = study.forwards(control) / theirs.train.max_train_steps
+        assert study.forwards(control) == pytest.approx(cost, abs=step)
 
 
 def test_pooled_joins_seeds_in_order() -> None:

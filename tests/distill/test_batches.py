@@ -176,6 +176,11 @@ def test_teachers_are_those_of_the_students_batches() -> None:
         assert batches.teachers(step) == ([] if stream == "general" else asked)
     assert batches.teachers(steps_of(batches, "effect", 1)[0]) == []  # of the coarse stage
     assert all(batches.teachers(step) == [] for step in range(60, 70))
+    following = make_batches("train.gradient_accumulation_steps=2", "train.coarse_target=velocity")
+    for step in range(5):
+        asked = [e for batch, _ in following.of_student(step, "effect", "coarse") for e in batch.teacher_cond.effects]
+        assert following.teachers(step) == asked and len(asked) == 2 * 6
+    assert following.teachers(6) == batches.teachers(6)
     assert make_batches("objective.dmd_ts_weight=0", "objective.dmd_bs_weight=0", general=False).teachers(6) == []
 
 

@@ -14,6 +14,7 @@ from bench.training.cycle_counts import counted
 from clora.config import build_config
 from clora.distill.check import check_training
 from clora.distill.forwards import (
+    coarse_step_forwards,
     distillation_forwards,
     full_step_forwards,
     imitation_forwards,
@@ -42,6 +43,13 @@ def test_full_step_forwards_closed_forms() -> None:
     effects = [{"name": "a", "prompt": "p", "lora": "a.safetensors"}]
     whole = build_config({"preset": "clora", "output_dir": "o", "effects": effects}, Path(), [*plain, *steps])
     assert distillation_forwards(whole) == 4 * 15 + 6 * effect
+    follows = [*plain[1:], *steps, "train.coarse_target=velocity"]
+    for guidance, of_sample in ((1, 1 + 2 + 1), (4, 1 + 2 + 2)):
+        given = {"preset": "clora", "output_dir": "o", "effects": effects}
+        velocity = build_config(given, Path(), [*follows, f"objective.guidance={guidance}"])
+        assert coarse_step_forwards(velocity) == 5 * of_sample and joint_step_forwards(velocity) == 15
+        full = full_step_forwards(velocity, "effect")
+        assert distillation_forwards(velocity) == 4 * 5 * of_sample + 6 * full
     # Without effects there is no coarse stage, and every step is general.
     alone = build_config({"preset": "clora", "output_dir": "o"}, Path(), [*plain, *steps])
     assert distillation_forwards(alone) == 10 * full_step_forwards(alone, "general")
@@ -75,10 +83,11 @@ IMITATION = (
         "train.critic_reuse=false",
     ),
 )
+FOLLOWING = ("train.coarse_target=velocity", "objective.guidance=2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("train.critic_reuse=true", "objective.guidance=2"), IMITATION])
+@pytest.mark.parametrize("overrides", [(), ("train.critic_reuse=true", "objective.guidance=2"), IMITATION, FOLLOWING])
 def test_distillation_forwards_equals_what_hooks_count(
     random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:

@@ -19,6 +19,7 @@ from clora.distill.step import Distillation, coarse_step, full_step, networks_at
 from clora.distill.targets import targets_from_pairs
 from clora.distill.workspace import open_workspace
 from clora.errors import NonFiniteError
+from clora.method.objective import noise_anchor
 from clora.training.optimizer import apply_gradients
 from tests.support.golden import make_config, write_inputs
 from tests.support.mutants import ROOT, read_mutants
@@ -121,6 +122,24 @@ def test_coarse_step_leaves_the_critic_alone(inputs: Path) -> None:
     after = values_of(d)
     assert moved(before[STUDENT], after[STUDENT]) and not moved(before[CRITIC], after[CRITIC])
     assert figures.keys() == {"ta_fm_loss", "student_grad_norm"}
+
+
+def test_coarse_step_follows_the_velocity_of_each_samples_teacher(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = make(inputs, "paper-coarse", {"guidance": 1.0}, coarse_target="velocity")
+    prefetched: list[list[str | None]] = []
+    monkeypatch.setattr("clora.lora.bank.TeacherBank.prefetch", lambda bank, effects: prefetched.append(effects))
+    ((batch, draws),) = list(d.batches.of_student(0, "effect", "coarse"))
+    _, query = noise_anchor(batch.y, batch.student_cond, d.config, draws, None)  # type: ignore[arg-type]
+    with torch.no_grad():
+        student = d.models.backbone.velocity(*query, [STUDENT])
+        slots = d.models.teacher_slots(batch.teacher_cond.effects)
+        teacher = d.models.backbone.velocity(query.x_sigma, query.sigma, batch.teacher_cond, slots)
+    figures = coarse_step(d, 0)
+    assert figures.keys() == {"velocity_loss", "student_grad_norm"} and len(set(slots)) > 1
+    torch.testing.assert_close(figures["velocity_loss"], (student - teacher).square().mean())
+    assert prefetched == [[*d.batches.teachers(0), *d.batches.teachers(1)]] and prefetched[0]
 
 
 def test_train_step_starts_the_critic_from_the_coarse_student(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,15 @@ from clora.backbones.load import SHAPES, read_footprint
 from clora.backbones.qwen_image.footprint import transformer_footprint
 from clora.cli import commands as cli
 from clora.config import Config, build_config
-from clora.distill.memory import GB, TrainSettings, base_weights, memory_plan, saved_by_forward, trained_parameters
+from clora.distill.memory import (
+    GB,
+    TrainSettings,
+    base_weights,
+    forward_workspace,
+    memory_plan,
+    saved_by_forward,
+    trained_parameters,
+)
 from clora.distill.step import full_step
 from clora.jobs.plan import communication_plan, find_mends, plan_training
 from clora.lora.frozen_linear import floats_at_once, quantize_linears, weight_bytes
@@ -113,6 +121,11 @@ def test_memory_plan_of_a_coarse_stage_is_that_of_its_batch() -> None:
     assert plan.peak_phase == "coarse update" and plan.peak > full.peak
     coarse = plan.phases["coarse update"]["kept for backward"]
     assert coarse == saved_by_forward(footprint, qwen_settings(), 8)
+    # A guided teacher's forward, of twice the batch, runs while that waits.
+    taught = memory_plan(footprint, qwen_settings(anchor_batch_size=8, coarse=True, coarse_teacher=True))
+    asked = forward_workspace(footprint, qwen_settings(), 16)
+    assert taught.phases["coarse update"]["workspace"] == max(asked, plan.phases["coarse update"]["workspace"])
+    assert taught.phases["coarse update"]["kept for backward"] == coarse
     alone = memory_plan(footprint, qwen_settings(terms=(False,) * 4, critic_batches=0, coarse=True))
     assert alone.peak_phase in ("coarse update", "encoding") and alone.peak > 0
 

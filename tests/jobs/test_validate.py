@@ -251,7 +251,7 @@ def test_pairs_of_different_shape_and_runs_without_a_fine_stage_are_warned_of(ho
     found = report(home, "train.max_train_steps=500")
     assert found.faults == []
     assert found.warnings == [
-        "train.coarse_steps is not below train.max_train_steps: every update is coarse (TA-FM alone)",
+        "train.coarse_steps is not below train.max_train_steps: every update is coarse, none has a critic",
         "effects.0.pairs: 1 pair with source and target of different shape, first: target/a;"
         " the crop will shift one against the other",
     ]

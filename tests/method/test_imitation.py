@@ -18,6 +18,7 @@ from clora.method.flow import euler_step, few_step_sigmas
 from clora.method.given import Anchor, DistillBatch, Networks
 from clora.method.imitation import imitation_loss, same_step_loss, segment_mean_loss, step_interval
 from clora.method.noise import Draws
+from clora.method.objective import ta_fm_loss, teacher_velocity_loss
 from tests.support.mixture_world import Mixture, make_effect_cond, teacher_velocity
 
 NUM = 192  # particles
@@ -247,3 +248,66 @@ def test_imitation_loss_takes_anchors_of_another_size(share: float) -> None:
     anchor = Anchor(torch.full((6, 3, 2), 100.0), ["student"], ["teacher"])
     _, nets = ask(asked_batch(torch.zeros(6, 1, 2), anchor=anchor), on_policy_share=share, few=False)
     assert {call[0].shape for call in (*nets.student.calls, *nets.teacher.calls)} == {(6, 3, 2)}
+
+
+# The coarse stage's: `teacher_velocity_loss`.
+
+
+def of_coarse(loss: Any, nets: Any, batch: DistillBatch, seed: int = 0, **objective: Any) -> Tensor:
+    cfg = SimpleNamespace(
+        objective=ObjectiveConfig(**{"guidance": 1.0, "ta_fm_sigma": "shifted", **objective}), schedule=ScheduleConfig()
+    )
+    value, figures = loss(nets, batch, cfg, Draws.alone(torch.Generator().manual_seed(seed), batch.batch_size))
+    assert [figure for figure in figures.values()] == [value.detach()]
+    return value  # type: ignore[no-any-return]
+
+
+def test_teacher_velocity_loss_asks_both_where_ta_fm_asks_the_student() -> None:
+    """Each under its own prompt; guided, the teacher is asked twice in one call; anchors have their own batch."""
+    y = torch.full((6, 1, 2), 100.0)
+    anchor = Anchor(y, ["anchor's student"], ["anchor's teacher"], ["negative"])
+    for batch, student_cond, teacher_cond in (
+        (asked_batch(y), ["student"], ["teacher", "negative"]),
+        (asked_batch(0 * y, anchor=anchor), ["anchor's student"], ["anchor's teacher", "negative"]),
+    ):
+        nets = Networks(Recorder(0.5), Recorder(9.0), Recorder(0.25), lambda conds: [*conds[0], *conds[1]])
+        loss = of_coarse(teacher_velocity_loss, nets, batch, guidance=3.0, guidance_rescale="none")
+        ((x, s, cond),), ((x_t, s_t, asked),) = nets.student.calls, nets.teacher.calls  # type: ignore[attr-defined]
+        assert (cond, asked) == (student_cond, teacher_cond) and nets.critic.calls == []  # type: ignore[attr-defined]
+        assert torch.equal(x_t, torch.cat([x, x])) and torch.equal(s_t, torch.cat([s, s]))
+        torch.testing.assert_close(loss, (0.5 * x - (x + 3 * (0.25 * x - x))).square().mean())
+        of_coarse(ta_fm_loss, nets, batch)
+        assert torch.equal(nets.student.calls[1][0], x) and torch.equal(nets.student.calls[1][1], s)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="batch of step 0 has none"):
+        of_coarse(teacher_velocity_loss, nets, replace(asked_batch(y), y=None, anchor=Anchor(None, [], [])))
+
+
+def test_teacher_velocity_loss_is_ta_fm_without_its_noise() -> None:
+    """Where y is the teacher's: one gradient in the mean over 200 batches, which around it is a tenth as wide; it has
+    none left where the student is the teacher. The student adds `shift` to its teacher's velocity."""
+    world, one = ring(), torch.ones(2)
+    picks = torch.Generator().manual_seed(5)
+
+    def gradients(loss: Any, shift: Tensor) -> Tensor:
+        found = []
+        for seed in range(200):
+            which = torch.randint(6, (NUM,), generator=picks)
+            y = (world.means[0, which] + world.sd * torch.randn(NUM, 2, generator=picks))[:, None]
+            added = shift.clone().requires_grad_()
+
+            def student(x: Tensor, sigma: Tensor, cond: Any, added: Tensor = added) -> Tensor:
+                return world.velocity(x, sigma) + added
+
+            nets = Networks(student, Recorder(9.0), lambda x, sigma, cond: world.velocity(x, sigma))
+            conds = {"student_cond": [], "teacher_cond": [], "uncond": None}
+            batch = DistillBatch("effect", **conds, latent_shape=(1, 2), batch_size=NUM, samples=[], step=0, y=y)  # type: ignore[arg-type]
+            of_coarse(loss, nets, batch, seed).backward()
+            assert added.grad is not None
+            found.append(added.grad)
+        return torch.stack(found)
+
+    quiet, noisy = gradients(teacher_velocity_loss, 0.3 * one), gradients(ta_fm_loss, 0.3 * one)
+    torch.testing.assert_close(quiet.mean(0), 0.3 * one, rtol=1e-5, atol=0)  # of mean((v + a - v)^2): a
+    torch.testing.assert_close(noisy.mean(0), quiet.mean(0), rtol=0.1, atol=0)
+    assert float(quiet.std(0).max()) < 0.1 * float(noisy.std(0).min())
+    assert not gradients(teacher_velocity_loss, 0 * one).any()

@@ -6,8 +6,9 @@ change is meant, write them anew and say why in the commit:
     python -m tests.support.golden --write [CASE ...]
 
 Between them the presets also cover what a job may turn on: `clora` accumulates gradients over two batches and has an
-acceleration LoRA, `tiny` lets the critic reuse the student's samples and extends with accelerated teachers. The recipes
-of imitation run without a critic or with one that reuses, and `same_step` with accelerated teachers.
+acceleration LoRA, `tiny` follows its teachers' velocities in the coarse stage, lets the critic reuse the student's
+samples and extends with accelerated teachers. The recipes of imitation run without a critic or with one that reuses,
+and `same_step` with accelerated teachers.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def make_config(inputs: Path, out: Path, case: str) -> Config:
     fast = str(inputs / "fast.safetensors")
     accelerated = (preset, stage) in {("clora", "full"), ("tiny", "extend"), ("same_step", "full")}
     train: dict[str, Any] = TRAIN | {"coarse_steps": STEPS if stage == "coarse" else 0}
+    train["coarse_target"] = load_preset(preset)["train"]["coarse_target"]
     train["critic_reuse"] = (preset, stage) in {("tiny", "full"), ("imitation_dmd", "full")}
     train["critic_updates"] = RECIPES.get(preset, TRAIN["critic_updates"])
     train["gradient_accumulation_steps"] = 2 if preset == "clora" else 1

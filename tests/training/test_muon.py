@@ -67,8 +67,9 @@ def matrices() -> dict[str, nn.Parameter]:
     return {"a": nn.Parameter(torch.randn(1, 6, 30)), "late": nn.Parameter(torch.randn(1, 30, 6))}
 
 
-def flat_adamw(parameters: dict[str, nn.Parameter], muon_updates: int) -> AdamW:
-    return AdamW(FlatParameters(parameters), 0.02, weight_decay=0.1, max_grad_norm=1e9, muon_updates=muon_updates)
+def flat_adamw(parameters: dict[str, nn.Parameter], coarse: int, muon: bool = True) -> AdamW:
+    flat = FlatParameters(parameters)
+    return AdamW(flat, 0.02, weight_decay=0.1, max_grad_norm=1e9, coarse_updates=coarse, muon=muon)
 
 
 def test_update_equals_torchs_muon() -> None:
@@ -91,9 +92,10 @@ def test_update_equals_torchs_muon() -> None:
         assert (value[0] - theirs[name]).norm() < 0.01 * moved.norm(), name
 
 
-def test_update_is_adamws_without_moments_after_muons() -> None:
+@pytest.mark.parametrize("muon", [True, False])
+def test_update_is_adamws_without_moments_after_the_coarse_stage(muon: bool) -> None:
     ours = matrices()
-    optimizer = flat_adamw(ours, 4)
+    optimizer = flat_adamw(ours, 4, muon)
     trained(ours, optimizer, range(4))
     fresh = copy.deepcopy(ours)
     trained(ours, optimizer, range(4, 7))
@@ -102,11 +104,12 @@ def test_update_is_adamws_without_moments_after_muons() -> None:
     assert optimizer.steps == {"a": 3, "late": 3} and optimizer.updates == 7
 
 
+@pytest.mark.parametrize("muon", [True, False])
 @pytest.mark.parametrize("at", [2, 4, 5])
-def test_restore_goes_on_before_at_and_after_the_change_to_adamw(at: int) -> None:
+def test_restore_goes_on_before_at_and_after_the_change_of_stage(at: int, muon: bool) -> None:
     whole, first, second = matrices(), matrices(), matrices()
-    trained(whole, flat_adamw(whole, 4), range(7))
-    before, after = flat_adamw(first, 4), flat_adamw(second, 4)
+    trained(whole, flat_adamw(whole, 4, muon), range(7))
+    before, after = flat_adamw(first, 4, muon), flat_adamw(second, 4, muon)
     trained(first, before, range(at))
     kept = before.snapshot()
     after.restore(lambda kind, start, stop: kept[kind][start:stop], before.steps, before.updates)
@@ -138,7 +141,7 @@ def trained_on_halves(folder: Path) -> None:
         shapes = {"a": (1, 5, 50), "b": (2, 20, 7), "c": (1, 5, 50)}  # the cut goes through b
         parameters = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
         flat = FlatParameters(parameters, torch.bfloat16)
-        optimizer = AdamW(flat, 1e-2, max_grad_norm=1e9, moments=torch.bfloat16, muon_updates=4)
+        optimizer = AdamW(flat, 1e-2, max_grad_norm=1e9, moments=torch.bfloat16, coarse_updates=4, muon=True)
         for step in range(5):
             for parameter in parameters.values():
                 torch.manual_seed(step)
