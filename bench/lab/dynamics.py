@@ -84,8 +84,9 @@ def main() -> None:
     parser.add_argument("--num-scenes", type=int, default=12)
     parser.add_argument("--figures", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="other settings than the preset's")
     a = parser.parse_args()
-    study = Study(a.run.resolve(), effect_names(a.effects), scenes=a.scenes, num_scenes=a.num_scenes)
+    study = Study(a.run.resolve(), effect_names(a.effects), a.set, scenes=a.scenes, num_scenes=a.num_scenes)
     figures = measure(study, a.lengths)
     write_figures(a.figures, figures)
     if a.picture is not None:

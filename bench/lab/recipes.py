@@ -105,10 +105,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=[arm.name for arm in ARMS])
     parser.add_argument("--budget", type=float, default=BUDGET)
     parser.add_argument("--figures", type=Path)
-    arguments = parser.parse_args()
-    names = effect_names(arguments.effects)
-    study = Study(arguments.run.resolve(), names, scenes=arguments.scenes, num_scenes=arguments.num_scenes)
-    write_figures(arguments.figures, measure(study, arguments.arms, arguments.budget))
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="other settings than the preset's")
+    a = parser.parse_args()
+    study = Study(a.run.resolve(), effect_names(a.effects), a.set, scenes=a.scenes, num_scenes=a.num_scenes)
+    write_figures(a.figures, measure(study, a.arms, a.budget))
 
 
 if __name__ == "__main__":

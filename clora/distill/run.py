@@ -189,8 +189,8 @@ def assemble(
     config, train, processes = workspace.config, workspace.config.train, distributed.world_size()
     if train.gradient_checkpointing:
         workspace.backbone.set_gradient_checkpointing(True, num_blocks_kept(config, processes, collection_rank))
-    coarse = batches.coarse_steps, train.coarse_optimizer == "muon"
-    student = trainable_group(workspace.adapters, stacks, config, train.learning_rate, ema=True, coarse=coarse)
+    coarse = batches.coarse_steps
+    student = trainable_group(workspace.adapters, stacks, config, train.learning_rate, ema=True, coarse_updates=coarse)
     critic = None
     if CRITIC in trained_slots(config):
         critic = trainable_group(workspace.adapters, [CRITIC], config, train.critic_learning_rate, gradients_of=student)

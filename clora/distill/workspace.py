@@ -194,12 +194,12 @@ def trainable_group(
     ema: bool = False,
     per_slot: bool = False,
     gradients_of: AdamW | None = None,
-    coarse: tuple[int, bool] = (0, False),
+    coarse_updates: int = 0,
 ) -> AdamW:
     """AdamW, as `train` says, on the stacks' parameters `STACK.MODULE.A`; with `ema` the average is kept too.
 
     `per_slot`: every slot is clipped by its own norm. `gradients_of`: takes turns with this one in its buffer.
-    `coarse`: the updates of the coarse stage, and whether they are Muon's.
+    `coarse_updates`: the first ones, by `train.coarse_optimizer`.
     """
     train = config.train
     flat = FlatParameters(
@@ -218,6 +218,6 @@ def trainable_group(
         ema_start=train.ema_start,
         per_slot=per_slot,
         moments=DTYPES[train.adam_moments],
-        coarse_updates=coarse[0],
-        muon=coarse[1],
+        coarse_updates=coarse_updates,
+        muon=train.coarse_optimizer == "muon",
     )

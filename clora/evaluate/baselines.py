@@ -6,7 +6,7 @@
 | teacher-8 | the effect's LoRA | 8 Euler steps |
 | teacher+accel | the effect's LoRA + the acceleration LoRA (Eq. 3) | 8 consistency steps |
 | joint-fm+accel | one flow-matching LoRA on all pairs + the acceleration LoRA | 8 consistency steps |
-| joint-fm (student prompts)+accel | one flow-matching LoRA on the teachers' images, at equal cost | 8 consistency steps |
+| joint-fm (student prompts)+accel | one flow-matching LoRA on the teachers' images | 8 consistency steps |
 | coarse+accel | the collection's own coarse stage + the acceleration LoRA: no full stage | 8 consistency steps |
 | collection | ONE distilled LoRA (Eq. 4) | 8 steps of its own sampler |
 

@@ -1,4 +1,5 @@
-"""A demo's folder is one demo's: other effects, another size or another seed are refused, and nothing is touched."""
+"""A demo's folder is one demo's: other effects, another size or another seed are refused, and nothing is touched. What
+its control is."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import yaml
 from rich.console import Console
 
 import clora.jobs.demo as demo
+from clora.config import Config, load_config
+from clora.distill.forwards import distillation_forwards, joint_step_forwards
 from clora.errors import InputError
 from clora.jobs.demo import SCALES, run_demo, write_dataset
 from clora.tiny.dataset import effect_names
@@ -90,3 +93,22 @@ def test_run_demo_names_effects_that_are_others(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match=f"the effects {gone};"):
         run_demo(tmp_path, 4, "full", 0, Console(quiet=True))
+
+
+def test_train_control_is_flow_matching_on_images_at_the_collections_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From nothing, in the words of the student; no distillation has a part in it."""
+    write_dataset(tmp_path, ["sepia", "snow"], SCALES["smoke"], 0)
+    collection = load_config(tmp_path / "config.yaml")
+    trained: list[Config] = []
+    monkeypatch.setattr(demo, "train", lambda config, resume, console: trained.append(config))
+    demo.train_control(collection, Console(quiet=True))
+    (control,) = trained
+    assert control.student.init_from is None and control.student.acceleration is None and control.objective.aop
+    train = control.train
+    assert (train.coarse_target, train.ema_start) == ("images", 0) and train.coarse_steps == train.max_train_steps
+    assert train.coarse_learning_rate == collection.train.coarse_learning_rate
+    assert control.targets == collection.targets and control.output_dir == tmp_path / "joint_student"
+    whole = distillation_forwards(collection)
+    assert distillation_forwards(control) == pytest.approx(whole, abs=joint_step_forwards(control) / 2)
