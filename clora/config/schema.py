@@ -74,26 +74,47 @@ class Config(Section):
         if objective.imitation_weight and objective.imitation == "same_step" and self.student.acceleration is None:
             what = "'objective.imitation': same_step imitates teachers with an acceleration LoRA"
             faults.append(f"{what}; set student.acceleration, or objective.imitation=segment_mean")
-        faults += self._steps_without_targets()
+        faults += self._steps_without_targets() + self._steps_without_imitation()
         if self.train.offload_base and not self.train.shard_base:
             faults.append("'train.offload_base': is for a base that is split; set train.shard_base=true too")
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
+    def _sigmas(self) -> dict[int, list[float]]:
+        """The noise levels of every number of steps that is trained for."""
+        shift = self.schedule.shift
+        counts = dict.fromkeys(self.schedule.trained_counts)
+        return {n: [shift * k / (n + (shift - 1) * k) for k in range(n, 0, -1)] for n in counts}
+
     def _steps_without_targets(self) -> list[str]:
         """A sentence for each number of steps none of which target simulation may start from."""
-        objective, shift = self.objective, self.schedule.shift
+        objective = self.objective
         if not (self.effects and objective.dmd_ts_weight and objective.ts_sigma == "schedule"):
             return []
-        last = {count: shift / (count + shift - 1) for count in dict.fromkeys(self.schedule.trained_counts)}
+        least = objective.imitation_below or 0.0
+        bounds = f" and none below objective.imitation_below ({least:g})" if least else ""
         return [
-            f"'schedule': in {count} step{'s' if count > 1 else ''} the last sigma is {sigma:.3g}, and target"
-            f" simulation needs one below objective.tau_max ({objective.tau_max:g}); leave {count} out,"
-            f" {'raise tau_max, ' if sigma < 1 else ''}or set objective.ts_sigma=continuous"
-            for count, sigma in last.items()
-            if sigma >= objective.tau_max
+            f"'schedule': in {count} step{'s' if count > 1 else ''} the last sigma is {sigmas[-1]:.3g}, and target"
+            f" simulation needs one below objective.tau_max ({objective.tau_max:g}){bounds}; leave {count} out,"
+            f" {'raise tau_max, ' if sigmas[-1] < 1 else ''}or set objective.ts_sigma=continuous"
+            for count, sigmas in self._sigmas().items()
+            if not any(least <= sigma < objective.tau_max for sigma in sigmas)
         ]
+
+    def _steps_without_imitation(self) -> list[str]:
+        """What is wrong with a bound below which steps are left to imitation."""
+        objective = self.objective
+        if (below := objective.imitation_below) is None:
+            return []
+        what = f"'objective.imitation_below': steps below {below:g} learn by imitation"
+        if not objective.imitation_weight:
+            return [f"{what}, whose weight is 0; set objective.imitation_weight, or leave it out"]
+        if all(sigmas[-1] >= below for sigmas in self._sigmas().values()):
+            return [f"{what}, and no trained number of steps has one; raise it, or leave it out"]
+        if objective.ts_sigma == "continuous" and below >= objective.tau_max:
+            return [f"{what}, which leaves target simulation none; set it below objective.tau_max"]
+        return []
 
     @property
     def folder(self) -> Path:

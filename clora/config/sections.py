@@ -171,6 +171,10 @@ class ObjectiveConfig(Section):
     ] = "segment_mean"
     imitation_weight: Annotated[NonNegative, doc("Weight of that; it needs no critic.")] = 0.0
     on_policy_share: Annotated[Share, doc("Share of its batches that start from the student's own rollout.")] = 0.0
+    imitation_below: Annotated[
+        Share | None,
+        doc("Sampler steps below this sigma learn by it, effects alone, the others by DMD; null: all steps by both."),
+    ] = None
     dmd_ts_weight: Annotated[NonNegative, doc("Weight of target-simulated DMD (Eq. 7).")] = 1.0
     dmd_bs_weight: Annotated[NonNegative, doc("Weight of backward-simulated DMD (Eq. 1).")] = 1.0
     ta_fm_sigma: Annotated[TaFmSigma, doc("Sigma of TA-FM: see the presets `clora`, `authors`.")] = "shifted"
@@ -186,6 +190,12 @@ class ObjectiveConfig(Section):
             if (least := getattr(self, name)) >= self.dmd_sigma_max:
                 raise ValueError(f"{name} ({least}) must be below dmd_sigma_max ({self.dmd_sigma_max})")
         return self
+
+    def imitates(self, stream: str) -> bool:
+        """Whether a stream, "effect" or "general", learns by imitation. With `imitation_below` effects alone do: the
+        general stream's states are the student's own rollouts, and so far from the base's that their loss would
+        outweigh everything else."""
+        return self.imitation_weight > 0 and (stream == "effect" or self.imitation_below is None)
 
 
 class ScheduleConfig(Section):

@@ -7,6 +7,8 @@ where the critic's samples come from) the mean is counted. What the prompts and 
 from __future__ import annotations
 
 from clora.config import Config
+from clora.method.flow import few_step_sigmas
+from clora.method.noise import imitated_counts, matched_steps
 from clora.method.routing import Stream, draw_stream
 
 BACKWARD = 2  # forwards
@@ -54,7 +56,7 @@ def full_step_forwards(config: Config, stream: Stream) -> float:
     if stream == "effect":
         batches += train.batch_size * (1 + BACKWARD + scores) * bool(objective.dmd_ts_weight)
         batches += joint_step_forwards(config) * bool(objective.ta_fm_weight)
-    if objective.imitation_weight:
+    if objective.imitates(stream):
         size = train.anchor_batch_size or train.batch_size if stream == "effect" else train.batch_size
         batches += size * imitation_forwards(config, stream)
     return train.gradient_accumulation_steps * batches
@@ -65,10 +67,18 @@ def imitation_forwards(config: Config, stream: Stream) -> float:
     objective = config.objective
     on_policy = objective.on_policy_share if stream == "effect" else 1.0
     guided = objective.guidance != 1.0 and objective.imitation == "segment_mean"
-    return 1 + BACKWARD + (1 + guided) + on_policy * steps_before(config)
+    return 1 + BACKWARD + (1 + guided) + on_policy * imitated_steps_before(config)
 
 
 def steps_before(config: Config) -> float:
     """How many steps a rollout takes before the one it is left at, which is drawn evenly: the mean."""
-    counts = config.schedule.trained_counts
-    return sum((count - 1) / 2 for count in counts) / len(counts)
+    counts, shift = config.schedule.trained_counts, config.schedule.shift
+    return sum((matched_steps(config, few_step_sigmas(count, shift)) - 1) / 2 for count in counts) / len(counts)
+
+
+def imitated_steps_before(config: Config) -> float:
+    """The same of imitation's rollouts."""
+    counts, shift = imitated_counts(config), config.schedule.shift
+    none = config.objective.imitation_below is None
+    first = [0 if none else matched_steps(config, few_step_sigmas(count, shift)) for count in counts]
+    return sum((begin + count - 1) / 2 for begin, count in zip(first, counts, strict=True)) / len(counts)

@@ -10,7 +10,7 @@ from clora.method.routing import Stream
 def idle_streams(config: Config) -> list[str]:
     """A sentence for each stream that the full stage of `train` draws and whose every weight is 0."""
     train, objective = config.train, config.objective
-    if objective.imitation_weight or (config.effects and train.coarse_steps >= train.max_train_steps):
+    if config.effects and train.coarse_steps >= train.max_train_steps:
         return []
     drawn: list[tuple[Stream, bool]] = [
         ("effect", bool(config.effects) and objective.p_switch > 0),
@@ -20,7 +20,7 @@ def idle_streams(config: Config) -> list[str]:
         f"objective: every weight of the {stream} stream is 0, which the full stage draws; raise one (dmd_bs_weight and"
         " imitation_weight serve both streams), or set p_switch so that it is not drawn"
         for stream, is_drawn in drawn
-        if is_drawn and not has_terms(objective, stream)
+        if is_drawn and not has_terms(objective, stream) and not objective.imitates(stream)
     ]
 
 

@@ -155,14 +155,15 @@ def student_update(d: Distillation, nets: Networks, step: int, batches: Iterable
 
 
 def student_loss_terms(d: Distillation, nets: Networks, drawn: StudentBatch) -> Iterator[Loss]:
-    """The weighted terms of the student's loss, each made when it is asked for: imitation, where it has a weight, in
-    both streams; and those of Eq. 9."""
+    """The weighted terms of the student's loss, each made when it is asked for: imitation, where it has a weight in the
+    stream; and those of Eq. 9."""
     batch, draws, x0 = drawn
-    weight = d.config.objective.imitation_weight
-    if weight:
+    objective = d.config.objective
+    imitates = objective.imitates(batch.stream)
+    if imitates:
         loss, figures = imitation_loss(nets, batch, d.config, draws)
-        yield weight * loss, figures
-    if not weight or has_terms(d.config.objective, batch.stream):
+        yield objective.imitation_weight * loss, figures
+    if not imitates or has_terms(objective, batch.stream):
         yield from total_loss_terms(nets, batch, d.config, draws, x0, d.anchor_loss)
 
 

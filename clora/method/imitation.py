@@ -33,6 +33,7 @@ from clora.method.noise import (
     draw_schedule,
     exit_step,
     fresh_noise,
+    matched_steps,
     normal,
     own_share,
     uniform,
@@ -47,10 +48,11 @@ def imitation_loss(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draw
     a rollout has up to num_steps - 1 more.
 
     The states are images y noised to the step's sigma, or, with chance `objective.on_policy_share` and in the general
-    stream always, those of the student's own rollout (one step for the whole batch).
+    stream always, those of the student's own rollout (one step for the whole batch). The steps are those below
+    `objective.imitation_below`, where it is given.
     """
     asked, draws = anchor_of(batch), draws.anchors()
-    sigmas = draw_schedule(cfg, draws)
+    sigmas = draw_schedule(cfg, draws, imitated=True)
     # The anchors' images may be of another size than those of distribution matching.
     shape = batch.latent_shape if asked.y is None else (asked.y.shape[1], asked.y.shape[2])
     x_sigma, sigma, sigma_next = _states(nets, asked, shape, sigmas, cfg, draws)
@@ -77,12 +79,13 @@ def _states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where the student is asked, (B, T, C), and where each sample's step begins and ends, (B,)."""
     device = draws.generator.device
+    first = 0 if cfg.objective.imitation_below is None else matched_steps(cfg, sigmas)
     if asked.y is None or chance(cfg.objective.on_policy_share, draws):
-        step, eps = exit_step(len(sigmas), draws), normal(latent_shape, draws)
+        step, eps = first + exit_step(len(sigmas) - first, draws), normal(latent_shape, draws)
         fresh = fresh_noise(latent_shape, cfg, draws)
         x_sigma = rollout_state(nets.student, asked.student_cond, eps, step, sigmas, fresh)
         return x_sigma, *step_interval(sigmas, torch.full((len(x_sigma),), step, device=device))
-    steps = torch.randint(len(sigmas), (draws.rows.total,), generator=draws.generator, device=device)
+    steps = torch.randint(first, len(sigmas), (draws.rows.total,), generator=draws.generator, device=device)
     sigma, sigma_next = step_interval(sigmas, draws.own(steps))
     return add_noise(asked.y, normal(latent_shape, draws), sigma), sigma, sigma_next
 

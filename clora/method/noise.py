@@ -99,13 +99,15 @@ def draw_ts_critic_sigma(objective: ObjectiveConfig, draws: Draws) -> Tensor:
 
 
 def draw_ts_gen_sigma(cfg: DistillConfig, draws: Draws) -> Tensor:
-    """Target simulation's sigma below tau_max: uniform, or one of the sampler's steps there."""
-    tau_max = cfg.objective.tau_max
+    """Target simulation's sigma below tau_max: uniform, or one of the sampler's steps there. None is one of those that
+    imitation has alone."""
+    tau_max, least = cfg.objective.tau_max, cfg.objective.imitation_below or 0.0
     if cfg.objective.ts_sigma == "continuous":
-        return uniform(0.0, tau_max, draws)
+        return uniform(least, tau_max, draws)
     sigmas = draw_schedule(cfg, draws)
     device = draws.generator.device
-    steps = sigmas[sigmas < tau_max].to(device)  # some: a configuration whose schedules have none is refused
+    # Some: a configuration whose schedules have none is refused.
+    steps = sigmas[(sigmas < tau_max) & (sigmas >= least)].to(device)
     return steps[draws.own(torch.randint(len(steps), (draws.rows.total,), generator=draws.generator, device=device))]
 
 
@@ -130,14 +132,27 @@ def draw_ta_fm_sigma(cfg: DistillConfig, draws: Draws, sigma_dmd: Tensor | None 
 # What is one for the whole batch.
 
 
-def draw_schedule(cfg: DistillConfig, draws: Draws) -> Tensor:
+def draw_schedule(cfg: DistillConfig, draws: Draws, imitated: bool = False) -> Tensor:
     """The noise levels of a sampler of one of the step counts that are trained for, fp32, falling, without the final 0.
+    `imitated`: of one that has steps for imitation.
 
     A single count draws nothing.
     """
-    counts = cfg.schedule.trained_counts
+    counts = imitated_counts(cfg) if imitated else cfg.schedule.trained_counts
     count = counts[exit_step(len(counts), draws)] if len(counts) > 1 else counts[0]
     return few_step_sigmas(count, cfg.schedule.shift)
+
+
+def matched_steps(cfg: DistillConfig, sigmas: Tensor) -> int:
+    """How many of a schedule's steps, the first ones, distribution matching learns: at least one."""
+    below = cfg.objective.imitation_below
+    return len(sigmas) if below is None else int((sigmas >= below).sum())
+
+
+def imitated_counts(cfg: DistillConfig) -> list[int]:
+    """The step counts with steps that imitation learns."""
+    counts, below = cfg.schedule.trained_counts, cfg.objective.imitation_below
+    return [n for n in counts if below is None or few_step_sigmas(n, cfg.schedule.shift)[-1] < below]
 
 
 def exit_step(num_steps: int, draws: Draws) -> int:

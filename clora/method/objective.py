@@ -35,6 +35,7 @@ from clora.method.noise import (
     draw_ts_gen_sigma,
     exit_step,
     fresh_noise,
+    matched_steps,
     normal,
     own_share,
     uniform,
@@ -222,7 +223,7 @@ def critic_samples(
 def student_sample(nets: Networks, batch: DistillBatch, cfg: DistillConfig, draws: Draws) -> Tensor:
     """The batch's backward-simulated samples x0 (B, T, C) at a drawn exit step, the same for all; with grad."""
     sigmas = draw_schedule(cfg, draws)
-    step = exit_step(len(sigmas), draws)
+    step = exit_step(matched_steps(cfg, sigmas), draws)
     first = normal(batch.latent_shape, draws)
     x0, _ = backward_simulate(
         nets.student, batch.student_cond, first, step, sigmas, fresh_noise(batch.latent_shape, cfg, draws)
@@ -239,7 +240,7 @@ def student_samples(
         with torch.no_grad():
             return [student_sample(nets, batch, cfg, own) for batch, own in zip(batches, draws, strict=True)]
     sigmas = [draw_schedule(cfg, own) for own in draws]
-    steps = [exit_step(len(levels), own) for levels, own in zip(sigmas, draws, strict=True)]
+    steps = [exit_step(matched_steps(cfg, levels), own) for levels, own in zip(sigmas, draws, strict=True)]
     return backward_simulate_together(
         nets.student,
         [batch.student_cond for batch in batches],

@@ -457,6 +457,24 @@ def test_load_config_refuses_steps_that_target_simulation_cannot_start_from(
         load_config(path, ["objective.ts_sigma=schedule", *given, mend])
 
 
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["objective.imitation_weight=0"], "whose weight is 0; set objective.imitation_weight"),
+        (["objective.imitation_below=0.2"], "no trained number of steps has one; raise it"),
+        (["objective.ts_sigma=continuous", "objective.tau_max=0.5"], "leaves target simulation none"),
+        (["schedule.step_counts=[4,2]", "objective.tau_max=0.75"], "none below objective.imitation_below (0.6)"),
+    ],
+)
+def test_load_config_refuses_a_bound_that_leaves_imitation_or_matching_nothing(
+    tmp_path: Path, given: list[str], says: str
+) -> None:
+    path = write(tmp_path, MINIMAL + "effects: [{name: a, prompt: p, lora: l/a.safetensors}]\n")
+    base = ["objective.imitation_weight=1", "objective.imitation_below=0.6", "objective.ts_sigma=schedule"]
+    load_config(path, [*base, "schedule.step_counts=[4,2]", "objective.tau_max=1"])
+    assert any(says in fault for fault in faults_of(path, *base, "objective.tau_max=1", *given))
+
+
 # A value that no preset has, for each field that is marked as deciding no number.
 UNFELT = {
     "preset": "paper", "output_dir": "elsewhere", "data_roots": ["/x"], "eval.num_samples": 77,

@@ -19,6 +19,7 @@ from clora.distill.forwards import (
     full_step_forwards,
     imitation_forwards,
     joint_step_forwards,
+    steps_before,
 )
 from clora.distill.run import make_distillation, open_bank, targets_of
 from clora.distill.step import train_step
@@ -70,6 +71,11 @@ def test_imitation_forwards_closed_forms() -> None:
     config = build_config(shared, Path())
     assert full_step_forwards(config, "effect") == imitation_forwards(config, "effect")
     assert imitation_forwards(config, "general") == 1 + 2 + 2 + (3.5 + 1.5 + 0.5) / 3  # always on policy
+    # With a bound of .6 eight steps are matched at the first six, imitated at the last two; of four the last.
+    bounded = build_config(shared | {"objective": {"imitation_below": 0.6, "on_policy_share": 1.0}}, Path())
+    assert imitation_forwards(bounded, "effect") == 1 + 2 + 2 + (6.5 + 3) / 2
+    assert steps_before(bounded) == (2.5 + 1 + 0.5) / 3
+    assert full_step_forwards(bounded, "general") == 0
     paper = build_config({"preset": "paper", "output_dir": "o", "objective": {"critic_target_share": 0.0}}, Path())
     assert full_step_forwards(paper, "effect") / full_step_forwards(config, "effect") > 8
 
@@ -83,11 +89,15 @@ IMITATION = (
         "train.critic_reuse=false",
     ),
 )
+BELOW = ("objective.imitation_weight=1", "objective.imitation_below=0.6", "objective.on_policy_share=1",
+         "schedule.num_steps=4", "objective.guidance=2")  # fmt: skip
 FOLLOWING = ("train.coarse_target=velocity", "objective.guidance=2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("train.critic_reuse=true", "objective.guidance=2"), IMITATION, FOLLOWING])
+@pytest.mark.parametrize(
+    "overrides", [(), ("train.critic_reuse=true", "objective.guidance=2"), IMITATION, FOLLOWING, BELOW]
+)
 def test_distillation_forwards_equals_what_hooks_count(
     random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:

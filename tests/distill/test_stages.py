@@ -100,5 +100,6 @@ def test_idle_streams_are_those_that_are_drawn_and_have_no_weight(tmp_path: Path
     assert idle(*nothing, "objective.p_switch=1") == ["effect"] and idle(no_bs, "objective.p_switch=1") == []
     assert idle(*nothing, "objective.p_switch=0") == ["general"]
     assert idle(*nothing, "objective.imitation_weight=1") == []
+    assert idle(*nothing, "objective.imitation_weight=1", "objective.imitation_below=0.6") == ["general"]
     assert idle(*nothing, "train.coarse_steps=5000") == []  # no full stage
     assert idle(no_bs, "train.coarse_steps=5000", effects=[]) == ["general"]  # without effects nothing is coarse

@@ -95,6 +95,13 @@ def test_full_step_of_imitation_has_no_critic(inputs: Path, stream: str) -> None
     torch.testing.assert_close(figures[f"{stream}/total_loss"], 2.0 * figures[f"{stream}/imitation_loss"])
 
 
+def test_full_step_imitates_below_a_bound_for_effects_alone(inputs: Path) -> None:
+    d = make(inputs, "tiny-full", {"imitation_weight": 1.0, "imitation_below": 0.7})
+    for stream in ("effect", "general"):
+        figures = full_step(d, next(step for step in range(99) if d.batches.stream(step) == stream))
+        assert (f"{stream}/imitation_loss" in figures) is (stream == "effect") and f"{stream}/dmd_bs_loss" in figures
+
+
 def test_same_step_teachers_are_accelerated_and_stay_as_they_are(inputs: Path) -> None:
     d = make(inputs, "clora-full", IMITATION | {"imitation": "same_step"}, critic_updates=0)
     batch, _ = d.batches.draw(0, "effect", "student")

@@ -236,6 +236,19 @@ def test_imitation_loss_draws_one_of_its_step_counts() -> None:
     assert min(seen["one"], seen["two"]) > 10
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_imitation_loss_keeps_to_the_steps_below_its_bound(share: float) -> None:
+    """Of four steps the last two, of two the last; a rollout begins with noise all the same."""
+    seen = set()
+    for seed in range(40):
+        batch = asked_batch(torch.zeros(6, 1, 2))
+        _, nets = ask(batch, seed, counts=[4, 2, 1], imitation_below=0.8, on_policy_share=share)
+        calls = nets.student.calls
+        seen |= {round(level, 4) for level in calls[-1][1].tolist()}
+        assert len(calls) == 1 or float(calls[0][1][0]) == 1.0
+    assert seen == {0.75, 0.5}
+
+
 def test_imitation_loss_learns_from_the_anchors_where_a_batch_has_some() -> None:
     anchor = Anchor(torch.full((6, 1, 2), 100.0), ["anchor's student"], ["anchor's teacher"])
     _, nets = ask(asked_batch(torch.zeros(6, 1, 2), anchor=anchor))

@@ -19,6 +19,8 @@ from clora.method.noise import (
     draw_ta_fm_sigma,
     draw_ts_critic_sigma,
     draw_ts_gen_sigma,
+    imitated_counts,
+    matched_steps,
     normal,
     split_rows,
     uniform,
@@ -98,6 +100,22 @@ def test_draw_schedule_takes_every_step_count_as_often_as_it_is_named(
     alone, untouched = draws(3), draws(3)
     assert len(draw_schedule(config(), alone)) == 8  # a single count draws nothing
     assert torch.equal(torch.rand(1, generator=alone.generator), torch.rand(1, generator=untouched.generator))
+
+
+def test_steps_below_a_bound_are_imitations_alone() -> None:
+    """Of eight steps .3 and .5, of four .5, of two none; what is at the bound is distribution matching's."""
+    bounded = several_counts()
+    bounded.objective = bounded.objective.model_copy(update={"imitation_below": float(few_step_sigmas(8)[5])})
+    assert [matched_steps(bounded, few_step_sigmas(n)) for n in (8, 4, 2)] == [6, 3, 2]
+    assert imitated_counts(bounded) == [8, 4] and imitated_counts(several_counts()) == [8, 4, 2]
+    assert {len(draw_schedule(bounded, draws(seed, 1), imitated=True)) for seed in range(40)} == {8, 4}
+    assert {len(draw_schedule(bounded, draws(seed, 1))) for seed in range(40)} == {8, 4, 2}
+    starts = [draw_ts_gen_sigma(bounded, draws(seed, 200)) for seed in range(30)]
+    steps = {round(x, 4) for sigma in starts for x in sigma.tolist()}
+    assert steps == {0.6429, 0.75, 0.8333, 0.9, 0.9545}
+    anywhere = bounded.objective.model_copy(update={"ts_sigma": "continuous", "imitation_below": 0.4, "tau_max": 0.75})
+    sigma = draw_ts_gen_sigma(SimpleNamespace(objective=anywhere, schedule=bounded.schedule), draws())
+    torch.testing.assert_close(quantiles(sigma), shifted_uniform(0.4, 0.75, 1.0), rtol=0, atol=0.01)
 
 
 def test_draw_ts_gen_sigma_is_of_one_schedule_for_the_whole_batch() -> None:

@@ -624,6 +624,22 @@ def test_dmd_bs_loss_samples_in_every_step_count() -> None:
     assert seen == {6, 2}
 
 
+def test_student_samples_are_left_where_imitation_has_no_part() -> None:
+    """One rollout and several together end at every step that is not below the bound, and at no other."""
+    cfg = config()
+    cfg.schedule = cfg.schedule.model_copy(update={"num_steps": 4, "step_counts": None})
+    cfg.objective = cfg.objective.model_copy(update={"imitation_below": 0.8, "critic_target_share": 0.0})
+    batch, alone, together = make_batch(make_effect_cond(2, rng(1))), set(), set()
+    for seed in range(20):
+        nets = make_nets()
+        dmd_bs_loss(nets, batch, cfg, draws(2, seed))
+        alone.add(len(nets.student.calls))
+        nets = make_nets()
+        critic_samples(nets, [batch, batch], cfg, [draws(2, seed), draws(2, 100 + seed)])
+        together.add(len(nets.student.calls))
+    assert alone == together == {1, 2}  # sigma 1 and .9
+
+
 def test_critic_loss_is_least_for_the_exact_critic() -> None:
     # The student is a point mass at its source; the exact critic points there.
     def point_mass(x: Tensor, sigma: Tensor, cond: WorldCond) -> Tensor:
