@@ -51,6 +51,12 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "TA-FM at .1": ("objective.ta_fm_weight=0.1",),
     "TA-FM at 1": ("objective.ta_fm_weight=1",),
     "same-step imitation": ("objective.imitation=same_step", "objective.imitation_weight=1"),
+    "imitation below .6": (
+        "objective.imitation=same_step",
+        "objective.imitation_weight=1",
+        "objective.imitation_below=0.6",
+        "train.anchor_batch_size=6",
+    ),
     "three slow critic updates": THREE,
 }
 BASES = (Arm(PRESET, ()), Arm(PRESET_VAGUE, (NO_AOP,)))  # whose coarse students the arms start from
