@@ -45,6 +45,11 @@ DYNAMICS = {
     "1,200 updates": "1200 updates, {}",
     "teachers + acceleration": "teachers+accel, {}",
 }
+LOW_NOISE = {
+    "none (`coarse+accel`)": "preset:coarse+accel, {} consistency",
+    "the preset's": "whole, {} consistency",
+    "below .6 by imitation": "imitation below .6, {} consistency",
+}
 ABLATION = {
     "**whole**: the preset's full stage": "whole, {} consistency",
     "no PDSR": "no PDSR, {} consistency",
@@ -158,6 +163,7 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("docs/TINY_WORLD.md", "lab/table1_50.json"): by_steps(fifty, TABLE1_50, (8, 4, 2, 1)),
         ("docs/METHOD.md", "lab/recipes.json"): with_drift(read_rows("lab/recipes.json")["rows"], RECIPES),
         ("docs/METHOD.md", "lab/dynamics.json"): with_drift(read_rows("lab/dynamics.json")["rows"], DYNAMICS),
+        ("docs/METHOD.md", "lab/low_noise.json"): with_drift(read_rows("lab/low_noise.json")["rows"], LOW_NOISE),
         ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
         ("docs/EVALUATION.md", "lab/baselines.json"): baselines([*methods["one effect"], *methods["two effects"]]),
         ("docs/EVALUATION.md", "lab/deployment.json"): deployment(kept["rows"]),

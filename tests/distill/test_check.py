@@ -240,7 +240,11 @@ def test_check_teaching_counts_the_tokens_of_captions(random_base: Path, dataset
     "given, fault",
     [
         (["train.teacher_slots=1"], "train.teacher_slots: 1, but a batch may need 2 different teachers; raise it"),
-        (["train.teacher_slots=1", "train.batch_size=1"], None),
+        (["train.teacher_slots=1", "train.batch_size=1", "train.coarse_target=images"], None),
+        (
+            ["train.teacher_slots=1", "train.batch_size=1", "train.coarse_target=velocity"],
+            "train.teacher_slots: 1, but a batch may need 2 different teachers; raise it",
+        ),
         (
             ["train.teacher_slots=1", "train.batch_size=1", "objective.imitation_weight=1"],
             "train.teacher_slots: 1, but a batch may need 2 different teachers; raise it",

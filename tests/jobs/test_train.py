@@ -131,7 +131,7 @@ def test_train_gives_muon_the_coarse_steps_of_the_student_alone(
 def test_prefetch_foresees_every_teacher_and_changes_no_bit(
     random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One slot for two teachers, no cache: with and without the bank's work ahead the same log and file."""
+    """One slot for two teachers, no cache, both stages: with and without the bank's work ahead the same log and file."""
     slots_for, prefetch = TeacherBank.slots_for, TeacherBank.prefetch
     before = bank_threads()
     foreseen: list[set[str | None]] = []
@@ -147,7 +147,8 @@ def test_prefetch_foresees_every_teacher_and_changes_no_bit(
         return slots_for(bank, effects)
 
     def run(name: str) -> Path:
-        one_at_a_time = ("train.teacher_slots=1", "train.teacher_cache_gb=0", "train.batch_size=1")
+        one_at_a_time = ("train.teacher_slots=1", "train.teacher_cache_gb=0", "train.batch_size=1",
+                         "train.anchor_batch_size=1", "train.coarse_target=velocity")  # fmt: skip
         config = make_config(random_base, dataset, tmp_path / name, *one_at_a_time, "objective.p_switch=0.8")
         lora = {e.name: taught / "teachers" / f"{e.name}.safetensors" for e in config.effects}
         effects = [effect.model_copy(update={"lora": lora[effect.name]}) for effect in config.effects]
@@ -156,7 +157,7 @@ def test_prefetch_foresees_every_teacher_and_changes_no_bit(
     monkeypatch.setattr(TeacherBank, "slots_for", ask)
     monkeypatch.setattr(TeacherBank, "prefetch", ahead)
     with_prefetch = run("with")
-    assert len(foreseen) == 4 and {name for _, names in asked for name in names} == set(NAMES)
+    assert len(foreseen) == 6 and {name for _, names in asked for name in names} == set(NAMES)
     assert all(names <= foreseen[step] and (step == 0 or names <= foreseen[step - 1]) for step, names in asked)
     monkeypatch.setattr(TeacherBank, "prefetch", lambda bank, effects: None)
     without = run("without")

@@ -155,7 +155,8 @@ def test_load_backbone_quantizes_the_blocks_alone(random_base: Path, monkeypatch
 def test_train_on_an_int8_base_follows_training_on_the_plain_one(random_base: Path, tmp_path: Path) -> None:
     """Every loss within a hundredth over six steps of both streams; targets of one base are not the other's."""
     dataset, out = write_dataset(tmp_path / "data"), tmp_path / "run"
-    both = [(f"base.quantize={quantize}", "schedule.step_counts=[4,2]") for quantize in ("none", "int8")]
+    same = ("schedule.step_counts=[4,2]", "train.coarse_target=images")
+    both = [(f"base.quantize={quantize}", *same) for quantize in ("none", "int8")]
     configs = [make_config(random_base, dataset, out, *overrides) for overrides in both]
     teach(configs[0])
     cached = []

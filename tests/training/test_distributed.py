@@ -83,7 +83,7 @@ def assert_same_training(out: Path, alone: Path, first_step: int = 1) -> None:
 
 def test_the_job_has_both_streams(alone: Path) -> None:
     names = {name.split("/")[0] for row in read_log(alone / "train") for name in row}
-    assert {"effect", "general", "ta_fm_loss", "critic_loss"} <= names
+    assert {"effect", "general", "velocity_loss", "critic_loss"} <= names
 
 
 @pytest.mark.slow
