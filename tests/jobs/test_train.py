@@ -131,7 +131,7 @@ def test_train_gives_muon_the_coarse_steps_of_the_student_alone(
 def test_prefetch_foresees_every_teacher_and_changes_no_bit(
     random_base: Path, dataset: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One slot for two teachers, no cache, both stages: with and without the bank's work ahead the same log and file."""
+    """One slot, no cache, both stages: with and without the bank's work ahead the same log and file."""
     slots_for, prefetch = TeacherBank.slots_for, TeacherBank.prefetch
     before = bank_threads()
     foreseen: list[set[str | None]] = []
