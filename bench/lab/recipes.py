@@ -18,6 +18,7 @@ from clora.config import load_preset
 from clora.tiny.dataset import effect_names
 
 COARSE = 600  # updates
+IMAGES = "train.coarse_target=images"
 BUDGET = 20_000  # forwards of an arm after the coarse stage
 PLAIN = ("student.acceleration=null", "train.critic_updates=0", "train.critic_reuse=false", "objective.ta_fm_weight=0",
          "objective.dmd_ts_weight=0", "objective.dmd_bs_weight=0", "train.coarse_steps=0", "train.ema_start=0",
@@ -45,7 +46,7 @@ def paper_recipe(rate: float) -> tuple[str, ...]:
 
 
 ARMS = (
-    Arm("coarse on", (*PLAIN, "train.coarse_steps=100000", "train.coarse_learning_rate=4e-3"), "coarse"),
+    Arm("coarse on", (*PLAIN, IMAGES, "train.coarse_steps=100000", "train.coarse_learning_rate=4e-3"), "coarse"),
     Arm("segment", (*IMITATE, "schedule.step_counts=[4,2]"), "coarse"),
     Arm("segment 2", (*IMITATE, "schedule.num_steps=2", "schedule.step_counts=null"), "coarse"),
     Arm("segment on policy", (*IMITATE, "schedule.step_counts=[4,2]", "objective.on_policy_share=0.5"), "coarse"),
@@ -69,7 +70,7 @@ def steps_for(study: Study, arm: Arm, forwards: float) -> Arm:
 
 def measure(study: Study, chosen: list[str], budget: float) -> dict[str, Any]:
     study.teach()
-    coarse = Arm("coarse", (*PLAIN, f"train.coarse_steps={COARSE}", f"train.max_train_steps={COARSE}"))
+    coarse = Arm("coarse", (*PLAIN, IMAGES, f"train.coarse_steps={COARSE}", f"train.max_train_steps={COARSE}"))
     study.train(coarse)
     whole = budget + study.forwards(coarse)
     rows = [Row("teacher", None), *(Row("teacher", n) for n in (8, 4, 2))]
@@ -105,10 +106,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=[arm.name for arm in ARMS])
     parser.add_argument("--budget", type=float, default=BUDGET)
     parser.add_argument("--figures", type=Path)
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="other settings than the preset's")
-    a = parser.parse_args()
-    study = Study(a.run.resolve(), effect_names(a.effects), a.set, scenes=a.scenes, num_scenes=a.num_scenes)
-    write_figures(a.figures, measure(study, a.arms, a.budget))
+    arguments = parser.parse_args()
+    names = effect_names(arguments.effects)
+    study = Study(arguments.run.resolve(), names, scenes=arguments.scenes, num_scenes=arguments.num_scenes)
+    write_figures(arguments.figures, measure(study, arguments.arms, arguments.budget))
 
 
 if __name__ == "__main__":

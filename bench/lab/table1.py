@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.lab.recipes import PLAIN, steps_for
+from bench.lab.recipes import IMAGES, PLAIN, steps_for
 from bench.lab.study import Arm, Images, Row, Study, judge, machine, write_figures
 from clora.jobs.demo import SCALES
 from clora.tiny.dataset import effect_names
@@ -32,7 +32,7 @@ def arms(study: Study, seed: int, recipe: Sequence[str]) -> tuple[Arm, Arm, Arm]
     rate = (train.coarse_learning_rate or train.learning_rate) / 2
     on = (*recipe, *PLAIN, f"seed={seed}", "train.coarse_steps=100000", f"train.coarse_learning_rate={rate}")
     longer = Arm(f"coarse on {seed}", on, f"{collection.name}:coarse")
-    on_images = (*recipe, *PLAIN, f"seed={seed}", "train.coarse_steps=100000", "train.coarse_target=images")
+    on_images = (*recipe, *PLAIN, f"seed={seed}", "train.coarse_steps=100000", IMAGES)
     images = Arm(f"images {seed}", on_images)
     whole = study.forwards(collection)
     return collection, steps_for(study, longer, whole - coarse), steps_for(study, images, whole)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from clora.config import Config
 from clora.method.flow import few_step_sigmas
-from clora.method.noise import imitated_counts, matched_steps
+from clora.method.noise import first_imitated, imitated_counts, matched_steps
 from clora.method.routing import Stream, draw_stream
 
 BACKWARD = 2  # forwards
@@ -79,6 +79,5 @@ def steps_before(config: Config) -> float:
 def imitated_steps_before(config: Config) -> float:
     """The same of imitation's rollouts."""
     counts, shift = imitated_counts(config), config.schedule.shift
-    none = config.objective.imitation_below is None
-    first = [0 if none else matched_steps(config, few_step_sigmas(count, shift)) for count in counts]
-    return sum((begin + count - 1) / 2 for begin, count in zip(first, counts, strict=True)) / len(counts)
+    firsts = [first_imitated(config, few_step_sigmas(count, shift)) for count in counts]
+    return sum((first + count - 1) / 2 for first, count in zip(firsts, counts, strict=True)) / len(counts)

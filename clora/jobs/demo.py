@@ -217,14 +217,19 @@ def check(config: Config) -> None:
         raise InputErrors(faults)
 
 
-def train_joint(config: Config, console: Console) -> None:
-    """The "N-in-1 FM" baseline: as many steps as the forwards of the distillation allow, its learning rate, its EMA.
+def steps_of_equal_cost(config: Config) -> int:
+    """Of flow matching, as many as the forwards of the distillation allow. They are counted from the configuration, so
+    that a baseline does not depend on how busy the machine was."""
+    return max(1, round(distillation_forwards(config) / joint_step_forwards(config)))
 
-    They are counted from the configuration, so that the baseline does not depend on how busy the machine was.
-    """
-    steps = round(distillation_forwards(config) / joint_step_forwards(config))
+
+def train_joint(config: Config, console: Console) -> None:
+    """The "N-in-1 FM" baseline: as many steps as the distillation's cost allows, its learning rate, its EMA."""
     train = config.train
-    same = {"max_train_steps": steps, "learning_rate": train.coarse_learning_rate or train.learning_rate}
+    same = {
+        "max_train_steps": steps_of_equal_cost(config),
+        "learning_rate": train.coarse_learning_rate or train.learning_rate,
+    }
     config = config.model_copy(update={"teach": config.teach.model_copy(update=same)})
     teach_joint(open_workspace(check_teaching(config, config.effects), console), "latest", console)
 
@@ -232,7 +237,7 @@ def train_joint(config: Config, console: Console) -> None:
 def train_control(config: Config, console: Console) -> None:
     """Flow matching on the teachers' images (Eq. 6), under the student's prompts, until it has cost as many forwards as
     the collection: what is left of it when distillation is taken away."""
-    steps = max(1, round(distillation_forwards(config) / joint_step_forwards(config)))
+    steps = steps_of_equal_cost(config)
     out = config.output_dir / JOINT_STUDENT
     out.mkdir(exist_ok=True)
     if not (cache := out / "cache").exists():

@@ -32,8 +32,8 @@ from clora.method.noise import (
     chance,
     draw_schedule,
     exit_step,
+    first_imitated,
     fresh_noise,
-    matched_steps,
     normal,
     own_share,
     uniform,
@@ -79,7 +79,7 @@ def _states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where the student is asked, (B, T, C), and where each sample's step begins and ends, (B,)."""
     device = draws.generator.device
-    first = 0 if cfg.objective.imitation_below is None else matched_steps(cfg, sigmas)
+    first = first_imitated(cfg, sigmas)
     if asked.y is None or chance(cfg.objective.on_policy_share, draws):
         step, eps = first + exit_step(len(sigmas) - first, draws), normal(latent_shape, draws)
         fresh = fresh_noise(latent_shape, cfg, draws)

@@ -149,6 +149,11 @@ def matched_steps(cfg: DistillConfig, sigmas: Tensor) -> int:
     return len(sigmas) if below is None else int((sigmas >= below).sum())
 
 
+def first_imitated(cfg: DistillConfig, sigmas: Tensor) -> int:
+    """The first of a schedule's steps that imitation learns."""
+    return 0 if cfg.objective.imitation_below is None else matched_steps(cfg, sigmas)
+
+
 def imitated_counts(cfg: DistillConfig) -> list[int]:
     """The step counts with steps that imitation learns."""
     counts, below = cfg.schedule.trained_counts, cfg.objective.imitation_below

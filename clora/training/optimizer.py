@@ -27,8 +27,8 @@ class AdamW:
 
     Parameters that had no gradient since the last update are left alone by it, decay included, as in torch. The first
     `coarse_updates` are a stage of their own, with `muon` Muon's, whose momentum is kept in the first moment's place.
-    What follows starts without moments: of a stage whose gradients are a tenth as large they would make its steps ten
-    times as long, until they had faded after 1 / (1 - beta2) updates.
+    What follows starts without moments: those of a stage with smaller gradients would make its steps too long, until
+    they had faded after some 1 / (1 - beta2) updates.
     """
 
     flat: FlatParameters

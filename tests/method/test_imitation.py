@@ -271,7 +271,7 @@ def of_coarse(loss: Any, nets: Any, batch: DistillBatch, seed: int = 0, **object
         objective=ObjectiveConfig(**{"guidance": 1.0, "ta_fm_sigma": "shifted", **objective}), schedule=ScheduleConfig()
     )
     value, figures = loss(nets, batch, cfg, Draws.alone(torch.Generator().manual_seed(seed), batch.batch_size))
-    assert [figure for figure in figures.values()] == [value.detach()]
+    assert list(figures.values()) == [value.detach()]
     return value  # type: ignore[no-any-return]
 
 
@@ -296,8 +296,8 @@ def test_teacher_velocity_loss_asks_both_where_ta_fm_asks_the_student() -> None:
 
 
 def test_teacher_velocity_loss_is_ta_fm_without_its_noise() -> None:
-    """Where y is the teacher's: one gradient in the mean over 200 batches, which around it is a tenth as wide; it has
-    none left where the student is the teacher. The student adds `shift` to its teacher's velocity."""
+    """Where y is the teacher's: one gradient in the mean over 200 batches, without any noise around it where the
+    student adds a constant `shift` to its teacher's velocity, and none at all where it adds nothing."""
     world, one = ring(), torch.ones(2)
     picks = torch.Generator().manual_seed(5)
 
@@ -322,5 +322,5 @@ def test_teacher_velocity_loss_is_ta_fm_without_its_noise() -> None:
     quiet, noisy = gradients(teacher_velocity_loss, 0.3 * one), gradients(ta_fm_loss, 0.3 * one)
     torch.testing.assert_close(quiet.mean(0), 0.3 * one, rtol=1e-5, atol=0)  # of mean((v + a - v)^2): a
     torch.testing.assert_close(noisy.mean(0), quiet.mean(0), rtol=0.1, atol=0)
-    assert float(quiet.std(0).max()) < 0.1 * float(noisy.std(0).min())
+    assert float(quiet.std(0).max()) < 1e-5 < 1e-3 < float(noisy.std(0).min())
     assert not gradients(teacher_velocity_loss, 0 * one).any()
