@@ -21,8 +21,9 @@ COARSE = 600  # updates
 IMAGES = "train.coarse_target=images"
 BUDGET = 20_000  # forwards of an arm after the coarse stage
 PLAIN = ("student.acceleration=null", "train.critic_updates=0", "train.critic_reuse=false", "objective.ta_fm_weight=0",
-         "objective.dmd_ts_weight=0", "objective.dmd_bs_weight=0", "train.coarse_steps=0", "train.ema_start=0",
-         "train.ema_decay=0.98", "train.lr_warmup_steps=20")  # fmt: skip
+         "objective.dmd_ts_weight=0", "objective.dmd_bs_weight=0", "objective.imitation_weight=0",
+         "objective.imitation_below=null", "train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98",
+         "train.lr_warmup_steps=20")  # fmt: skip
 IMITATE = (*PLAIN, "objective.imitation_weight=1", "objective.p_switch=1", "train.learning_rate=2e-3",
            "schedule.sampler=euler")  # fmt: skip
 MATCH = ("train.coarse_steps=0", "train.ema_start=0", "train.ema_decay=0.98")  # the rest is the preset's

@@ -236,7 +236,7 @@ class TrainConfig(Section):
     coarse_target: Annotated[
         CoarseTarget,
         doc("What they learn: the teachers' 'images' (TA-FM), or the teachers' 'velocity' on the way to them."),
-    ] = "images"
+    ] = "velocity"
     max_train_seconds: Annotated[Positive | None, doc("Save and stop after this; null = no limit.", numerics=False)] = (
         None
     )

@@ -73,11 +73,17 @@ SCALES: dict[Size, Scale] = {
             "teach.alpha=16",
             "student.rank=72",
             "student.alpha=72",
-            "train.max_train_steps=5600",
-            "train.coarse_steps=4800",
-            "train.ema_start=4800",
+            "targets.max_sources=60",
+            "train.max_train_steps=4600",
+            "train.coarse_steps=4000",
+            "train.coarse_optimizer=muon",
+            "train.coarse_learning_rate=2.0e-2",
+            "train.ema_start=4000",
             "train.ema_decay=0.98",
             "train.anchor_batch_size=16",
+            "objective.imitation=same_step",
+            "objective.imitation_weight=1",
+            "objective.imitation_below=0.6",
         ),
     ),
     "smoke": Scale(
@@ -247,6 +253,7 @@ def train_control(config: Config, console: Console) -> None:
         output_dir=out,
         effects=effects,
         student={"acceleration": None},
+        objective={"imitation_weight": 0.0, "imitation_below": None},
         train={"max_train_steps": steps, "coarse_steps": steps, "coarse_target": "images", "ema_start": 0},
     )
     train(config, resume="latest", console=console)

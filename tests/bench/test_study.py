@@ -144,7 +144,8 @@ def test_arms_gives_the_controls_the_collections_recipe_and_cost(run) -> None:
     """One goes on from its coarse file, the other begins anew, by flow matching on images."""
     study, _ = run
     recipe = ("student.rank=12", "student.alpha=12", "train.coarse_learning_rate=6e-3", "targets.per_source=2",
-              "train.coarse_target=velocity")  # fmt: skip
+              "train.coarse_target=velocity", "objective.imitation=same_step", "objective.imitation_weight=1",
+              "objective.imitation_below=0.6")  # fmt: skip
     collection, longer, images = table1.arms(study, 3, recipe)
     ours, coarse_file = study.arm_config(collection), study.folder / "arms/collection 3/coarse.safetensors"
     coarse = study.forwards(Arm("coarse", (*collection.overrides, f"train.max_train_steps={ours.train.coarse_steps}")))
@@ -160,7 +161,7 @@ def test_arms_gives_the_controls_the_collections_recipe_and_cost(run) -> None:
         for key in ("batch_size", "anchor_batch_size", "max_grad_norm", "lr_scheduler"):
             assert getattr(theirs.train, key) == getattr(ours.train, key)
         assert theirs.targets == ours.targets and theirs.targets.per_source == 2
-        assert theirs.train.coarse_learning_rate == rate
+        assert theirs.train.coarse_learning_rate == rate and not theirs.objective.imitates("effect")
         assert theirs.train.coarse_steps > theirs.train.max_train_steps and theirs.train.critic_updates == 0
         step = study.forwards(control) / theirs.train.max_train_steps
         assert study.forwards(control) == pytest.approx(cost, abs=step)

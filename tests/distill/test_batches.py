@@ -169,7 +169,7 @@ def test_draw_of_all_processes_is_the_whole_batch(monkeypatch: pytest.MonkeyPatc
 
 
 def test_teachers_are_those_of_the_students_batches() -> None:
-    batches = make_batches("train.gradient_accumulation_steps=2")
+    batches = make_batches("train.gradient_accumulation_steps=2", "train.coarse_target=images")
     for step in range(5, 60):
         stream = batches.stream(step)
         asked = [e for batch, _ in batches.of_student(step, stream) for e in batch.teacher_cond.effects]

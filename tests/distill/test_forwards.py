@@ -42,7 +42,8 @@ def test_full_step_forwards_closed_forms() -> None:
     assert full_step_forwards(guided, "effect") == effect + 2 * 2
     steps = ["train.coarse_steps=4", "train.max_train_steps=10", "objective.p_switch=1"]
     effects = [{"name": "a", "prompt": "p", "lora": "a.safetensors"}]
-    whole = build_config({"preset": "clora", "output_dir": "o", "effects": effects}, Path(), [*plain, *steps])
+    images = [*plain, *steps, "train.coarse_target=images"]
+    whole = build_config({"preset": "clora", "output_dir": "o", "effects": effects}, Path(), images)
     assert distillation_forwards(whole) == 4 * 15 + 6 * effect
     follows = [*plain[1:], *steps, "train.coarse_target=velocity"]
     for guidance, of_sample in ((1, 1 + 2 + 1), (4, 1 + 2 + 2)):

@@ -100,13 +100,16 @@ def test_train_control_is_flow_matching_on_images_at_the_collections_cost(
 ) -> None:
     """From nothing, in the words of the student; no distillation has a part in it."""
     write_dataset(tmp_path, ["sepia", "snow"], SCALES["smoke"], 0)
-    collection = load_config(tmp_path / "config.yaml")
+    imitates = [one for one in SCALES["long"].overrides if one.startswith("objective.")]
+    collection = load_config(tmp_path / "config.yaml", imitates)
+    assert collection.objective.imitates("effect")
     trained: list[Config] = []
     monkeypatch.setattr(demo, "train", lambda config, resume, console: trained.append(config))
     demo.train_control(collection, Console(quiet=True))
     (control,) = trained
     assert control.student.init_from is None and control.student.acceleration is None and control.objective.aop
     train = control.train
+    assert not control.objective.imitates("effect")
     assert (train.coarse_target, train.ema_start) == ("images", 0) and train.coarse_steps == train.max_train_steps
     assert train.coarse_learning_rate == collection.train.coarse_learning_rate
     assert control.targets == collection.targets and control.output_dir == tmp_path / "joint_student"

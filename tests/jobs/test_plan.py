@@ -315,9 +315,9 @@ def test_plan_training_reads_the_configuration(tmp_path: Path) -> None:
     """The default preset on one GPU of 141 GB: fits at 1024 x 1024; 80 GB asks for several and cuts the base."""
     plan = plan_training(config_of(tmp_path), 1, 141)
     wanted = qwen_settings(vae_parameters=plan.settings.vae_parameters)
-    assert plan.settings.coarse and not plan.settings.waiting_batches
-    found = {name: getattr(plan.settings, name) for name in ("text_encoder_parameters", "num_blocks_kept", "coarse")}
-    assert plan.settings == replace(wanted, **found)
+    assert plan.settings.coarse and plan.settings.coarse_teacher and not plan.settings.waiting_batches
+    read = ("text_encoder_parameters", "num_blocks_kept", "coarse", "coarse_teacher")
+    assert plan.settings == replace(wanted, **{name: getattr(plan.settings, name) for name in read})
     assert plan.settings.text_encoder_parameters / 1e9 == pytest.approx(8.29, abs=0.01)  # as published
     assert plan.settings.vae_parameters / 1e6 == pytest.approx(127, abs=1)
     assert plan.fits and plan.verdict.startswith("fits 1 GPU of 141 GB: needs 102.9 GB")  # docs/ARCHITECTURE.md
