@@ -230,13 +230,9 @@ def steps_of_equal_cost(config: Config) -> int:
 
 
 def train_joint(config: Config, console: Console) -> None:
-    """The "N-in-1 FM" baseline: as many steps as the distillation's cost allows, its learning rate, its EMA."""
-    train = config.train
-    same = {
-        "max_train_steps": steps_of_equal_cost(config),
-        "learning_rate": train.coarse_learning_rate or train.learning_rate,
-    }
-    config = config.model_copy(update={"teach": config.teach.model_copy(update=same)})
+    """The "N-in-1 FM" baseline: as many steps as the distillation's cost allows, at the rate of a teacher, which learns
+    by AdamW as it does (a coarse stage's may be Muon's)."""
+    config = config.with_values(teach={"max_train_steps": steps_of_equal_cost(config)})
     teach_joint(open_workspace(check_teaching(config, config.effects), console), "latest", console)
 
 

@@ -95,6 +95,23 @@ def test_run_demo_names_effects_that_are_others(tmp_path) -> None:
         run_demo(tmp_path, 4, "full", 0, Console(quiet=True))
 
 
+def test_train_joint_learns_at_a_rate_of_its_own_optimizer_at_the_collections_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path, ["sepia", "snow"], SCALES["smoke"], 0)
+    muon = ("train.coarse_optimizer=muon", "train.coarse_learning_rate=2e-2", "teach.learning_rate=4e-3")
+    collection = load_config(tmp_path / "config.yaml", muon)
+    checked: list[Config] = []
+    monkeypatch.setattr(demo, "check_teaching", lambda config, effects: checked.append(config))
+    monkeypatch.setattr(demo, "open_workspace", lambda run, console: run)
+    monkeypatch.setattr(demo, "teach_joint", lambda workspace, resume, console: None)
+    demo.train_joint(collection, Console(quiet=True))
+    (joint,) = checked
+    assert joint.teach.learning_rate == 4e-3
+    cost = joint.teach.max_train_steps * joint_step_forwards(joint)
+    assert cost == pytest.approx(distillation_forwards(collection), abs=joint_step_forwards(joint) / 2)
+
+
 def test_train_control_is_flow_matching_on_images_at_the_collections_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
