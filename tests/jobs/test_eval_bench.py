@@ -400,11 +400,8 @@ def test_clora_eval_on_two_processes_gives_the_rows_of_one(tmp_path, bench):
     for out in ("one", "two"):
         with (tmp_path / out / "rows.csv").open(newline="") as file:
             tables.append([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)])
-    for one, two in zip(*tables, strict=True):
-        assert {k: v.replace("two/", "one/") for k, v in two.items() if not k.endswith("_source")} == {
-            k: v for k, v in one.items() if not k.endswith("_source")
-        }
-        assert float(two["l1_source"]) == pytest.approx(float(one["l1_source"]), abs=1e-4)
+    one, two = tables
+    assert [{k: v.replace("two/", "one/") for k, v in row.items()} for row in two] == one
 
 
 @pytest.mark.slow
