@@ -243,7 +243,9 @@ class TrainConfig(Section):
     critic_updates: Annotated[Natural, doc("Critic updates per student update; 0: no critic, no DMD.")] = 5
     critic_reuse: Annotated[bool, doc("The critic's last update of a step learns from the student's samples.")] = False
     batch_size: Annotated[Count, doc("Samples per process and update.")] = 1
-    anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
+    anchor_batch_size: Annotated[
+        Count | None, doc("Samples of TA-FM, of the coarse stage and of imitation; null = those of DMD.")
+    ] = None
     gradient_accumulation_steps: Annotated[Count, doc("Batches per update.")] = 1
     learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
     coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
