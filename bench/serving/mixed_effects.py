@@ -1,12 +1,13 @@
 """Requests of 50 effects: one LoRA an effect, swapped, against one collection, alone and in step batches.
 
-    python -m bench.serving.mixed_effects [--requests N] [--rate R] [--seeds 0 1] [--artefacts DIR] [--out FILE]
+    python -m bench.serving.mixed_effects [--requests N] [--loads R ...] [--seeds 0 1] [--artefacts DIR] [--out FILE]
 
 Every arm serves the same requests in their order. `saturated`: all are there from the start; arms take turns, `rounds`
 times, so that a change of the machine's speed meets all; throughput by the clock, and CPU seconds of the process a
-request, which other programs disturb less. `paced`: they arrive at random (Poisson, `--rate` a second) whether or not
-the ones before are done; milliseconds from arrival to answer. `end_to_end`: saturated, with the encoding of image and
-prompt and the decoding: one by one, or the images of eight requests at a time. One thread.
+request, which other programs disturb less. `paced`: they arrive at random (Poisson) whether or not the ones before are
+done, at each of `--loads`, a share of what `aoti` alone answers, and only for arms that answer more than arrive;
+milliseconds from arrival to answer. `end_to_end`: saturated, with the encoding of image and prompt and the decoding:
+one by one, or the images of eight requests at a time. One thread.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def ratios(rows: dict[str, Any], to: str = "aoti_batch8") -> dict[str, Any]:
 
 
 def paced(arms: dict[str, Serve], requests: list[Request], rate: float, seeds: Sequence[int]) -> dict[str, Any]:
-    """p50 and p99 of the milliseconds from arrival to answer, over all seeds' arrivals."""
+    """p50 and p99 of the milliseconds from arrival to answer at `rate` arrivals a second, over all seeds' arrivals."""
     waits: dict[str, list[float]] = {name: [] for name in arms}
     for seed in seeds:
         gaps = torch.empty(len(requests)).exponential_(rate, generator=torch.Generator().manual_seed(seed))
@@ -134,6 +135,15 @@ def paced(arms: dict[str, Serve], requests: list[Request], rate: float, seeds: S
             waits[name] += [(end - begin) * 1e3 for begin, end in zip(arrivals, answered, strict=True)]
     quantiles = {name: statistics.quantiles(values, n=100, method="inclusive") for name, values in waits.items()}
     return {name: {"p50_ms": round(found[49], 1), "p99_ms": round(found[98], 1)} for name, found in quantiles.items()}
+
+
+def paced_at(
+    load: float, arms: dict[str, Serve], rows: dict[str, Any], requests: list[Request], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """`paced` at this share of what `aoti` alone answers, for the arms that answer more."""
+    rate = load * rows["aoti"]["requests_per_second"]
+    fast = {name: serve for name, serve in arms.items() if rows[name]["requests_per_second"] > rate}
+    return {"load": load, "rate": round(rate, 2), "rows": paced(fast, requests, rate, seeds)}
 
 
 def end_to_end(
@@ -185,7 +195,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=2.0, help="arrivals a second")
+    parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 0.85], help="of what `aoti` alone answers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--base", default="tiny")
     parser.add_argument("--artefacts", type=Path, help="folder in which artefacts are kept; by default they are not")
@@ -221,7 +231,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         arms |= {name: batched(batcher) for name, batcher in batchers.items()}
         rows = saturated(arms, requests, options.rounds)
         stats = batchers["aoti_batch8"].stats()
-        latency = paced(arms, requests, options.rate, options.seeds)
+        latency = [paced_at(load, arms, rows, requests, options.seeds) for load in options.loads]
         whole_runs = {name: runs[name] for name in ("hotswap", "delete_load", "merged")}
         whole = end_to_end(encoders, whole_runs, batchers["aoti_batch8"], requests, options.rounds)
         return {
@@ -237,7 +247,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "aims": AIMS,
             "saturated_batch_mean": round(stats["batch_mean"], 2),
             "saturated_effects_mean": round(stats["effects_mean"], 2),
-            "rate": options.rate,
             "seeds": options.seeds,
             "paced": latency,
             "end_to_end": whole,
@@ -248,18 +257,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(document: dict[str, Any]) -> str:
     one = {"clock": 1.0, "cpu": 1.0}
-    lines = [f"{'arm':>14} {'req/s':>8} {'cpu ms':>8} {'batch8 over it: clock, cpu':>27} {'p50 ms':>9} {'p99 ms':>9}"]
+    lines = [f"{'arm':>14} {'req/s':>8} {'cpu ms':>8} {'batch8 over it: clock, cpu':>27}"]
     for title, rows, over in (
         ("saturated", document["saturated"], document["aoti_batch8_over"]),
         ("end to end", document["end_to_end"], document["end_to_end_aoti_batch8_over"]),
     ):
         lines.append(f"{title}:")
         for name, row in rows.items():
-            times, waits = over.get(name, one), document["paced"][name]
-            line = (
+            times = over.get(name, one)
+            lines.append(
                 f"{name:>14} {row['requests_per_second']:>8} {row['cpu_ms']:>8} {times['clock']:>20} {times['cpu']:>6}"
             )
-            lines.append(line + (f" {waits['p50_ms']:>9} {waits['p99_ms']:>9}" if title == "saturated" else ""))
+    for latency in document["paced"]:
+        lines.append(f"load {latency['load']}, {latency['rate']} arrivals a second:")
+        lines += [f"{name:>14} p50 {row['p50_ms']} ms, p99 {row['p99_ms']} ms" for name, row in latency["rows"].items()]
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Encoders against their published preprocessing, written out here by hand; each usual mistake must show."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
 
 from clora.errors import InputError
-from clora.evaluate.metrics.encoders import ENCODERS, Encoder, open_encoder, preprocess
+from clora.evaluate.metrics.encoders import ENCODERS, Encoder, encoder_fault, open_encoder, preprocess
 
 CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -143,6 +144,18 @@ def test_open_encoder_names_the_commit_that_the_hub_gave(tmp_path, monkeypatch):
 def test_open_encoder_refuses_weights_that_are_not_there(tmp_path):
     with pytest.raises(InputError, match="encoders.clip"):
         open_encoder("clip", str(tmp_path / "nothing"))
-    save(tmp_path, "dino")
-    with pytest.raises(InputError, match="encoders.clip"):
+    save(tmp_path, "clip")
+    (tmp_path / "model.safetensors").unlink()
+    assert not encoder_fault("clip", str(tmp_path))  # which looks at no weights
+    with pytest.raises(InputError, match="encoders.clip: .* cannot be loaded"):
         open_encoder("clip", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", OF_HUB)
+def test_encoder_fault_names_what_is_no_such_model_without_its_weights(tmp_path, name):
+    save(tmp_path, name)
+    (tmp_path / "model.safetensors").unlink()
+    assert encoder_fault(name, str(tmp_path)) == ""
+    other = "clip" if name == "dino" else "dino"
+    assert re.match(f"encoders.{other}: .* is of type .*, not .*; give another", encoder_fault(other, str(tmp_path)))
+    assert f"encoders.{name}: {tmp_path / 'no'} cannot be loaded (" in encoder_fault(name, str(tmp_path / "no"))

@@ -31,6 +31,7 @@ from clora.evaluate.metrics.efficientnet import efficientnet_fault, open_efficie
 EncoderName = Literal["clip", "dino", "dreamsim", "efficientnet"]
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 
+_TYPES = {"clip": ("clip", "clip_vision_model"), "dino": ("vit",)}  # as their configurations name them
 DEFAULT_MODELS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb16"}
 SIDE = 224
 
@@ -111,10 +112,26 @@ class Encoder:
 
 
 def encoder_fault(name: EncoderName, model: str | None) -> str:
-    """Why an encoder cannot be opened, as far as can be told without its weights, in a sentence; "" where it can."""
+    """Why an encoder cannot be opened, as far as can be told without its weights, in a sentence; "" where it can. Of a
+    model on the hub its configuration is fetched."""
     why = {"dreamsim": dreamsim_fault, "efficientnet": efficientnet_fault}
-    fault = why[name](model) if name in why else ""
+    fault = why[name](model) if name in why else _config_fault(model or DEFAULT_MODELS[name], _TYPES[name])
     return f"encoders.{name}: {fault}" if fault else ""
+
+
+def _config_fault(model: str, types: Sequence[str]) -> str:
+    """Why this folder or repository holds no model of these types of transformers; "" where it does."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(model).model_type
+    except (OSError, ValueError) as error:
+        return _not_loaded(model, error)
+    return "" if found in types else f"{model} is of type {found}, not {types[0]}; give another"
+
+
+def _not_loaded(model: str, error: Exception) -> str:
+    return f"{model} cannot be loaded ({str(error).splitlines()[0][:200]}); give a folder that holds it"
 
 
 def open_encoder(name: EncoderName, model: str | None = None, revision: str | None = None) -> Encoder:
@@ -141,8 +158,7 @@ def open_encoder(name: EncoderName, model: str | None = None, revision: str | No
             model, revision=revision, torch_dtype=torch.float32, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
-        said = str(error).split("\n")[0][:200]
-        raise InputError(f"encoders.{name}: {model} cannot be loaded ({said}); give a folder that holds it") from error
+        raise InputError(f"encoders.{name}: {_not_loaded(model, error)}") from error
     if missing := sorted(loading["missing_keys"]):  # random weights pass most tests and mean nothing
         raise InputError(f"encoders.{name}: {model} lacks the weight {missing[0]}; give the whole model")
     commit = getattr(network.config, "_commit_hash", None)
