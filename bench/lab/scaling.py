@@ -3,7 +3,8 @@
 The paper's Table 4: collections of the world's first 10, 20 and 50 effects, from the same teachers and with as many
 updates an effect, in 8, 4 and 2 steps, beside their coarse stages with the base's acceleration LoRA and the teachers.
 The *shared* rows are of the ten effects that all collections hold, with paired differences to the smallest collection;
-the *own* ones of everything that each holds. Everything is kept below the folder, and goes on where it was interrupted.
+the *own* ones of everything that each holds, with those to its coarse stage. Everything is kept below the folder, and
+goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def measure(run: Path, sizes: Sequence[int], scenes: int) -> dict[str, Any]:
     of_size[-1].teach()
     smallest, largest = of_size[0], of_size[-1]
     shared: dict[str, Images] = {}
-    own: dict[str, Images] = {}
+    own: list[dict[str, Any]] = []
     forwards = {}
     for study in of_size:
         size = len(study.effects)
@@ -69,9 +70,10 @@ def measure(run: Path, sizes: Sequence[int], scenes: int) -> dict[str, Any]:
         forwards[str(size)] = round(study.forwards(arm))
         rows = rows_of(arm)
         found = study.sample(list(rows.values()))
-        for name, row in rows.items():
-            own[f"{size} effects: {name}"] = images = found[row.name]
-            shared[f"{size} effects: {name}"] = {key: images[key] for key in images if key[0] in smallest.effects}
+        made = {f"{size} effects: {name}": found[row.name] for name, row in rows.items()}
+        own += judge(made, {name: name.replace("collection", "coarse+accel") for name in made})
+        for name, images in made.items():
+            shared[name] = {key: images[key] for key in images if key[0] in smallest.effects}
     first = len(smallest.effects)
     controls = {name: f"{first} effects: {name.partition(': ')[2]}" for name in shared}
     return {
@@ -83,7 +85,7 @@ def measure(run: Path, sizes: Sequence[int], scenes: int) -> dict[str, Any]:
         "forwards": forwards,
         "machine": machine(),
         "shared": judge(shared, controls),
-        "own": [row for name in own for row in judge({name: own[name]}, name)],
+        "own": own,
     }
 
 

@@ -152,10 +152,23 @@ def deployment(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def scaling(found: Mapping[str, Any], rows: str) -> list[str]:
+    """A line for each number of effects of `bench.lab.scaling`, of those that it holds ("own") or that all hold
+    ("shared"): the collection, its coarse stage, the teachers' targets."""
+    of, lines = {row["row"]: row for row in found[rows]}, []
+    for size in found["sizes"]:
+        made = [cell(of[f"{size} effects: collection, {n}"]) for n in (8, 4, 2)]
+        others = [f"{of[f'{size} effects: coarse+accel, {n}']['bcr']:.3f}" for n in (8, 4, 2)]
+        teachers = f"{of[f'{size} effects: teachers, as targets']['bcr']:.3f}"
+        lines.append(" | ".join([f"| {size}", *made, ", ".join(others), teachers]) + " |")
+    return lines
+
+
 def tables() -> dict[tuple[str, str], list[str]]:
     """The lines of every table, by document and result."""
     twelve, imitating, fifty = (read_rows(f"lab/table1_{of}.json")["rows"] for of in ("12", "12_imitation", "50"))
     methods, kept = (json.loads((RESULTS / "lab" / f"{name}.json").read_text()) for name in ("baselines", "deployment"))
+    sizes = json.loads((RESULTS / "lab" / "scaling.json").read_text())
     return {
         ("README.md", "lab/table1_12.json"): matrix(twelve, TABLE1, (8, 4, 2, 1)),
         ("docs/TINY_WORLD.md", "demo_12.json"): matrix(read_rows("demo_12.json")["rows"], DEMO, (8, 4, 2)),
@@ -165,6 +178,8 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("docs/METHOD.md", "lab/low_noise.json"): with_drift(read_rows("lab/low_noise.json")["rows"], LOW_NOISE),
         ("docs/METHOD.md", "lab/table1_12_imitation.json"): matrix(imitating, TABLE1, (8, 4, 2)),
         ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
+        ("docs/METHOD.md", "lab/scaling.json, own"): scaling(sizes, "own"),
+        ("docs/METHOD.md", "lab/scaling.json, shared"): scaling(sizes, "shared"),
         ("docs/EVALUATION.md", "lab/baselines.json"): baselines([*methods["one effect"], *methods["two effects"]]),
         ("docs/EVALUATION.md", "lab/deployment.json"): deployment(kept["rows"]),
     }
