@@ -15,6 +15,7 @@ from pydantic import model_validator as section_check
 
 from clora.config.types import (
     Acceleration,
+    CoarseOptimizer,
     CoarseTarget,
     Count,
     Decay,
@@ -249,9 +250,7 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Annotated[Count, doc("Batches per update.")] = 1
     learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
     coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
-    coarse_optimizer: Annotated[
-        Literal["adamw", "muon"], doc("Of the coarse stage; Muon needs a learning rate of its own.")
-    ] = "adamw"
+    coarse_optimizer: Annotated[CoarseOptimizer, doc("Of the coarse stage; Muon wants a rate of its own.")] = "adamw"
     critic_learning_rate: Annotated[Positive, doc("Peak learning rate of the critic.")] = 1e-4
     adam_beta1: Annotated[Decay, doc("Decay of AdamW's first moment.")] = 0.9
     adam_beta2: Annotated[Decay, doc("Decay of AdamW's second moment.")] = 0.999
@@ -311,6 +310,7 @@ class ExtendConfig(Section):
     coarse_steps: Annotated[Natural, doc("First updates with TA-FM alone.")] = 50
     learning_rate: Annotated[Positive, doc("Peak learning rate of the student in the full stage.")] = 1e-4
     coarse_learning_rate: Annotated[Positive | None, doc("And in the coarse one; null = the same.")] = None
+    coarse_optimizer: Annotated[CoarseOptimizer, doc("Of the coarse stage.")] = "adamw"
     lr_warmup_steps: Annotated[Natural, doc("Updates over which the learning rates rise from zero.")] = 10
     anchor_batch_size: Annotated[Count | None, doc("Samples of TA-FM; null = those of DMD.")] = None
     p_switch: Annotated[Share | None, doc("As `objective.p_switch`; null = that one.")] = None

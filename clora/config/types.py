@@ -64,6 +64,7 @@ DmdNorm = Literal["sample", "none"]
 
 Imitation = Literal["segment_mean", "same_step"]
 CoarseTarget = Literal["images", "velocity"]
+CoarseOptimizer = Literal["adamw", "muon"]
 
 Sampler = Literal["consistency", "euler"]
 

@@ -158,13 +158,14 @@ def extended_config(catalogue: Catalogue, config: Config) -> Config:
     Triggers that are drawn differ from those of the collection.
     """
     settings = config.extend
-    keys = ("max_train_steps", "coarse_steps", "learning_rate", "coarse_learning_rate", "lr_warmup_steps")
+    keys = ("max_train_steps", "coarse_steps", "learning_rate", "coarse_learning_rate", "coarse_optimizer",
+            "lr_warmup_steps", "anchor_batch_size")  # fmt: skip
     triggers: dict[str, str] = {}
     if config.objective.aop:
         taken = [entry.trigger for entry in catalogue.effects]
         triggers = make_triggers(config.effects, config.seed, config.prompts.trigger_scheme, taken)
     return config.with_values(
-        train={key: getattr(settings, key) for key in (*keys, "anchor_batch_size")},
+        train={key: getattr(settings, key) for key in keys},
         student={"rank": settings.rank, "alpha": float(settings.rank), "acceleration": acceleration_of(config)},
         objective={"ta_fm_weight": settings.ta_fm_weight}
         | ({} if settings.p_switch is None else {"p_switch": settings.p_switch}),

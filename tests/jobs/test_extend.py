@@ -211,6 +211,17 @@ def test_extended_config_starts_from_the_collection(random_base: Path, place: Pa
         extended_config(catalogue, accelerated)
 
 
+def test_extended_config_trains_as_extend_says(random_base: Path, place: Path, tmp_path: Path) -> None:
+    catalogue = read_catalogue(place / "collection.safetensors")
+    own = {
+        "max_train_steps": 9, "coarse_steps": 7, "learning_rate": 3e-5, "coarse_learning_rate": 5e-2,
+        "coarse_optimizer": "muon", "lr_warmup_steps": 1, "anchor_batch_size": 5,
+    }  # fmt: skip
+    overrides = [f"extend.{key}={value}" for key, value in own.items()]
+    train = extended_config(catalogue, make_config(random_base, place, tmp_path / "out", *overrides)).train
+    assert {key: getattr(train, key) for key in own} == own
+
+
 def test_extended_config_draws_triggers_that_the_collection_has_not(
     random_base: Path, place: Path, tmp_path: Path
 ) -> None:
