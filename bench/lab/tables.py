@@ -49,6 +49,15 @@ LOW_NOISE = {
     "the preset's": "whole, {} consistency",
     "below .6 by imitation": "imitation below .6, {} consistency",
 }
+SERVED = {
+    "a LoRA an effect, diffusers' hotswap (PEFT)": "hotswap",
+    "the same, deleted and loaded": "delete_load",
+    "collection, unmerged slots": "slots",
+    "collection, merged, stock diffusers": "merged",
+    "collection, `aoti`, one at a time": "aoti",
+    "collection, `aoti`, step batches of 8": "aoti_batch8",
+}
+OVER = ("aoti_batch8_over", "end_to_end_aoti_batch8_over")  # how many times an arm's cost the batches' is below
 ABLATION = {
     "**whole**: the preset's full stage": "whole, {} consistency",
     "no PDSR": "no PDSR, {} consistency",
@@ -164,11 +173,25 @@ def scaling(found: Mapping[str, Any], rows: str) -> list[str]:
     return lines
 
 
+def served(found: Mapping[str, Any]) -> list[str]:
+    """A line for each arm of `bench.serving.mixed_effects`: alone, what it waits at each load, and end to end."""
+    lines = []
+    for label, arm in SERVED.items():
+        row, whole = found["saturated"][arm], found["end_to_end"].get(arm)
+        over, over_whole = (found[key].get(arm, {}).get("cpu", 1.0) for key in OVER)
+        waits = [at["rows"].get(arm) for at in found["paced"]]
+        shown = [f"{wait['p50_ms']:.0f} / {wait['p99_ms']:.0f}" if wait else "" for wait in waits]
+        ends = [f"{whole['cpu_ms']:.0f}", f"{over_whole:.2f}"] if whole else ["", ""]
+        figures = [f"{row['requests_per_second']:.1f}", f"{row['cpu_ms']:.0f}", f"{over:.2f}"]
+        lines.append(" | ".join([f"| {label}", *figures, *shown, *ends]) + " |")
+    return lines
+
+
 def tables() -> dict[tuple[str, str], list[str]]:
     """The lines of every table, by document and result."""
     twelve, imitating, fifty = (read_rows(f"lab/table1_{of}.json")["rows"] for of in ("12", "12_imitation", "50"))
     methods, kept = (json.loads((RESULTS / "lab" / f"{name}.json").read_text()) for name in ("baselines", "deployment"))
-    sizes = json.loads((RESULTS / "lab" / "scaling.json").read_text())
+    sizes, mixed = (json.loads((RESULTS / name).read_text()) for name in ("lab/scaling.json", "mixed_effects.json"))
     return {
         ("README.md", "lab/table1_12.json"): matrix(twelve, TABLE1, (8, 4, 2, 1)),
         ("docs/TINY_WORLD.md", "demo_12.json"): matrix(read_rows("demo_12.json")["rows"], DEMO, (8, 4, 2)),
@@ -180,6 +203,7 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
         ("docs/METHOD.md", "lab/scaling.json, own"): scaling(sizes, "own"),
         ("docs/METHOD.md", "lab/scaling.json, shared"): scaling(sizes, "shared"),
+        ("docs/EXPORT.md", "mixed_effects.json"): served(mixed),
         ("docs/EVALUATION.md", "lab/baselines.json"): baselines([*methods["one effect"], *methods["two effects"]]),
         ("docs/EVALUATION.md", "lab/deployment.json"): deployment(kept["rows"]),
     }
