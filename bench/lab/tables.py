@@ -173,6 +173,20 @@ def scaling(found: Mapping[str, Any], rows: str) -> list[str]:
     return lines
 
 
+def live_deployment(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each number of effects of `bench.serving.deployment`."""
+    lines = []
+    for row in rows:
+        swaps, one, many = row["router_and_swaps"], row["collection"], row["collection_at_once"]
+        switches = f"{swaps['switches']} x {swaps['loading_ms']:.0f} ms | {one['switches']}"
+        waits = " | ".join(f"{way['p50_ms']:.0f}, {way['p99_ms']:.0f}" for way in (swaps, one))
+        rates = " | ".join(f"{way['requests_per_s']:.1f}" for way in (swaps, one, many))
+        stored = " | ".join(f"{way['stored_bytes'] / 1e6:.1f}" for way in (swaps, one))
+        right = f"{swaps['routing_accuracy']:.0%} in {swaps['routing_ms']:.1f} ms"
+        lines.append(f"| {row['effects']} | {right} | {switches} | {waits} | {rates} | {stored} |")
+    return lines
+
+
 def served(found: Mapping[str, Any]) -> list[str]:
     """A line for each arm of `bench.serving.mixed_effects`: alone, what it waits at each load, and end to end."""
     lines = []
@@ -191,7 +205,10 @@ def tables() -> dict[tuple[str, str], list[str]]:
     """The lines of every table, by document and result."""
     twelve, imitating, fifty = (read_rows(f"lab/table1_{of}.json")["rows"] for of in ("12", "12_imitation", "50"))
     methods, kept = (json.loads((RESULTS / "lab" / f"{name}.json").read_text()) for name in ("baselines", "deployment"))
-    sizes, mixed = (json.loads((RESULTS / name).read_text()) for name in ("lab/scaling.json", "mixed_effects.json"))
+    sizes, mixed, live = (
+        json.loads((RESULTS / name).read_text())
+        for name in ("lab/scaling.json", "mixed_effects.json", "deployment.json")
+    )
     return {
         ("README.md", "lab/table1_12.json"): matrix(twelve, TABLE1, (8, 4, 2, 1)),
         ("docs/TINY_WORLD.md", "demo_12.json"): matrix(read_rows("demo_12.json")["rows"], DEMO, (8, 4, 2)),
@@ -204,6 +221,7 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("docs/METHOD.md", "lab/scaling.json, own"): scaling(sizes, "own"),
         ("docs/METHOD.md", "lab/scaling.json, shared"): scaling(sizes, "shared"),
         ("docs/EXPORT.md", "mixed_effects.json"): served(mixed),
+        ("docs/SERVING.md", "deployment.json"): live_deployment(live["rows"]),
         ("docs/EVALUATION.md", "lab/baselines.json"): baselines([*methods["one effect"], *methods["two effects"]]),
         ("docs/EVALUATION.md", "lab/deployment.json"): deployment(kept["rows"]),
     }
