@@ -161,6 +161,21 @@ def deployment(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def extension(found: Mapping[str, Any]) -> list[str]:
+    """`bench.lab.extend`: a line for the old effects, one for each new one, and one for all of these."""
+    of, (low, high) = {row["effects"]: row for row in found["rows"]}, found["old_bcr_change_interval"]
+    before, after = of["old, before"], of["old, after"]
+    change = f"{found['old_bcr_change']:+.3f} ({low:+.3f} to {high:+.3f})"
+    colours = f"{before['psnr']:.1f} to {after['psnr']:.1f} dB"
+    lines = [f"| the 50 old ones | {before['bcr']:.3f} | {after['bcr']:.3f} | {change} | {colours} | | |"]
+    for name, row in found["new_bcr_by_effect"].items():
+        rates = " | ".join(f"{row[key]:.2f}" for key in ("teacher", "teacher, accelerated"))
+        lines.append(f"| `{name}` | | {row['after']:.2f} | | | {rates} |")
+    new, *teachers = (of[name] for name in ("new, after", "new, teachers", "new, teachers, accelerated"))
+    rates = " | ".join(f"{row['bcr']:.3f}" for row in teachers)
+    return [*lines, f"| the new ones | | {new['bcr']:.3f} | | {new['psnr']:.1f} dB | {rates} |"]
+
+
 def scaling(found: Mapping[str, Any], rows: str) -> list[str]:
     """A line for each number of effects of `bench.lab.scaling`, of those that it holds ("own") or that all hold
     ("shared"): the collection, its coarse stage, the teachers' targets."""
