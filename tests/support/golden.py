@@ -75,6 +75,7 @@ EXTEND = {
     "coarse_steps": 8,
     "learning_rate": 0.01,
     "coarse_learning_rate": 0.02,
+    "coarse_optimizer": "adamw",
     "lr_warmup_steps": 2,
     "anchor_batch_size": 3,
     "rehearsal_share": 0.5,
