@@ -234,7 +234,7 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("docs/METHOD.md", "lab/table1_12_imitation.json"): matrix(imitating, TABLE1, (8, 4, 2)),
         ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
         ("docs/METHOD.md", "extend.json"): extension(json.loads((RESULTS / "extend.json").read_text())),
-        ("docs/METHOD.md", "extend_coarse.json"): extension(json.loads((RESULTS / "extend_coarse.json").read_text())),
+        ("docs/METHOD.md", "extend_full.json"): extension(json.loads((RESULTS / "extend_full.json").read_text())),
         ("docs/METHOD.md", "lab/scaling.json, own"): scaling(sizes, "own"),
         ("docs/METHOD.md", "lab/scaling.json, shared"): scaling(sizes, "shared"),
         ("docs/EXPORT.md", "mixed_effects.json"): served(mixed),
