@@ -68,9 +68,15 @@ ABLATION = {
 }
 
 
+def read(name: str) -> dict[str, Any]:
+    """A result."""
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return found
+
+
 def read_rows(name: str) -> dict[str, Any]:
     """A result with its rows by name; a demo's report as well, its rows called as the others'."""
-    found: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    found = read(name)
     if "rows" in found:
         return found | {"rows": {row["row"]: row for row in found["rows"]}}
     rows = {}
@@ -219,11 +225,7 @@ def served(found: Mapping[str, Any]) -> list[str]:
 def tables() -> dict[tuple[str, str], list[str]]:
     """The lines of every table, by document and result."""
     twelve, imitating, fifty = (read_rows(f"lab/table1_{of}.json")["rows"] for of in ("12", "12_imitation", "50"))
-    methods, kept = (json.loads((RESULTS / "lab" / f"{name}.json").read_text()) for name in ("baselines", "deployment"))
-    sizes, mixed, live = (
-        json.loads((RESULTS / name).read_text())
-        for name in ("lab/scaling.json", "mixed_effects.json", "deployment.json")
-    )
+    methods, sizes = read("lab/baselines.json"), read("lab/scaling.json")
     return {
         ("README.md", "lab/table1_12.json"): matrix(twelve, TABLE1, (8, 4, 2, 1)),
         ("docs/TINY_WORLD.md", "demo_12.json"): matrix(read_rows("demo_12.json")["rows"], DEMO, (8, 4, 2)),
@@ -233,14 +235,14 @@ def tables() -> dict[tuple[str, str], list[str]]:
         ("docs/METHOD.md", "lab/low_noise.json"): with_drift(read_rows("lab/low_noise.json")["rows"], LOW_NOISE),
         ("docs/METHOD.md", "lab/table1_12_imitation.json"): matrix(imitating, TABLE1, (8, 4, 2)),
         ("docs/METHOD.md", "lab/ablation.json"): ablation(read_rows("lab/ablation.json")),
-        ("docs/METHOD.md", "extend.json"): extension(json.loads((RESULTS / "extend.json").read_text())),
-        ("docs/METHOD.md", "extend_full.json"): extension(json.loads((RESULTS / "extend_full.json").read_text())),
+        ("docs/METHOD.md", "extend.json"): extension(read("extend.json")),
+        ("docs/METHOD.md", "extend_full.json"): extension(read("extend_full.json")),
         ("docs/METHOD.md", "lab/scaling.json, own"): scaling(sizes, "own"),
         ("docs/METHOD.md", "lab/scaling.json, shared"): scaling(sizes, "shared"),
-        ("docs/EXPORT.md", "mixed_effects.json"): served(mixed),
-        ("docs/SERVING.md", "deployment.json"): live_deployment(live["rows"]),
+        ("docs/EXPORT.md", "mixed_effects.json"): served(read("mixed_effects.json")),
+        ("docs/SERVING.md", "deployment.json"): live_deployment(read("deployment.json")["rows"]),
         ("docs/EVALUATION.md", "lab/baselines.json"): baselines([*methods["one effect"], *methods["two effects"]]),
-        ("docs/EVALUATION.md", "lab/deployment.json"): deployment(kept["rows"]),
+        ("docs/EVALUATION.md", "lab/deployment.json"): deployment(read("lab/deployment.json")["rows"]),
     }
 
 
