@@ -374,7 +374,7 @@ def test_edit_writes_the_images(workplace: Path, random_base: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+    [({}, "3000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
 def test_run_command_limits_the_spinning_of_threads_before_torch_is_loaded(
     given: dict[str, str], expected: str | None
