@@ -111,27 +111,28 @@ class Encoder:
         return self.compare(first, second)
 
 
-def encoder_fault(name: EncoderName, model: str | None) -> str:
+def encoder_fault(name: EncoderName, model: str | None, revision: str | None = None) -> str:
     """Why an encoder cannot be opened, as far as can be told without its weights, in a sentence; "" where it can. Of a
     model on the hub its configuration is fetched."""
     why = {"dreamsim": dreamsim_fault, "efficientnet": efficientnet_fault}
-    fault = why[name](model) if name in why else _config_fault(model or DEFAULT_MODELS[name], _TYPES[name])
+    fault = why[name](model) if name in why else _config_fault(model or DEFAULT_MODELS[name], revision, _TYPES[name])
     return f"encoders.{name}: {fault}" if fault else ""
 
 
-def _config_fault(model: str, types: Sequence[str]) -> str:
+def _config_fault(model: str, revision: str | None, types: Sequence[str]) -> str:
     """Why this folder or repository holds no model of these types of transformers; "" where it does."""
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(model).model_type
+        found = AutoConfig.from_pretrained(model, revision=revision).model_type
     except (OSError, ValueError) as error:
         return _not_loaded(model, error)
     return "" if found in types else f"{model} is of type {found}, not {types[0]}; give another"
 
 
 def _not_loaded(model: str, error: Exception) -> str:
-    return f"{model} cannot be loaded ({str(error).splitlines()[0][:200]}); give a folder that holds it"
+    said = str(error).split("\n")[0][:200]
+    return f"{model} cannot be loaded ({said}); give a folder that holds it"
 
 
 def open_encoder(name: EncoderName, model: str | None = None, revision: str | None = None) -> Encoder:
@@ -140,7 +141,7 @@ def open_encoder(name: EncoderName, model: str | None = None, revision: str | No
     model: None for the usual one; of DreamSim the folder of its published files (module `dreamsim`), of EfficientNet
     None. revision: of the hub's repository; the commit that it turned out to be is in the encoder.
     """
-    if fault := encoder_fault(name, model):
+    if fault := encoder_fault(name, model, revision):
         raise InputError(fault)
     _processor(name)  # imported here, by one thread: transformers gives several at once an ImportError
     if name == "dreamsim":
